@@ -1,0 +1,177 @@
+"""Count, split, resize, move and describe nested batches.
+
+A batch is any nesting of mappings, tuples, named tuples, dataclasses and lists around leaves. Tensors,
+NumPy arrays and lists of samples (strings, numbers, dicts, ragged tensors) are cut along their first
+dimension; numbers, strings, None and 0-d tensors belong to the batch as a whole and go along unchanged.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from autoaccum.errors import PlanError
+
+_WHOLE = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
+
+
+def count(batch: Any) -> int:
+    """Samples in `batch`: the common length of everything that can be cut.
+
+    Raises `PlanError` where two fields disagree, naming both, and where nothing can be cut.
+    """
+    first: tuple[str, int] | None = None
+    for path, leaf in _leaves(batch):
+        length = _length(leaf)
+        if length is None:
+            continue
+        if first is None:
+            first = (path, length)
+        elif length != first[1]:
+            raise PlanError(
+                f"the batch's fields disagree in length: {first[0]} has {first[1]} samples, {path} has {length}; "
+                "give `split=` if that is meant, or a batch whose fields are cut alike along the first dimension"
+            )
+    if first is None:
+        raise PlanError(f"a batch of type {type(batch).__name__} has nothing that can be cut into samples; give `make_batch(n)`, or `split=`")
+    return first[1]
+
+
+def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
+    """`batch` cut into consecutive pieces of `sizes` samples; tensors are views, not copies.
+
+    Raises `PlanError` if the sizes do not sum to the batch's samples.
+    """
+    samples = count(batch)
+    if sum(sizes) != samples:
+        raise PlanError(f"cannot cut {samples} samples into {list(sizes)}: that is {sum(sizes)}")
+    starts = [sum(sizes[:index]) for index in range(len(sizes))]
+    return [_mapped(batch, lambda leaf, a=start, b=start + size: _cut(leaf, a, b)) for start, size in zip(starts, sizes)]
+
+
+def resize(batch: Any, samples: int) -> Any:
+    """The first `samples` samples of `batch`; a batch that has fewer is repeated."""
+    have = count(batch)
+    if have == 0:
+        raise PlanError("the batch is empty: give one with at least one sample")
+    if samples <= have:
+        return _mapped(batch, lambda leaf: _cut(leaf, 0, samples))
+    return _mapped(batch, lambda leaf: _repeated(leaf, have, samples))
+
+
+def move(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
+    """`batch` with its tensors on `device`; the very same object where they all are there already."""
+    if all(leaf.device == device for _, leaf in _leaves(batch) if isinstance(leaf, torch.Tensor)):
+        return batch
+    return _mapped(batch, lambda leaf: _moved(leaf, device, non_blocking))
+
+
+def nbytes(batch: Any) -> int:
+    """Bytes of all tensors and arrays in `batch`."""
+    return sum(int(leaf.nbytes) for _, leaf in _leaves(batch) if hasattr(leaf, "nbytes"))
+
+
+def shapes(batch: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor, array and list of samples, by its path: `{"input_ids": (40, 512)}`.
+
+    The path of a lone tensor is `"batch"`; items of tuples and lists have their index.
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for path, leaf in _leaves(batch):
+        if hasattr(leaf, "shape"):
+            found[path] = tuple(int(extent) for extent in leaf.shape)
+        elif isinstance(leaf, list):
+            found[path] = (len(leaf),)
+    return found
+
+
+def _is_samples(items: list[Any]) -> bool:
+    """True for a list whose items are samples, False for one whose items are the batch's fields.
+
+    Default collation gives `[inputs, labels]`, so a list with tensors of one common length holds fields.
+    """
+    tensors = [item for item in items if isinstance(item, torch.Tensor)]
+    if tensors:
+        return len(tensors) == len(items) and len({item.shape[:1] for item in items}) > 1
+    if any(hasattr(item, "shape") or isinstance(item, tuple) or _is_fields(item) for item in items):
+        return all(isinstance(item, Mapping) for item in items)
+    nested = [item for item in items if isinstance(item, list)]
+    # Lists of lists: fields if all are as long as each other and hold samples themselves, as in
+    # [["a", "b"], ["c", "d"]]; token lists, [[1, 2, 3], [4, 5]], are samples.
+    return not nested or not all(isinstance(inner, str) for item in nested for inner in item)
+
+
+def _is_fields(item: Any) -> bool:
+    return isinstance(item, Mapping) or (dataclasses.is_dataclass(item) and not isinstance(item, type))
+
+
+def _mapped(batch: Any, change: Callable[[Any], Any]) -> Any:
+    """`batch` rebuilt with `change` applied to every leaf; containers keep their types."""
+    if isinstance(batch, Mapping):
+        rebuilt: Any = copy.copy(batch)
+        for key in batch:
+            rebuilt[key] = _mapped(batch[key], change)
+        return rebuilt
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        rebuilt = copy.copy(batch)
+        for field in dataclasses.fields(batch):
+            object.__setattr__(rebuilt, field.name, _mapped(getattr(batch, field.name), change))
+        return rebuilt
+    if isinstance(batch, tuple):
+        items = [_mapped(item, change) for item in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else tuple(items)
+    if isinstance(batch, list) and not _is_samples(batch):
+        return [_mapped(item, change) for item in batch]
+    return change(batch)
+
+
+def _leaves(batch: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(batch, Mapping):
+        for key in batch:
+            yield from _leaves(batch[key], f"{path}.{key}" if path else str(key))
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        for field in dataclasses.fields(batch):
+            yield from _leaves(getattr(batch, field.name), f"{path}.{field.name}" if path else field.name)
+    elif isinstance(batch, tuple) or (isinstance(batch, list) and not _is_samples(batch)):
+        names = getattr(batch, "_fields", range(len(batch)))
+        for name, item in zip(names, batch):
+            yield from _leaves(item, f"{path}.{name}" if path else f"batch[{name}]" if isinstance(name, int) else name)
+    else:
+        yield path or "batch", batch
+
+
+def _length(leaf: Any) -> int | None:
+    """Samples in a leaf; None for what belongs to the batch as a whole."""
+    if hasattr(leaf, "shape"):
+        return int(leaf.shape[0]) if len(leaf.shape) else None
+    if isinstance(leaf, list):
+        return len(leaf)
+    if isinstance(leaf, _WHOLE):
+        return None
+    raise PlanError(f"a batch with a {type(leaf).__name__} cannot be cut into samples; give `make_batch(n)`, or `split=` with a function that cuts it")
+
+
+def _cut(leaf: Any, start: int, stop: int) -> Any:
+    return leaf if _length(leaf) is None else leaf[start:stop]
+
+
+def _repeated(leaf: Any, have: int, samples: int) -> Any:
+    if _length(leaf) is None:
+        return leaf
+    if isinstance(leaf, torch.Tensor):
+        return leaf[torch.arange(samples, device=leaf.device) % have]
+    if isinstance(leaf, list):
+        return [leaf[index % have] for index in range(samples)]
+    return leaf[[index % have for index in range(samples)]]
+
+
+def _moved(leaf: Any, device: torch.device, non_blocking: bool) -> Any:
+    if isinstance(leaf, torch.Tensor):
+        return leaf.to(device, non_blocking=non_blocking)
+    if isinstance(leaf, list):
+        return [_mapped(item, lambda inner: _moved(inner, device, non_blocking)) for item in leaf]
+    return leaf

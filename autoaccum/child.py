@@ -1,0 +1,264 @@
+"""Trials in a process of their own.
+
+The parent stays small and imports no torch; an out-of-memory kill or a hang is an outcome and not the
+end. JSON lines go over two inherited descriptors, and whatever the job prints goes to stderr. Not
+`multiprocessing`: its spawn imports the caller's `__main__` again and pickles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+from autoaccum import errors, oom
+from autoaccum.devices.base import Budget, Memory
+from autoaccum.job import Source, load
+from autoaccum.reading import Limits, Reading, Say, Subject
+from autoaccum.units import MIB
+
+
+class _Died(Exception):
+    """The child ended without an answer. `code` as in `Popen.returncode`; None if it was ended for its silence."""
+
+    def __init__(self, code: int | None) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Child:
+    """A `reading.Rehearser` whose trials run in a child process. A context manager.
+
+    said: called with what the job prints (text). say: as in a trial, for live progress.
+    Raises `JobFailed` for what the job's own code raised, and the errors of `job.load`.
+    """
+
+    def __init__(self, source: Source, device: str, limits: Limits, *, say: Say | None = None, said: Callable[[str], None] | None = None) -> None:
+        self._source, self._device, self._limits = source, device, limits
+        self._say, self._said = say, said or _to_stderr
+        self._phase = "build"
+        self._tail = ""
+        self.enforces = True
+
+    def __enter__(self) -> Child:
+        self._start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+
+    def subject(self) -> Subject:
+        return Subject.from_dict(self._subject)
+
+    def budget(self, *, limited: bool = True) -> Budget:
+        answer = self._ask("budget", limited=limited)
+        return Budget(**{**answer, "memory": Memory.from_dict(answer["memory"])})
+
+    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
+        started = time.monotonic()
+        self._phase = "batch"
+        try:
+            answer = self._ask("measure", timeout_s=self._limits.timeout_s, micro_batches=list(micro_batches), full=full, limited=limited)
+        except _Died as death:
+            reading = self._of_the_dead(death, micro_batches[0], len(micro_batches), time.monotonic() - started, full)
+            self._start()
+            return reading
+        if not answer.pop("clean"):
+            self._end()
+            self._start()
+        return Reading.from_dict(answer)
+
+    def fresh(self) -> None:
+        self._end()
+        self._start()
+
+    def _of_the_dead(self, death: _Died, micro_batch: int, steps: int, seconds: float, full: bool) -> Reading:
+        def reading(outcome: Any) -> Reading:
+            return Reading(micro_batch, steps, outcome, self._phase, None, seconds, full=full)
+
+        if death.code is None:
+            return reading("timeout")
+        if death.code == -signal.SIGKILL:
+            return reading("killed")
+        # libgomp and C++ end the process when memory runs out where nothing can catch it.
+        if oom.in_output(self._tail):
+            return reading("oom")
+        how = f"was ended by {signal.Signals(-death.code).name}" if death.code < 0 else f"ended the process (exit code {death.code})"
+        raise errors.JobFailed(f"the job {how} in {self._phase}, at a micro-batch of {micro_batch}", text=self._tail.strip())
+
+    def _start(self) -> None:
+        ours_in, theirs_out = os.pipe()
+        theirs_in, ours_out = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "autoaccum.child", str(theirs_in), str(theirs_out), str(os.getpid())],
+            pass_fds=(theirs_in, theirs_out),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child's whole group
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._in, self._out, self._buffer = ours_in, ours_out, b""
+        self._tail = ""
+        self._listener = threading.Thread(target=self._listen, args=(self._process,), name="autoaccum-child-output", daemon=True)
+        self._listener.start()
+        self._phase = "build"
+        try:
+            answer = self._ask("open", source=asdict(self._source), device=self._device, limits=asdict(self._limits), path=sys.path)
+        except _Died as death:
+            if death.code == -signal.SIGKILL or oom.in_output(self._tail):
+                raise errors.NothingFits("the job ran out of memory while it was built, before any sample: give it more memory, or a smaller model") from None
+            raise errors.JobFailed(f"the job ended the process while it was built (exit code {death.code})", text=self._tail.strip()) from None
+        self._subject = answer["subject"]
+        self.enforces = answer["enforces"]
+
+    def _end(self) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        self._process.wait()
+        self._listener.join(timeout=1)  # a grandchild that left the group may hold the pipe open
+        for descriptor in (self._in, self._out):
+            if descriptor >= 0:
+                os.close(descriptor)
+        self._in = self._out = -1
+
+    def _ask(self, verb: str, *, timeout_s: float | None = None, **arguments: Any) -> Any:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            os.write(self._out, json.dumps({"do": verb, **arguments}).encode() + b"\n")
+        except BrokenPipeError:
+            raise self._death() from None
+        while True:
+            message = self._line(deadline)
+            if "phase" in message:
+                self._phase = message["phase"]
+                if self._say is not None:
+                    self._say(message["phase"], message["index"])
+            elif "error" in message:
+                raise _raised(message["error"])
+            else:
+                return message["answer"]
+
+    def _line(self, deadline: float | None) -> Any:
+        while b"\n" not in self._buffer:
+            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            if not select.select([self._in], [], [], left)[0]:
+                self._end()
+                raise _Died(None)
+            chunk = os.read(self._in, 65536)
+            if not chunk:
+                raise self._death()
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def _death(self) -> _Died:
+        code = self._process.wait()
+        self._end()
+        return _Died(code)
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None  # asked for as a pipe
+        with process.stdout as output:
+            while chunk := os.read(output.fileno(), 65536):
+                text = chunk.decode(errors="replace")
+                self._tail = (self._tail + text)[-4000:]
+                self._said(text)
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _raised(told: dict[str, Any]) -> errors.AutoaccumError:
+    """The error that the child told of: ours by its class, the user's as `JobFailed`."""
+    ours = getattr(errors, told["type"], None)
+    if told["ours"] and isinstance(ours, type) and issubclass(ours, errors.AutoaccumError):
+        return ours(told["message"])
+    return errors.JobFailed(told["message"], kind=told["type"], text=told["short"], whole=told["whole"])
+
+
+# -- in the child --
+
+
+def main(receive: int, send: int, parent: int) -> None:
+    """Serves one parent until it closes the pipe."""
+    _die_with(parent)
+    requests, lock = os.fdopen(receive, "rb"), threading.Lock()
+    # The user's own children must not hold the pipes open.
+    os.set_inheritable(receive, False)
+    os.set_inheritable(send, False)
+
+    def tell(message: dict[str, Any]) -> None:
+        data = json.dumps(message).encode() + b"\n"
+        with lock:
+            while data:
+                data = data[os.write(send, data) :]
+
+    opened = json.loads(requests.readline())
+    try:
+        _serve(opened, requests, tell)
+    except Exception as error:
+        tell({"error": _told(error)})
+
+
+def _serve(opened: dict[str, Any], requests: Any, tell: Callable[[dict[str, Any]], None]) -> None:
+    sys.path[:] = [*sys.path, *(each for each in opened["path"] if each not in sys.path)]
+    source = Source(**{**opened["source"], "argv": tuple(opened["source"]["argv"])})
+    sys.argv = [source.parts[0], *source.argv]
+    from autoaccum import devices, trial  # torch, and here alone: the parent never needs it
+
+    device = devices.get(opened["device"])
+    limits = Limits(**{**opened["limits"], "timeout_s": None})  # the parent holds the clock, also over a hung kernel
+    job = load(source, device=device.facts.label)
+    # Nobody needs this process's weights afterwards, so trials may train them.
+    with trial.rehearsal(job, device, limits, parameters=False, say=lambda phase, index: tell({"phase": phase, "index": index})) as rehearsal:
+        tell({"answer": {"subject": rehearsal.subject().as_dict(), "enforces": rehearsal.enforces}})
+        for line in requests:
+            asked = json.loads(line)
+            if asked.pop("do") == "budget":
+                tell({"answer": asdict(rehearsal.budget(**asked))})
+                continue
+            held_before = device.live_bytes()
+            reading = rehearsal.measure(**asked)
+            # After an out-of-memory, proof that it all came back; the parent replaces a process that kept some.
+            clean = reading.fits or device.live_bytes() <= held_before + 64 * MIB
+            tell({"answer": {**reading.as_dict(), "clean": clean}})
+
+
+def _die_with(parent: int) -> None:
+    """Ends this process when its parent ends, however that happens. https://man7.org/linux/man-pages/man2/prctl.2.html"""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    notes = [str(note) for note in getattr(error, "__notes__", ())]
+    return {
+        "type": type(error).__name__,
+        "ours": isinstance(error, errors.AutoaccumError),
+        "message": "\n".join([str(error), *notes]) if not isinstance(error, errors.AutoaccumError) else str(error),
+        "short": errors.in_short(error),
+        "whole": "".join(traceback.format_exception(error)),
+    }
+
+
+if __name__ == "__main__":
+    main(*(int(each) for each in sys.argv[1:4]))

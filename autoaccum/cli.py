@@ -1,0 +1,245 @@
+"""The command line. Each command parses, calls one function, and prints: stdout is the answer, stderr is talk."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autoaccum import progress, report, tuning
+from autoaccum.errors import AutoaccumError, JobFailed, UsageError
+from autoaccum.job import Source, source
+from autoaccum.plan import Plan
+from autoaccum.version import __version__
+
+_EPILOG = "Exit codes: 0 done, 2 wrong usage or bad input, 3 does not fit, 4 device trouble, 5 the job itself failed, 130 interrupted."
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+@click.version_option(__version__, message="autoaccum %(version)s")
+def cli() -> None:
+    """You name the effective batch; autoaccum finds how much of it fits on the device at hand and accumulates the rest, exactly.
+
+    Try: autoaccum tune --target-batch 120
+    """
+
+
+def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that tune, check and train have in common."""
+    options = [
+        click.argument("job", required=False),
+        click.option("-b", "--target-batch", type=int, required=True, help="The effective batch: samples that one optimizer step sees."),
+        click.option("-d", "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:INDEX, mps or xpu."),
+        click.option("--memory-limit", metavar="SIZE", help="Use no more than this (512MiB, 2GiB); enforced while probing, on the CPU too."),
+        click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of the budget free."),
+        click.option("--max-micro-batch", type=int, metavar="M", help="Try no larger micro-batch."),
+        click.option("--equal", is_flag=True, help="Equal micro-batches only, as most frameworks need."),
+        click.option("--largest", is_flag=True, help="Search the exact largest micro-batch, not only those that save a step."),
+        click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated."),
+        click.option("--timeout", type=float, metavar="SECONDS", help="A trial that takes longer counts as not fitting."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document, failures included."),
+        click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Also write the plan as JSON."),
+        click.option("--format", "form", type=click.Choice(["text", "json", "env"]), default="text", show_default=True, help="How to print the plan."),
+        click.option("-q", "--quiet", is_flag=True, help="No progress and none of the job's output on stderr."),
+        click.option("--traceback", is_flag=True, help="Show whole tracebacks of the job's failures."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def devices(as_json: bool) -> None:
+    """Every device here: total, free, held by us and by others, and the limit that binds."""
+    from autoaccum import devices as found
+
+    listed = found.list()
+    click.echo(report.as_json(report.devices_document(listed)) if as_json else report.devices(listed))
+
+
+@cli.command(epilog=_EPILOG)
+@_shared
+@click.pass_obj
+def tune(rest: list[str] | None, **given: Any) -> None:
+    """Find the fewest accumulation steps that fit, and print the plan.
+
+    JOB is file.py[:make_job] or package.module[:make_job], a function that returns an autoaccum.Job; left out,
+    it is the built-in demo. What follows -- is the file's own arguments, or, without a JOB, a command:
+
+    autoaccum tune -b 120 -- python train.py --batch-size {micro_batch} --accum {accumulation_steps}
+    """
+    asked = _Asked(rest, **given)
+    asked.answer(asked.tuned())
+
+
+@cli.command(epilog=_EPILOG)
+@_shared
+@click.option("-m", "--micro-batch", type=int, required=True, help="The size to rehearse.")
+@click.pass_obj
+def check(rest: list[str] | None, micro_batch: int, **given: Any) -> None:
+    """Rehearse one given micro-batch; say by how much it fits or not."""
+    asked = _Asked(rest, **given)
+    asked.answer(asked.checked(micro_batch))
+
+
+@cli.command(epilog=_EPILOG)
+@_shared
+@click.option("-e", "--epochs", type=click.IntRange(min=1), default=1, show_default=True)
+@click.pass_obj
+def train(rest: list[str] | None, epochs: int, **given: Any) -> None:
+    """Tune, then train with the accumulating loop. A demonstration and a smoke test, not a trainer."""
+    asked = _Asked(rest, **given)
+    if asked.command:
+        raise UsageError("train needs a JOB that builds the model: a command trains by itself")
+    if asked.form == "env":
+        raise UsageError("train prints text or json: use tune for --format env")
+    planned = asked.tuned()
+    asked.trained(planned, epochs)
+
+
+class _Asked:
+    """What the options of one call say together."""
+
+    def __init__(
+        self,
+        rest: list[str] | None,
+        *,
+        job: str | None,
+        target_batch: int,
+        device: str,
+        memory_limit: str | None,
+        headroom: str,
+        max_micro_batch: int | None,
+        equal: bool,
+        largest: bool,
+        settings: tuple[str, ...],
+        timeout: float | None,
+        as_json: bool,
+        output: Path | None,
+        form: str,
+        quiet: bool,
+        traceback: bool,
+    ) -> None:
+        self.form, self.output, self.quiet, self.device = "json" if as_json else form, output, quiet, device
+        if as_json and form == "env":
+            raise UsageError("--json and --format env both say how to print: give one")
+        self.memory_limit = memory_limit
+        self.wish = tuning.Wish(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout)
+        if output is not None and not output.resolve().parent.is_dir():
+            raise UsageError(f"--output {str(output)!r}: there is no folder {str(output.resolve().parent)!r}")
+        self.command = rest if job is None and rest else None
+        if self.command and (settings or largest):
+            raise UsageError("--set and --largest are for a JOB: a command gets its arguments in its own words, and equal micro-batches")
+        if self.form == "env" and job is None and not self.command:
+            raise UsageError("--format env without a JOB would plan the built-in demo: say `demo` as JOB if that is meant")
+        self.source: Source = source(job, settings, rest or ())
+
+    def tuned(self) -> Plan:
+        with self._talking() as talk:
+            return tuning.tune_command(self.command, self.wish, **talk) if self.command else tuning.tune_source(self.source, self.wish, **talk)
+
+    def checked(self, micro_batch: int) -> Plan:
+        if micro_batch < 1:
+            raise UsageError(f"--micro-batch must be at least 1, not {micro_batch}")
+        with self._talking() as talk:
+            if self.command:
+                return tuning.check_command(self.command, micro_batch, self.wish, **talk)
+            return tuning.check_source(self.source, micro_batch, self.wish, **talk)
+
+    def answer(self, planned: Plan) -> None:
+        if self.output is not None:
+            planned.save(self.output)
+        written = {"text": report.text, "json": lambda each: report.as_json(each.as_dict()), "env": report.env}
+        click.echo(written[self.form](planned))
+
+    def trained(self, planned: Plan, epochs: int) -> None:
+        from autoaccum import training  # torch, which only training needs in this process
+
+        if self.output is not None:
+            planned.save(self.output)
+        if self.form == "text":
+            click.echo(report.text(planned))
+        run = []
+        with _stdout_for_us() as answer:
+            for epoch in training.train(self.source, planned, epochs=epochs, memory_limit=self.memory_limit):
+                run.append(epoch)
+                if self.form == "text":
+                    answer(f"epoch {epoch.number}  loss {epoch.loss:.6f}  {epoch.steps} steps of {planned.target_batch}")
+            if self.form == "json":
+                answer(report.as_json({**planned.as_dict(), "epochs": [vars(epoch) for epoch in run]}))
+
+    @contextmanager
+    def _talking(self) -> Iterator[dict[str, Any]]:
+        with progress.shown(quiet=self.quiet) as drawn:
+            yield {"device": self.device, "progress": drawn, "said": _said_nothing if self.quiet else _said}
+
+
+def _said(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _said_nothing(text: str) -> None: ...
+
+
+@contextmanager
+def _stdout_for_us() -> Iterator[Callable[[str], None]]:
+    """While inside, what the job prints goes to stderr, and stdout is left to the answer."""
+    import os
+
+    sys.stdout.flush()
+    answer = os.fdopen(os.dup(1), "w")
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield lambda text: print(text, file=answer, flush=True)
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+        answer.close()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and ends the process with its exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # click would swallow the `--`: what follows it is not ours to parse.
+    ours, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, None)
+    wants_json = "--json" in ours or any(a == "--format=json" or (a == "--format" and b == "json") for a, b in zip(ours, [*ours[1:], ""]))
+    sys.exit(_run(ours, rest, wants_json, "--traceback" in ours))
+
+
+def _run(ours: list[str], rest: list[str] | None, wants_json: bool, whole: bool) -> int:
+    try:
+        code = cli.main(args=ours, prog_name="autoaccum", obj=rest, standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except click.ClickException as wrong:
+        return _failed(UsageError(wrong.format_message()), wants_json, whole)
+    except AutoaccumError as error:
+        return _failed(error, wants_json, whole)
+    except (KeyboardInterrupt, click.Abort):
+        click.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:  # the reader of our stdout went away
+        return 0
+    except Exception as error:  # the job's own, raised while it trains in this process
+        from autoaccum.errors import in_short
+
+        import traceback
+
+        return _failed(JobFailed(str(error), kind=type(error).__name__, text=in_short(error), whole=traceback.format_exc()), wants_json, whole)
+
+
+def _failed(error: AutoaccumError, wants_json: bool, whole: bool) -> int:
+    if wants_json:
+        click.echo(report.as_json(report.error(error)))
+    if isinstance(error, JobFailed) and error.text:
+        click.echo((error.whole if whole else error.text).rstrip(), err=True)
+    kind = f"{error.kind}: " if isinstance(error, JobFailed) and error.kind else ""
+    click.echo(f"autoaccum: {kind}{error}", err=True)
+    return error.exit_code

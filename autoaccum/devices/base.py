@@ -1,0 +1,139 @@
+"""What a device answers: a Protocol, and the records it hands out."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
+
+from autoaccum.units import MIB, parse_headroom
+
+
+@dataclass(frozen=True)
+class Consumer:
+    """A process that holds memory of the device. `bytes` is None where nobody would say."""
+
+    pid: int
+    bytes: int | None
+    name: str
+
+
+@dataclass(frozen=True)
+class Memory:
+    """One reading of a device, in bytes.
+
+    total_bytes: what the device has (on a MIG slice: the slice).
+    free_bytes: what this process could still take: the least that any limit leaves.
+    ours_bytes: held by this process: the allocator's reserved bytes on a GPU, resident bytes on a CPU.
+    outside_bytes: held by this process beyond its allocator (context, libraries); None if unknown.
+    others: other processes that hold memory of the device, largest first, as far as anyone would say.
+    binding_limit: what binds: "physical", a cgroup's path, "cap".
+    """
+
+    total_bytes: int
+    free_bytes: int
+    ours_bytes: int
+    outside_bytes: int | None
+    others: tuple[Consumer, ...]
+    binding_limit: str
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Memory:
+        return cls(**{**fields, "others": tuple(Consumer(**other) for other in fields["others"])})
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Which device it is. `uuid` is None where the device has none."""
+
+    kind: str
+    index: int | None
+    name: str
+    uuid: str | None
+
+    @property
+    def label(self) -> str:
+        """`"cuda:0"`, `"cpu"`: what `torch.device` takes."""
+        return self.kind if self.index is None else f"{self.kind}:{self.index}"
+
+
+class Watch(Protocol):
+    """Watches the peak between `device.watch()` and `peak_bytes()`."""
+
+    def peak_bytes(self) -> int:
+        """The most that was held since: reserved bytes on a GPU, resident bytes on a CPU."""
+
+    def retries(self) -> int:
+        """How often the allocator had to flush its cache and ask again since."""
+
+
+class Device(Protocol):
+    """One device. All figures are bytes; nothing here is cached between calls."""
+
+    facts: Facts
+    exact_peak: bool  # False where the peak is sampled
+    enforces: bool  # True where `capped` really refuses memory above the cap
+    shared_with_host: bool  # True where snapshots of the training state and whole batches sit in the measured memory
+
+    def memory(self, *, who: bool = True) -> Memory:
+        """A reading; without `who` other processes are not looked up. Raises `MemoryUnknown`."""
+
+    def held_bytes(self) -> int:
+        """What this process holds now, in the terms of the peak."""
+
+    def live_bytes(self) -> int:
+        """What live tensors take now: allocated bytes on a GPU, resident bytes on a CPU."""
+
+    def watch(self) -> AbstractContextManager[Watch]:
+        """Starts watching the peak."""
+
+    def capped(self, budget_bytes: int) -> AbstractContextManager[object]:
+        """Refuses this process more than `budget_bytes`, in the terms of the peak, while inside."""
+
+    def prepare(self) -> None:
+        """Whatever must exist before a cap is set: contexts, thread pools, the allocator's settings."""
+
+    def synchronize(self) -> None:
+        """Waits until the device is idle. Called around every clock."""
+
+    def release(self) -> None:
+        """Gives cached free memory back, so that trials start alike."""
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a window may peak at, and what that was made of; all bytes.
+
+    cap_bytes is the limit that the user gave, None without one.
+    """
+
+    budget_bytes: int
+    headroom_bytes: int
+    memory: Memory
+    cap_bytes: int | None
+
+
+LEAST_GPU_HEADROOM = 256 * MIB
+# Used only where a cap is given and nobody can tell what the context holds: about what a CUDA context
+# with cuBLAS and cuDNN loaded takes on recent cards.
+ASSUMED_OUTSIDE = 512 * MIB
+
+
+def budget(memory: Memory, *, kind: str, limit_bytes: int | None = None, headroom: str | int = "3%") -> Budget:
+    """`min(cap - outside, ours + free) - headroom`, in the terms of the peak.
+
+    The headroom is a size or a percentage of what there is; on a GPU a percentage keeps at least 256 MiB.
+    The result may be zero or less where nothing is left; the caller says so. Raises `UsageError` for a headroom
+    that cannot be read.
+    """
+    there_is = memory.ours_bytes + memory.free_bytes
+    if limit_bytes is not None:
+        outside = ASSUMED_OUTSIDE if memory.outside_bytes is None else memory.outside_bytes
+        there_is = min(there_is, limit_bytes - outside)
+    kept = parse_headroom(headroom, max(there_is, 0))
+    if kind != "cpu" and "%" in str(headroom):
+        kept = max(kept, LEAST_GPU_HEADROOM)
+    return Budget(there_is - kept, kept, memory, limit_bytes)

@@ -1,0 +1,116 @@
+"""NVIDIA cards, and AMD's through ROCm, which torch calls by the same name.
+
+`torch.cuda.mem_get_info` is the authority on what is free: it is the driver's answer for the very device
+that will be used, MIG slices and reordered devices included. NVML adds who else is there.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from autoaccum.devices import nvml
+from autoaccum.devices.base import Facts, Memory, Watch
+from autoaccum.errors import MemoryUnknown
+
+
+class Cuda:
+    """One CUDA or ROCm device, by torch's index."""
+
+    shared_with_host = False
+    exact_peak = True
+    enforces = True
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._properties: Any = torch.cuda.get_device_properties(index)
+        uuid = getattr(self._properties, "uuid", None)
+        self._uuid = None if uuid is None else str(uuid)
+        self.facts = Facts("cuda", index, self._properties.name, self._uuid)
+
+    def memory(self, *, who: bool = True) -> Memory:
+        told = nvml.ask(self._uuid, _pci(self._properties)) if torch.version.hip is None else nvml.Told(why_not="NVML: not an NVIDIA card")
+        reserved = torch.cuda.memory_reserved(self._index)
+        try:
+            free, total = torch.cuda.mem_get_info(self._index)
+        except (RuntimeError, AttributeError) as error:
+            # Some unified-memory systems and old drivers: what NVML counts is the next best.
+            if told.total_bytes is None or told.used_bytes is None:
+                raise MemoryUnknown(
+                    f"nobody said how much memory cuda:{self._index} ({self.facts.name}) has; asked torch.cuda.mem_get_info ({_first_line(error)}) "
+                    f"and {told.why_not or 'NVML: not supported'}"
+                ) from error
+            free, total = told.total_bytes - told.used_bytes, told.total_bytes
+        outside = None if told.ours_bytes is None else max(told.ours_bytes - reserved, 0)
+        return Memory(total, free, reserved, outside, told.others if who else (), "physical")
+
+    def held_bytes(self) -> int:
+        return int(torch.cuda.memory_reserved(self._index))
+
+    def live_bytes(self) -> int:
+        return int(torch.cuda.memory_allocated(self._index))
+
+    @contextmanager
+    def watch(self) -> Iterator[Watch]:
+        torch.cuda.reset_peak_memory_stats(self._index)
+        yield _Peak(self._index)
+
+    @contextmanager
+    def capped(self, budget_bytes: int) -> Iterator[None]:
+        """The caching allocator refuses to reserve more; the context is outside of it."""
+        before = _fraction(self._index)
+        fraction = min(max(budget_bytes / self._properties.total_memory, 0.0), 1.0)
+        torch.cuda.set_per_process_memory_fraction(fraction, self._index)
+        try:
+            yield
+        finally:
+            torch.cuda.set_per_process_memory_fraction(before, self._index)
+
+    def prepare(self) -> None:
+        """Creates the context and loads cuBLAS, so that neither is taken for a part of the first trial."""
+        with torch.cuda.device(self._index):
+            one = torch.ones(64, 64, device="cuda")
+            (one @ one).sum().item()
+
+    def synchronize(self) -> None:
+        torch.cuda.synchronize(self._index)
+
+    def release(self) -> None:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+class _Peak:
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self._retries_before = self._stat("num_alloc_retries")
+
+    def peak_bytes(self) -> int:
+        return int(torch.cuda.max_memory_reserved(self._index))
+
+    def retries(self) -> int:
+        return self._stat("num_alloc_retries") - self._retries_before
+
+    def _stat(self, name: str) -> int:
+        return int(torch.cuda.memory_stats(self._index).get(name, 0))
+
+
+def _fraction(index: int) -> float:
+    """The cap that was in force; torch before 2.8 cannot say, then it is taken as none."""
+    get: Any = getattr(torch.cuda, "get_per_process_memory_fraction", None)
+    return float(get(index)) if get is not None else 1.0
+
+
+def _pci(properties: Any) -> str | None:
+    """`"00000000:65:00.0"`, where this torch tells it."""
+    if not hasattr(properties, "pci_bus_id"):
+        return None
+    return f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

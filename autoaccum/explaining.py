@@ -1,0 +1,76 @@
+"""A plan in words: the arithmetic, and the reason. Plain text, no colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from autoaccum.units import in_words, number, seconds_in_words, unit_for
+
+if TYPE_CHECKING:
+    from autoaccum.plan import Plan, Tried
+
+_OUTCOMES = {"oom": "ran out in {phase}", "over-budget": "took {peak}", "killed": "was killed by the system in {phase}", "timeout": "did not finish in time"}
+
+
+def lines(plan: Plan) -> Iterator[str]:
+    """The report, line by line."""
+    yield headline(plan)
+    yield _why(plan)
+    yield _budget(plan)
+    for warning in plan.warnings:
+        yield f"warning: {warning}"
+    for hint in plan.hints:
+        yield f"hint: {hint}"
+
+
+def headline(plan: Plan) -> str:
+    """`"512 = 40 x 5 + 39 x 8     13 micro-batches a step on cuda:0, Tesla T4"`."""
+    steps = "in one piece" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} micro-batches a step"
+    return f"{plan.target_batch} = {notation(plan.micro_batches)}     {steps} on {plan.device.label}, {plan.device.name}"
+
+
+def notation(sizes: Sequence[int]) -> str:
+    """`"40 x 5 + 39 x 8"`: micro-batch x steps."""
+    return " + ".join(f"{size} x {sizes.count(size)}" for size in sorted(set(sizes), reverse=True))
+
+
+def _why(plan: Plan) -> str:
+    unit = unit_for(plan.budget_bytes)
+    parts = [f"{plan.micro_batch} peaks at {number(plan.peak_bytes, unit)} of {in_words(plan.budget_bytes, unit)} ({number(plan.spare_bytes, unit)} spare)"]
+    refused = next((each for each in plan.trials if each.micro_batch == plan.smallest_refused and each.outcome != "fits"), None)
+    if refused is not None:
+        parts.append(f"{refused.micro_batch} {outcome(refused)}")
+    if plan.predicted_refusal is not None:
+        parts.append(f"{plan.predicted_refusal} would not fit (predicted: nothing would have stopped it here)")
+    if between := _between(plan):
+        parts.append(f"{between} would still take {plan.accumulation_steps}")
+    return " · ".join(parts)
+
+
+def outcome(tried: Tried) -> str:
+    """What happened to a size that does not fit: `"ran out in backward"`."""
+    return _OUTCOMES[tried.outcome].format(phase=tried.phase, peak=in_words(tried.peak_bytes or 0))
+
+
+def _between(plan: Plan) -> str:
+    """Sizes above the answer that would save no step: `"41 and 42"`."""
+    refused = plan.smallest_refused or plan.predicted_refusal
+    if refused is None or plan.accumulation_steps < 2:
+        return ""
+    first, last = plan.micro_batch + 1, min(refused, math.ceil(plan.target_batch / (plan.accumulation_steps - 1))) - 1
+    if last < first:
+        return ""
+    return str(first) if first == last else f"{first} {'and' if last == first + 1 else 'to'} {last}"
+
+
+def _budget(plan: Plan) -> str:
+    unit = unit_for(plan.budget_bytes)
+    terms = [f"{number(bytes_, unit)} {word}" for bytes_, word in plan.arithmetic]
+    parts = [f"{in_words(plan.budget_bytes, unit)} = {' - '.join(terms)}"] if terms else []
+    if plan.shapes:
+        parts.append("measured at " + ", ".join(f"{path} {shape}" for path, shape in list(plan.shapes.items())[:4]))
+    trials = len(plan.trials)
+    parts.append(f"{trials} trial{'s' if trials != 1 else ''}, {seconds_in_words(plan.seconds)}")
+    return " · ".join(parts)

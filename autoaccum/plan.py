@@ -1,0 +1,252 @@
+"""Accumulation arithmetic: what one optimizer step is made of, and why."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from autoaccum import explaining, search
+from autoaccum.errors import PlanError
+
+SCHEMA = "autoaccum.plan/1"
+
+
+def micro_batches(share: int, steps: int) -> tuple[int, ...]:
+    """`share` samples in `steps` micro-batches that differ by at most one, larger first.
+
+    Raises `PlanError` unless 1 <= steps <= share.
+    """
+    if not 1 <= steps <= share:
+        raise PlanError(f"cannot make {steps} micro-batches of {share} samples: give between 1 and {share}")
+    size, larger = divmod(share, steps)
+    return (size + 1,) * larger + (size,) * (steps - larger)
+
+
+def even_shares(target: int, world_size: int) -> tuple[int, ...]:
+    """`target` samples over `world_size` ranks, differing by at most one, larger first; zero where ranks outnumber samples.
+
+    Raises `PlanError` for a target or a world below one.
+    """
+    if target < 1 or world_size < 1:
+        raise PlanError(f"a target batch of {target} over {world_size} ranks: both must be at least 1")
+    size, larger = divmod(target, world_size)
+    return (size + 1,) * larger + (size,) * (world_size - larger)
+
+
+def equal_split(target: int, largest: int, smallest: int = 1) -> tuple[int, int] | None:
+    """`(micro_batch, steps)` of equal micro-batches of at most `largest`, by fewest steps; None if there is none."""
+    allowed = search.sizes(target, smallest=smallest, most=largest, equal=True)
+    return (allowed[-1], target // allowed[-1]) if allowed else None
+
+
+def easier_targets(target: int, largest: int, smallest: int = 1) -> str:
+    """The nearest targets, below and above, that split equally in about as few steps as `largest` allows.
+
+    In words: `"126 = 42 x 3 and 128 = 32 x 4"`; empty if there are none within a tenth.
+    """
+    fewest = math.ceil(target / largest)
+    found = []
+    for direction in (-1, 1):
+        for away in range(1, max(target // 10, 1) + 1):
+            near = target + direction * away
+            split = equal_split(near, largest, smallest) if near >= 1 else None
+            if split is not None and split[1] <= fewest + max(1, fewest // 4):
+                found.append(f"{near} = {split[0]} x {split[1]}")
+                break
+    return " and ".join(found)
+
+
+def why_unequal(target: int) -> str:
+    """`"127 is prime"`, or that its divisors are few."""
+    prime = target > 1 and all(target % divisor for divisor in range(2, math.isqrt(target) + 1))
+    return f"{target} is prime" if prime else f"{target} has few divisors"
+
+
+@dataclass(frozen=True)
+class PlannedDevice:
+    """The device that a plan was made on; bytes as they were read before the first trial."""
+
+    kind: str
+    name: str
+    uuid: str | None
+    total_bytes: int
+    free_bytes: int
+    index: int | None = None
+
+    @property
+    def label(self) -> str:
+        """`"cuda:0"`: what `torch.device` takes."""
+        return self.kind if self.index is None else f"{self.kind}:{self.index}"
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One trial as a plan remembers it. Its fields are those of `trial.Reading`."""
+
+    micro_batch: int
+    accumulation_steps: int
+    outcome: str
+    phase: str
+    peak_bytes: int | None
+    seconds: float
+    cached: bool = False
+    full: bool = False
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """A piece of a batch. `weight` is what its mean loss is multiplied with; `last` is True for the window's last."""
+
+    batch: Any
+    weight: float
+    samples: int
+    last: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one optimizer step over `target_batch` samples is run on one device.
+
+    micro_batches: sizes of the window's micro-batches, larger first; they sum to `share`.
+    largest_fit: the largest size that ran and fitted. smallest_refused: the smallest larger one that did not.
+    budget_bytes: what a window may peak at; peak_bytes: what the confirming run peaked at; outside_bytes: held
+    by the process beyond its allocator, None if unknown. shapes: of the largest micro-batch measured.
+    arithmetic: what the budget was made of, as (bytes, word), the first positive and the rest subtracted.
+    """
+
+    target_batch: int
+    micro_batch: int
+    accumulation_steps: int
+    micro_batches: tuple[int, ...]
+    share: int
+    shares: tuple[int, ...]
+    rank: int
+    world_size: int
+    largest_fit: int
+    smallest_refused: int | None
+    device: PlannedDevice
+    shapes: dict[str, tuple[int, ...]]
+    budget_bytes: int
+    peak_bytes: int
+    outside_bytes: int | None
+    headroom_bytes: int
+    samples_per_second: float | None
+    trials: tuple[Tried, ...]
+    seconds: float
+    versions: dict[str, str]
+    job_fingerprint: str
+    job: str = ""
+    predicted: bool = False
+    predicted_refusal: int | None = None
+    arithmetic: tuple[tuple[int, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    hints: tuple[str, ...] = field(default=())
+
+    @property
+    def spare_bytes(self) -> int:
+        """Budget minus peak."""
+        return self.budget_bytes - self.peak_bytes
+
+    @property
+    def effective_batch(self) -> int:
+        """What the micro-batches of all ranks sum to: the target."""
+        return sum(self.shares)
+
+    def sizes(self, samples: int) -> tuple[int, ...]:
+        """Micro-batches for a window of `samples`, none larger than this plan's. Raises `PlanError` for none."""
+        if samples < 1:
+            raise PlanError("a window of no samples: give a batch with at least one")
+        return micro_batches(samples, math.ceil(samples / self.micro_batch))
+
+    def split(self, batch: Any, count: Callable[[Any], float] | None = None) -> Iterator[MicroBatch]:
+        """Cuts a batch of a whole window into micro-batches with their weights, which sum to 1.
+
+        Only the piece in hand is moved to this plan's device. count: weights by `count(piece)`, e.g. label
+        tokens, instead of samples. A batch smaller than the share (the last of an epoch) is weighted by its
+        own samples. Raises `PlanError` for a batch that cannot be cut.
+        """
+        import torch
+
+        from autoaccum import batches
+
+        pieces = batches.split(batch, self.sizes(batches.count(batch)))
+        counts = [float(batches.count(piece) if count is None else count(piece)) for piece in pieces]
+        for index, piece in enumerate(pieces):
+            on_device = batches.move(piece, torch.device(self.device.label), non_blocking=True)
+            yield MicroBatch(on_device, counts[index] / sum(counts), batches.count(piece), index == len(pieces) - 1)
+
+    def explain(self) -> str:
+        """The whole report: the plan, why not fewer steps, where the budget comes from, what to know."""
+        return "\n".join(explaining.lines(self))
+
+    def __str__(self) -> str:
+        return explaining.headline(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints, schema autoaccum.plan/1."""
+        document: dict[str, Any] = {"schema": SCHEMA}
+        for each in ("job", "target_batch", "effective_batch", "micro_batch", "accumulation_steps", "micro_batches", "share", "shares"):
+            document[each] = getattr(self, each)
+        for each in fields(self):
+            document.setdefault(each.name, getattr(self, each.name))
+        document["spare_bytes"] = self.spare_bytes
+        document["device"] = asdict(self.device)
+        document["trials"] = [asdict(each) for each in self.trials]
+        return json.loads(json.dumps(document))  # type: ignore[no-any-return] # tuples as the lists they are read back as
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the plan as JSON, whole or not at all."""
+        target = Path(path)
+        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        beside.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        beside.replace(target)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Plan:
+        """Reads a plan that `save` or `--output` wrote.
+
+        Warns if the device of that kind and index is another model here. Raises `PlanError` for a file that is
+        not a plan.
+        """
+        try:
+            document = json.loads(Path(path).read_text())
+        except FileNotFoundError:
+            raise PlanError(f"there is no plan {str(path)!r}: write one with `autoaccum tune ... --output FILE.json`, or plan.save(path)") from None
+        except ValueError as error:
+            raise PlanError(f"{str(path)!r} is not a plan: {error}") from None
+        if not isinstance(document, dict) or document.get("schema") != SCHEMA:
+            raise PlanError(f"{str(path)!r} is not a plan: its schema is {document.get('schema') if isinstance(document, dict) else None!r}, not {SCHEMA!r}")
+        try:
+            plan = cls._from_dict(document)
+        except (KeyError, TypeError) as error:
+            raise PlanError(f"{str(path)!r} is not a whole plan: {error}") from None
+        here = _name_here(plan.device)
+        if here is not None and here != plan.device.name:
+            warnings.warn(f"the plan was made on {plan.device.name}, and {plan.device.label} here is {here}: tune again", stacklevel=2)
+        return plan
+
+    @classmethod
+    def _from_dict(cls, document: dict[str, Any]) -> Plan:
+        values = {each.name: document[each.name] for each in fields(cls) if each.name in document}
+        for name in ("micro_batches", "shares", "warnings", "hints"):
+            values[name] = tuple(values[name])
+        values["device"] = PlannedDevice(**values["device"])
+        values["trials"] = tuple(Tried(**each) for each in values["trials"])
+        values["shapes"] = {path: tuple(shape) for path, shape in values["shapes"].items()}
+        values["arithmetic"] = tuple((bytes_, word) for bytes_, word in values["arithmetic"])
+        return cls(**values)
+
+
+def _name_here(device: PlannedDevice) -> str | None:
+    from autoaccum import devices
+
+    try:
+        return devices.get(device.label).facts.name
+    except devices.NoSuchDevice:
+        return f"none ({', '.join(devices.here())} is)" if device.kind != "cpu" else None

@@ -1,0 +1,57 @@
+"""A live line per trial: on a terminal it moves, elsewhere each trial leaves one plain line. All on stderr."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from autoaccum.reading import Reading, Trying
+from autoaccum.units import in_words, seconds_in_words
+
+
+@contextmanager
+def shown(*, quiet: bool = False) -> Iterator[Callable[[Trying | Reading], None] | None]:
+    """A callback for `tune(progress=...)` that draws while inside; None if `quiet`."""
+    if quiet:
+        yield None
+    elif sys.stderr.isatty():
+        yield from _live()
+    else:
+        yield _plain
+
+
+def finished(reading: Reading) -> str:
+    """One trial that ended, in a line."""
+    what = f"{reading.micro_batch} x {reading.accumulation_steps}" if reading.full else str(reading.micro_batch)
+    went = {
+        "fits": "fits",
+        "over-budget": "fits the device but not the budget",
+        "oom": f"ran out of memory in {reading.phase}",
+        "killed": f"was killed by the system in {reading.phase}",
+        "timeout": f"did not finish in time, it was in {reading.phase}",
+    }[reading.outcome]
+    peak = f", peak {in_words(reading.peak_bytes)}" if reading.peak_bytes and reading.outcome in ("fits", "over-budget") else ""
+    return f"{'confirmed' if reading.full and reading.fits else 'tried'} {what}: {went}{peak}, {seconds_in_words(reading.seconds)}"
+
+
+def _plain(event: Trying | Reading) -> None:
+    if isinstance(event, Reading):
+        print(finished(event), file=sys.stderr, flush=True)
+
+
+def _live() -> Iterator[Callable[[Trying | Reading], None]]:
+    from rich.console import Console
+
+    console = Console(stderr=True, highlight=False)
+    with console.status("building the job") as status:
+
+        def show(event: Trying | Reading) -> None:
+            if isinstance(event, Reading):
+                console.print(finished(event))
+                status.update("searching")
+            else:
+                what = f"the whole window, {event.micro_batch} x {event.accumulation_steps}, twice" if event.full else f"a micro-batch of {event.micro_batch}"
+                status.update(f"trying {what}: {event.phase} {event.index + 1}")
+
+        yield show

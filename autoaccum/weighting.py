@@ -1,0 +1,58 @@
+"""The share of the gradient that each micro-batch owes.
+
+For a window of T samples, micro-batch j contributes `1/T * sum of its sample losses`. A loss that is the
+mean over its samples is therefore weighted with `samples / T`, a loss sum with `1 / count of the window`.
+Step counts do not appear: an uneven or a smaller window is right without special care.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from autoaccum.errors import JobError
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One micro-batch's part: `term` is what backward runs on, `count` what it was summed over.
+
+    count is None for a loss that is a mean over samples; its term is weighted in full already. For a loss
+    given as a sum the term is divided by `samples` of the window for now and rescaled by `late_factor`,
+    because the window's count is unknown before its last forward; a raw sum would overflow in fp16.
+    """
+
+    term: torch.Tensor
+    count: torch.Tensor | float | None
+
+
+def contribution(returned: Any, *, samples: int, of_samples: int, of_count: float | None = None) -> Contribution:
+    """What the loss function returned for `samples` of the window's `of_samples`, weighted.
+
+    returned: a scalar mean over the samples, or `(loss_sum, count)`.
+    of_count: the window's whole count, where `count(batch)` told it beforehand.
+    Raises `JobError` for anything else, for a loss that is not a scalar and for one without a graph.
+    """
+    if isinstance(returned, tuple) and len(returned) == 2:
+        loss_sum, count = returned
+        _check(loss_sum)
+        return Contribution(loss_sum / (of_count or of_samples), None if of_count else count)
+    _check(returned)
+    return Contribution(returned * (samples / of_samples), None)
+
+
+def late_factor(counts: list[torch.Tensor | float], of_samples: int) -> float | torch.Tensor:
+    """What gradients of sums divided by samples are multiplied with, once every count is known."""
+    total = sum(counts)
+    return of_samples / total
+
+
+def _check(loss: Any) -> None:
+    if not isinstance(loss, torch.Tensor):
+        raise JobError(f"loss(model, batch) returned a {type(loss).__name__}: return a scalar tensor, the mean over the batch's samples, or (loss_sum, count)")
+    if loss.dim() != 0:
+        raise JobError(f"loss(model, batch) returned a tensor of shape {tuple(loss.shape)}: return a scalar, the mean over the batch's samples (reduction='mean')")
+    if not loss.requires_grad:
+        raise JobError("loss(model, batch) returned a loss that needs no gradient: compute it from the model's output, without no_grad(), detach() or .item()")
