@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,8 +51,8 @@ def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
     samples = count(batch)
     if sum(sizes) != samples:
         raise PlanError(f"cannot cut {samples} samples into {list(sizes)}: that is {sum(sizes)}")
-    starts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [_mapped(batch, lambda leaf, a=start, b=start + size: _cut(leaf, a, b)) for start, size in zip(starts, sizes)]
+    stops = list(itertools.accumulate(sizes))
+    return [_mapped(batch, partial(_cut, start=stop - size, stop=stop)) for stop, size in zip(stops, sizes)]
 
 
 def resize(batch: Any, samples: int) -> Any:

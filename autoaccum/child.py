@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from types import TracebackType
 from typing import Any
@@ -125,10 +126,8 @@ class Child:
         self.enforces = answer["enforces"]
 
     def _end(self) -> None:
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
         self._process.wait()
         self._listener.join(timeout=1)  # a grandchild that left the group may hold the pipe open
         for descriptor in (self._in, self._out):

@@ -65,7 +65,7 @@ def devices(as_json: bool) -> None:
 @cli.command(epilog=_EPILOG)
 @_shared
 @click.pass_obj
-def tune(rest: list[str] | None, **given: Any) -> None:
+def tune(rest: list[str] | None, /, **given: Any) -> None:
     """Find the fewest accumulation steps that fit, and print the plan.
 
     JOB is file.py[:make_job] or package.module[:make_job], a function that returns an autoaccum.Job; left out,
@@ -81,7 +81,7 @@ def tune(rest: list[str] | None, **given: Any) -> None:
 @_shared
 @click.option("-m", "--micro-batch", type=int, required=True, help="The size to rehearse.")
 @click.pass_obj
-def check(rest: list[str] | None, micro_batch: int, **given: Any) -> None:
+def check(rest: list[str] | None, /, micro_batch: int, **given: Any) -> None:
     """Rehearse one given micro-batch; say by how much it fits or not."""
     asked = _Asked(rest, **given)
     asked.answer(asked.checked(micro_batch))
@@ -91,7 +91,7 @@ def check(rest: list[str] | None, micro_batch: int, **given: Any) -> None:
 @_shared
 @click.option("-e", "--epochs", type=click.IntRange(min=1), default=1, show_default=True)
 @click.pass_obj
-def train(rest: list[str] | None, epochs: int, **given: Any) -> None:
+def train(rest: list[str] | None, /, epochs: int, **given: Any) -> None:
     """Tune, then train with the accumulating loop. A demonstration and a smoke test, not a trainer."""
     asked = _Asked(rest, **given)
     if asked.command:
@@ -228,9 +228,9 @@ def _run(ours: list[str], rest: list[str] | None, wants_json: bool, whole: bool)
     except BrokenPipeError:  # the reader of our stdout went away
         return 0
     except Exception as error:  # the job's own, raised while it trains in this process
-        from autoaccum.errors import in_short
-
         import traceback
+
+        from autoaccum.errors import in_short
 
         return _failed(JobFailed(str(error), kind=type(error).__name__, text=in_short(error), whole=traceback.format_exc()), wants_json, whole)
 

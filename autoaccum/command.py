@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from autoaccum import devices, oom
@@ -123,7 +124,7 @@ class Command:
             self._peaks[size] = peak
         # The process tells of itself only by its largest figure; a GPU's is inside it.
         shown = peak if peak is not None else 0
-        return Reading(size, steps, outcome, "command", shown, seconds, full=True, remarks=remarks)
+        return Reading(size, steps, outcome, "command", shown, seconds, remarks=remarks)
 
     def fresh(self) -> None:
         """Every run has a process of its own."""
@@ -195,10 +196,8 @@ def _waited(process: subprocess.Popen[bytes], timeout_s: float | None) -> tuple[
 
 
 def _end_group(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with suppress(ProcessLookupError, PermissionError):
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):
-        pass
 
 
 def _device(label: str) -> tuple[Facts, Memory]:
@@ -220,4 +219,3 @@ def _device(label: str) -> tuple[Facts, Memory]:
             facts = Facts(each["kind"], each["index"], each["name"], each["uuid"])
             return facts, Memory(each["total_bytes"], each["free_bytes"], 0, None, (), each["binding_limit"])
     raise NoSuchDevice(f"there is no {label} here; devices: {', '.join(each['kind'] for each in found)}")
-

@@ -68,7 +68,7 @@ def _between(plan: Plan) -> str:
 def _budget(plan: Plan) -> str:
     unit = unit_for(plan.budget_bytes)
     terms = [f"{number(bytes_, unit)} {word}" for bytes_, word in plan.arithmetic]
-    parts = [f"{in_words(plan.budget_bytes, unit)} = {' - '.join(terms)}"] if terms else []
+    parts = [f"{number(plan.budget_bytes, unit)} = {' - '.join(terms)}"] if terms else []
     if plan.shapes:
         parts.append("measured at " + ", ".join(f"{path} {shape}" for path, shape in list(plan.shapes.items())[:4]))
     trials = len(plan.trials)

@@ -68,7 +68,9 @@ class Job:
         for each in self.optimizers:
             closure = inspect.signature(each.step).parameters.get("closure")
             if closure is not None and closure.default is inspect.Parameter.empty:
-                raise JobError(f"{type(each).__name__} needs a closure that recomputes the loss inside step(), which cannot be accumulated yet: use another optimizer")
+                raise JobError(
+                    f"{type(each).__name__} needs a closure that recomputes the loss inside step(), which cannot be accumulated yet: use another optimizer"
+                )
 
     @property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
@@ -233,7 +235,7 @@ def _imported(place: str, origin: Source) -> ModuleType:
     except SystemExit as ended:
         raise JobError(
             f"{place} ended the process while it was imported (exit code {ended.code}), probably by reading the command line: "
-            f"put that under `if __name__ == \"__main__\":`, give its arguments after `--`, "
+            f'put that under `if __name__ == "__main__":`, give its arguments after `--`, '
             f"or let autoaccum run it as a command: autoaccum tune -b N -- python {place} ..."
         ) from ended
     finally:
@@ -247,7 +249,7 @@ def _training_refused(place: str) -> Any:
 
     def refuse(*_: Any) -> None:
         raise JobError(
-            f"{place} trains when it is imported: put the training under `if __name__ == \"__main__\":`, "
+            f'{place} trains when it is imported: put the training under `if __name__ == "__main__":`, '
             f"or let autoaccum run it as a command: autoaccum tune -b N -- python {place} --batch-size {{micro_batch}} ..."
         )
 

@@ -6,13 +6,13 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from autoaccum import explaining, search
-from autoaccum.errors import PlanError
+from autoaccum.errors import NoSuchDevice, PlanError
 
 SCHEMA = "autoaccum.plan/1"
 
@@ -51,7 +51,7 @@ def easier_targets(target: int, largest: int, smallest: int = 1) -> str:
     In words: `"126 = 42 x 3 and 128 = 32 x 4"`; empty if there are none within a tenth.
     """
     fewest = math.ceil(target / largest)
-    found = []
+    found: list[str] = []
     for direction in (-1, 1):
         for away in range(1, max(target // 10, 1) + 1):
             near = target + direction * away
@@ -175,11 +175,12 @@ class Plan:
 
         from autoaccum import batches
 
-        pieces = batches.split(batch, self.sizes(batches.count(batch)))
-        counts = [float(batches.count(piece) if count is None else count(piece)) for piece in pieces]
+        sizes = self.sizes(batches.count(batch))
+        pieces = batches.split(batch, sizes)
+        counts = [float(size if count is None else count(piece)) for piece, size in zip(pieces, sizes)]
         for index, piece in enumerate(pieces):
             on_device = batches.move(piece, torch.device(self.device.label), non_blocking=True)
-            yield MicroBatch(on_device, counts[index] / sum(counts), batches.count(piece), index == len(pieces) - 1)
+            yield MicroBatch(on_device, counts[index] / sum(counts), sizes[index], index == len(pieces) - 1)
 
     def explain(self) -> str:
         """The whole report: the plan, why not fewer steps, where the budget comes from, what to know."""
@@ -191,10 +192,9 @@ class Plan:
     def as_dict(self) -> dict[str, Any]:
         """The document that `--json` prints, schema autoaccum.plan/1."""
         document: dict[str, Any] = {"schema": SCHEMA}
-        for each in ("job", "target_batch", "effective_batch", "micro_batch", "accumulation_steps", "micro_batches", "share", "shares"):
-            document[each] = getattr(self, each)
-        for each in fields(self):
-            document.setdefault(each.name, getattr(self, each.name))
+        first = ("job", "target_batch", "effective_batch", "micro_batch", "accumulation_steps", "micro_batches", "share", "shares")
+        for name in (*first, *(each.name for each in fields(self))):
+            document.setdefault(name, getattr(self, name))
         document["spare_bytes"] = self.spare_bytes
         document["device"] = asdict(self.device)
         document["trials"] = [asdict(each) for each in self.trials]
@@ -248,5 +248,5 @@ def _name_here(device: PlannedDevice) -> str | None:
 
     try:
         return devices.get(device.label).facts.name
-    except devices.NoSuchDevice:
+    except NoSuchDevice:
         return f"none ({', '.join(devices.here())} is)" if device.kind != "cpu" else None

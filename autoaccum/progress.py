@@ -23,7 +23,8 @@ def shown(*, quiet: bool = False) -> Iterator[Callable[[Trying | Reading], None]
 
 def finished(reading: Reading) -> str:
     """One trial that ended, in a line."""
-    what = f"{reading.micro_batch} x {reading.accumulation_steps}" if reading.full else str(reading.micro_batch)
+    command = reading.phase == "command"  # each run is the whole command: there is no shorter trial to confirm
+    what = f"{reading.micro_batch} x {reading.accumulation_steps}" if reading.full or command else str(reading.micro_batch)
     went = {
         "fits": "fits",
         "over-budget": "fits the device but not the budget",

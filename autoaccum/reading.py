@@ -30,6 +30,8 @@ class Reading:
     phase: the last phase that was reached: "batch", "forward", "backward", "step".
     peak_bytes: the most held, None where the process did not live to tell; base_bytes: what is held between
     micro-batches (parameters, optimizer state, resident gradients), as far as known.
+    activation_bytes: the most that was live in forward and backward, which is what grows with the micro-batch;
+    the optimizer's step may peak above it, whatever the size. None where the trial did not get so far.
     seconds: the whole trial; window_seconds: its last window.
     full: True for a confirming run, the whole window twice.
     """
@@ -41,6 +43,7 @@ class Reading:
     peak_bytes: int | None
     seconds: float
     base_bytes: int | None = None
+    activation_bytes: int | None = None
     window_seconds: float | None = None
     full: bool = False
     cached: bool = False

@@ -23,7 +23,9 @@ def text(plan: Plan) -> str:
     if plan.job == "demo":
         lines.insert(0, DEMO_INTRO)
         if plan.accumulation_steps == 1:
-            lines.append(f"hint: all {plan.target_batch} fit at once: try --max-micro-batch 40, or a model of your own: autoaccum tune train.py:make_job -b {plan.target_batch}")
+            lines.append(
+                f"hint: all {plan.target_batch} fit at once: try --max-micro-batch 40, or a model of your own: autoaccum tune train.py:make_job -b {plan.target_batch}"
+            )
     return "\n".join(lines)
 
 

@@ -27,6 +27,8 @@ class Showed(Protocol):
     @property
     def peak_bytes(self) -> int | None: ...
     @property
+    def activation_bytes(self) -> int | None: ...
+    @property
     def base_bytes(self) -> int | None: ...
 
 
@@ -73,7 +75,7 @@ def sizes(target: int, *, smallest: int = 1, most: int | None = None, equal: boo
 
 
 class _Line:
-    """Peaks of the readings so far, and what they predict."""
+    """Peaks of forward and backward so far, and what they predict."""
 
     def __init__(self, gradient_bytes: int) -> None:
         self._gradient_bytes = gradient_bytes
@@ -81,10 +83,12 @@ class _Line:
         self.base: float | None = None
 
     def add(self, reading: Showed) -> None:
-        if reading.peak_bytes is None or not reading.fits:
+        # Forward and backward grow with the size; an optimizer's step that peaks above them would bend the line.
+        seen = reading.activation_bytes or (reading.peak_bytes if reading.fits else None)
+        if not seen:
             return
         alone = reading.accumulation_steps == 1
-        self._peaks[reading.micro_batch] = reading.peak_bytes + (self._gradient_bytes if alone else 0)
+        self._peaks[reading.micro_batch] = seen + (self._gradient_bytes if alone else 0)
         if reading.base_bytes is not None and not alone:
             self.base = float(reading.base_bytes)
 

@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from contextlib import contextmanager
+from functools import partial
 from types import FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -25,7 +26,7 @@ from autoaccum.errors import DeviceError
 from autoaccum.job import Job
 from autoaccum.units import in_words
 
-Undo = Callable[[], None]
+Undo = Callable[[], object]
 
 
 class Snapshot:
@@ -90,23 +91,23 @@ class Snapshot:
         if isinstance(item, torch.Tensor):
             self._keep_tensor(item)
         elif isinstance(item, random.Random):
-            self._undo.append(lambda state=item.getstate(): item.setstate(state))
+            self._undo.append(partial(item.setstate, item.getstate()))
         elif isinstance(item, MutableMapping) or type(item).__name__ == "mappingproxy":
             self._keep_mapping(item, deep)
         elif isinstance(item, (list, deque)):
-            self._undo.append(lambda items=list(item): _refill(item, items))
+            self._undo.append(partial(_refill, item, list(item)))
             self._visit_all(item, deep)
         elif isinstance(item, set):
-            self._undo.append(lambda items=set(item): _refill_set(item, items))
+            self._undo.append(partial(_refill_mapping, item, set(item)))
             self._visit_all(item, deep)
         elif isinstance(item, tuple):
             self._visit_all(item, deep)
         elif _is_array(item):
-            self._undo.append(lambda content=item.copy(): item.__setitem__(..., content))
+            self._undo.append(partial(item.__setitem__, ..., item.copy()))
         elif hasattr(item, "get_state") and hasattr(item, "set_state"):  # torch.Generator, numpy.random.RandomState
-            self._undo.append(lambda state=item.get_state(): item.set_state(state))
+            self._undo.append(partial(item.set_state, item.get_state()))
         elif hasattr(item, "bit_generator"):  # numpy.random.Generator
-            self._undo.append(lambda state=item.bit_generator.state: setattr(item.bit_generator, "state", state))
+            self._undo.append(partial(setattr, item.bit_generator, "state", item.bit_generator.state))
         elif hasattr(item, "__dict__") and (deep or _holds_training_state(item)):
             self._keep_mapping(vars(item), deep)
 
@@ -116,14 +117,14 @@ class Snapshot:
 
     def _keep_mapping(self, mapping: Any, deep: bool) -> None:
         if isinstance(mapping, MutableMapping):
-            self._undo.append(lambda items=dict(mapping): _refill_mapping(mapping, items))
+            self._undo.append(partial(_refill_mapping, mapping, dict(mapping)))
         self._visit_all(mapping.values(), deep)
 
     def _keep_tensor(self, tensor: torch.Tensor) -> None:
         if tensor.grad_fn is not None or tensor.is_meta or tensor.layout != torch.strided:
             return  # an intermediate result is nobody's state; its owner still gets the object back
         alias = tensor.detach()  # keeps hold of the storage that the tensor has now
-        self._undo.append(lambda needs=tensor.requires_grad: _same_data(tensor, alias, needs))
+        self._undo.append(partial(_same_data, tensor, alias, tensor.requires_grad))
         if tensor.is_leaf:
             self._grads.append(tensor)
         trains = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
@@ -213,7 +214,8 @@ def _is_array(item: Any) -> bool:
 
 
 def _host_copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    return storage.clone() if storage.device.type == "cpu" else storage.cpu()
+    copied: torch.UntypedStorage = storage.clone() if storage.device.type == "cpu" else storage.cpu()
+    return copied
 
 
 def _host_grad(grad: torch.Tensor) -> torch.Tensor:
@@ -232,40 +234,38 @@ def _refill(items: Any, content: list[Any]) -> None:
     items.extend(content)
 
 
-def _refill_set(items: set[Any], content: set[Any]) -> None:
-    items.clear()
-    items.update(content)
-
-
-def _refill_mapping(mapping: Any, content: dict[Any, Any]) -> None:
+def _refill_mapping(mapping: Any, content: Any) -> None:
     mapping.clear()
     mapping.update(content)
 
 
 def _modes() -> list[Undo]:
-    """Switches of torch that a job may turn: autocast, gradients, default dtype, cuDNN."""
-    undo: list[Undo] = [lambda on=torch.is_grad_enabled(): torch.set_grad_enabled(on)]
-    undo.append(lambda dtype=torch.get_default_dtype(): torch.set_default_dtype(dtype))
-    undo.append(lambda on=torch.is_autocast_cache_enabled(): torch.set_autocast_cache_enabled(on))
-    for kind in ("cpu", "cuda"):
-        undo.append(lambda kind=kind, on=torch.is_autocast_enabled(kind): torch.set_autocast_enabled(kind, on))
-        undo.append(lambda kind=kind, dtype=torch.get_autocast_dtype(kind): torch.set_autocast_dtype(kind, dtype))
+    """Switches of torch that a job may turn: gradients, default dtype, autocast, cuDNN."""
     cudnn = torch.backends.cudnn
-    undo.append(lambda a=cudnn.benchmark, b=cudnn.deterministic: (setattr(cudnn, "benchmark", a), setattr(cudnn, "deterministic", b)))
+    undo: list[Undo] = [
+        partial(torch.set_grad_enabled, torch.is_grad_enabled()),
+        partial(torch.set_default_dtype, torch.get_default_dtype()),
+        partial(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled()),
+        partial(setattr, cudnn, "benchmark", cudnn.benchmark),
+        partial(setattr, cudnn, "deterministic", cudnn.deterministic),
+    ]
+    for kind in ("cpu", "cuda"):
+        undo.append(partial(torch.set_autocast_enabled, kind, torch.is_autocast_enabled(kind)))
+        undo.append(partial(torch.set_autocast_dtype, kind, torch.get_autocast_dtype(kind)))
     return undo
 
 
 def _rng() -> list[Undo]:
     """Generators of Python, NumPy (if it is in use), torch, and every device in use."""
-    undo: list[Undo] = [lambda state=random.getstate(): random.setstate(state)]
+    undo: list[Undo] = [partial(random.setstate, random.getstate())]
     numpy = sys.modules.get("numpy")
     if numpy is not None:
-        undo.append(lambda state=numpy.random.get_state(): numpy.random.set_state(state))
-    undo.append(lambda state=torch.get_rng_state(): torch.set_rng_state(state))
+        undo.append(partial(numpy.random.set_state, numpy.random.get_state()))
+    undo.append(partial(torch.set_rng_state, torch.get_rng_state()))
     if torch.cuda.is_initialized():
-        undo.append(lambda states=torch.cuda.get_rng_state_all(): torch.cuda.set_rng_state_all(states))
+        undo.append(partial(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all()))
     if torch.backends.mps.is_available():
-        undo.append(lambda state=torch.mps.get_rng_state(): torch.mps.set_rng_state(state))
-    if hasattr(torch, "xpu") and torch.xpu.is_initialized():
-        undo.append(lambda states=torch.xpu.get_rng_state_all(): torch.xpu.set_rng_state_all(states))
+        undo.append(partial(torch.mps.set_rng_state, torch.mps.get_rng_state()))
+    if torch.xpu.is_initialized():
+        undo.append(partial(torch.xpu.set_rng_state_all, torch.xpu.get_rng_state_all()))
     return undo

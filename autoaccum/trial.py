@@ -19,28 +19,33 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from autoaccum import batches, oom, snapshot, window
-from autoaccum.devices.base import Budget, Device, budget
+from autoaccum.devices.base import Budget, Device, Watch, budget
 from autoaccum.errors import AutoaccumError, JobError, noted
 from autoaccum.job import Job
 from autoaccum.reading import Limits, Outcome, Reading, Say, Subject
+
 
 class _TimedOut(Exception):
     pass
 
 
 class _Tell:
-    """Where the trial is: tells listeners, and ends the trial when its time is over.
+    """Where the trial is: tells listeners, takes the peak of forward and backward apart from the step's, and
+    ends the trial when its time is over.
 
     In one process a clock can only be looked at between phases; a kernel that hangs needs a child process.
     """
 
-    def __init__(self, say: Say | None, timeout_s: float | None) -> None:
+    def __init__(self, watch: Watch, say: Say | None, timeout_s: float | None) -> None:
         self.phase = "batch"
-        self._say = say
+        self.activation_bytes: int | None = None
+        self._watch, self._say = watch, say
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
 
     def __call__(self, phase: str, index: int) -> None:
         self.phase = phase
+        if phase == "step":
+            self.activation_bytes = self._watch.lap_bytes()
         if self._say is not None:
             self._say(phase, index)
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -69,35 +74,32 @@ def measure(
     """
     largest, steps = micro_batches[0], len(micro_batches)
     windows = [micro_batches, micro_batches] if full else [micro_batches[:1], micro_batches[:2]]
-    tell = _Tell(say, timeout_s)
     scaler = _scaler_of_our_own(job, device)
     device.release()
     held_before = device.live_bytes()
-    base_bytes = last_seconds = shapes = None
-    remarks: list[str] = []
+    base_bytes = seconds = shapes = None
+    remarks: tuple[str, ...] = ()
     stepped = False
     outcome: Outcome = "fits"
     started = time.perf_counter()
     with device.watch() as watch:
+        tell = _Tell(watch, say, timeout_s)
         try:
             with device.capped(allowed.budget_bytes + aside_bytes) if enforce else nullcontext():
                 tell("batch", 0)
                 batch, ballast = _batch(job, device, largest, sum(micro_batches))
                 shapes = batches.shapes(batch) if job.split is None else {}
                 for sizes in windows:
-                    device.synchronize()
-                    window_started = time.perf_counter()
-                    ran = window.run(job, job.loss, _pieces(job, batch, sizes), samples=sum(sizes), count=_count(job, batch, sizes), device=job.device, scaler=scaler, say=tell)
-                    device.synchronize()
-                    last_seconds = time.perf_counter() - window_started
+                    watch.lap_bytes()
+                    ran, seconds = _window(job, device, batch, sizes, scaler, tell)
                     stepped = stepped or not ran.skipped
                     if base_bytes is None:
                         base_bytes = device.live_bytes() - aside_bytes + (job.gradient_bytes() if steps > 1 else 0)
-                        if not torch.isfinite(ran.loss):
-                            remarks.append(f"the loss is {ran.loss.item()} at a micro-batch of {largest}: memory is measured all the same, but training would go nowhere")
-                del batch, ballast, ran
+                        remarks = _remarks(ran, largest)
+                    del ran
+                del batch, ballast
         except Exception as error:
-            # First of all, and with the cap lifted by now: what the failed frames hold.
+            # First of all, and with the cap lifted by now: what is left, before anything else is allocated.
             left = allowed.budget_bytes + aside_bytes - device.live_bytes()
             taken = device.live_bytes() - held_before
             if isinstance(error, _TimedOut):
@@ -105,14 +107,13 @@ def measure(
             elif oom.is_oom(error, left_bytes=left, taken_bytes=taken):
                 outcome = "oom"
             else:
-                _forget(job, error=None)
-                if isinstance(error, AutoaccumError):
-                    raise
-                raise noted(error, f"autoaccum: raised in {tell.phase}, at a micro-batch of {largest}")
+                if not isinstance(error, AutoaccumError):
+                    noted(error, f"autoaccum: raised in {tell.phase}, at a micro-batch of {largest}")
+                raise
             _forget(job, error)
+        batch = ballast = None  # noqa: F841 - lets go of what an out-of-memory left in this frame
         peak_bytes = watch.peak_bytes() - aside_bytes
         crawled = watch.retries() > 0
-    batch = ballast = ran = None  # noqa: F841 - what an OOM left in this frame
     device.release()
     if outcome == "fits" and not stepped:
         raise JobError(
@@ -128,12 +129,37 @@ def measure(
         tell.phase,
         peak_bytes,
         time.perf_counter() - started,
-        base_bytes,
-        last_seconds,
-        full,
+        base_bytes=base_bytes,
+        activation_bytes=None if outcome in ("oom", "timeout") or tell.activation_bytes is None else tell.activation_bytes - aside_bytes,
+        window_seconds=seconds,
+        full=full,
         shapes=shapes,
-        remarks=tuple(remarks),
+        remarks=remarks,
     )
+
+
+def _window(job: Job, device: Device, batch: Any, sizes: Sequence[int], scaler: Any, tell: _Tell) -> tuple[window.Ran, float]:
+    """One window, and its seconds with the device idle before and after."""
+    device.synchronize()
+    started = time.perf_counter()
+    ran = window.run(
+        job,
+        job.loss,
+        _pieces(job, batch, sizes),
+        samples=sum(sizes),
+        count=_count(job, batch, sizes),
+        device=job.device,
+        scaler=scaler,
+        say=tell,
+    )
+    device.synchronize()
+    return ran, time.perf_counter() - started
+
+
+def _remarks(ran: window.Ran, micro_batch: int) -> tuple[str, ...]:
+    if torch.isfinite(ran.loss):
+        return ()
+    return (f"the loss is {ran.loss.item()} at a micro-batch of {micro_batch}: memory is measured all the same, but training would go nowhere",)
 
 
 def _batch(job: Job, device: Device, samples: int, share: int) -> tuple[Any, torch.Tensor | None]:
@@ -168,9 +194,9 @@ def _scaler_of_our_own(job: Job, device: Device) -> Any:
     return torch.amp.GradScaler(device.facts.kind, init_scale=1.0, growth_interval=10**9)
 
 
-def _forget(job: Job, error: BaseException | None) -> None:
+def _forget(job: Job, error: BaseException) -> None:
     """Lets go of what a failed trial still holds: frames of the exceptions, gradients, cycles."""
-    for link in oom.chain(error) if error is not None else ():
+    for link in oom.chain(error):
         traceback.clear_frames(link.__traceback__)
         link.__traceback__ = None
     for parameter in job.model.parameters():

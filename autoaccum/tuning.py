@@ -103,13 +103,23 @@ def tune(
         return _line(rehearsal, wish, tell, "in place", _idle_gpu(where.facts.kind))
 
 
-def tune_source(where: Source | str | None, wish: Wish, *, device: str = "auto", progress: Progress | None = None, said: Callable[[str], None] | None = None) -> Plan:
+def tune_source(
+    where: Source | str | None, wish: Wish, *, device: str = "auto", progress: Progress | None = None, said: Callable[[str], None] | None = None
+) -> Plan:
     """As `tune`, for a job that a file builds, in a child process of its own. `said` gets what the job prints."""
     with _child(where, wish, device, progress, said) as (child, tell, label):
         return _line(child, wish, tell, label, ())
 
 
-def check_source(where: Source | str | None, micro_batch: int, wish: Wish, *, device: str = "auto", progress: Progress | None = None, said: Callable[[str], None] | None = None) -> Plan:
+def check_source(
+    where: Source | str | None,
+    micro_batch: int,
+    wish: Wish,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+    said: Callable[[str], None] | None = None,
+) -> Plan:
     """Rehearses one given micro-batch, the whole window twice. Raises `OutOfMemory` with by how much it does not fit."""
     if not 1 <= micro_batch <= wish.target_batch:
         raise UsageError(f"a micro-batch of {micro_batch} for a target batch of {wish.target_batch}: give between 1 and {wish.target_batch}")
@@ -152,7 +162,9 @@ def tune_command(words: Sequence[str], wish: Wish, *, device: str = "auto", prog
         return _plan(command, wish, tell, str(template), found, confirmed, sizes, budget, started, ())
 
 
-def check_command(words: Sequence[str], micro_batch: int, wish: Wish, *, device: str = "auto", progress: Progress | None = None, said: Callable[[str], None]) -> Plan:
+def check_command(
+    words: Sequence[str], micro_batch: int, wish: Wish, *, device: str = "auto", progress: Progress | None = None, said: Callable[[str], None]
+) -> Plan:
     """Runs the command once at one given size. Raises `OutOfMemory` where it does not fit."""
     if wish.target_batch % micro_batch:
         raise UsageError(f"a command runs equal micro-batches: {micro_batch} does not divide a target batch of {wish.target_batch}")
@@ -180,10 +192,11 @@ def _line(rehearsal: Rehearser, wish: Wish, tell: _Teller, label: str, warnings:
         known = tell.refused.get(micro_batch) or tell.known.get((micro_batch, steps > 1))
         return known or tell.measured(rehearsal, _window(target, micro_batch))
 
+    def budget_bytes() -> int:
+        return budget.budget_bytes
+
     while True:
-        found = search.largest(
-            fits, target, candidates, budget_bytes=lambda: budget.budget_bytes, gradient_bytes=subject.gradient_bytes, daring=rehearsal.enforces
-        )
+        found = search.largest(fits, target, candidates, budget_bytes=budget_bytes, gradient_bytes=subject.gradient_bytes, daring=rehearsal.enforces)
         if not found.micro_batch:
             raise _nothing_fits(rehearsal, tell, candidates[0], target, budget)
         sizes = plan.micro_batches(target, found.accumulation_steps)
@@ -239,7 +252,9 @@ class _Teller:
 
 
 @contextmanager
-def _child(where: Source | str | None, wish: Wish, device: str, progress: Progress | None, said: Callable[[str], None] | None) -> Iterator[tuple[Child, _Teller, str]]:
+def _child(
+    where: Source | str | None, wish: Wish, device: str, progress: Progress | None, said: Callable[[str], None] | None
+) -> Iterator[tuple[Child, _Teller, str]]:
     origin = where if isinstance(where, Source) else source(where)
     tell = _Teller(progress)
     with Child(origin, device, wish.limits, say=tell.phase, said=said) as child:
@@ -264,7 +279,9 @@ def _plan(
     said = [*subject.remarks, *warnings, *remarks]
     if subject.batch_norms and len(sizes) > 1:
         shown = ", ".join(subject.batch_norms[:3]) + (" and more" if len(subject.batch_norms) > 3 else "")
-        said.append(f"BatchNorm ({shown}) sees micro-batches of {sizes[0]}, not the whole batch of {wish.target_batch}: its statistics differ from one big batch")
+        said.append(
+            f"BatchNorm ({shown}) sees micro-batches of {sizes[0]}, not the whole batch of {wish.target_batch}: its statistics differ from one big batch"
+        )
     if memory.outside_bytes is None and budget.cap_bytes is not None:
         said.append(f"nobody said what the driver's context takes of the limit: {in_words(ASSUMED_OUTSIDE)} were assumed")
     peak = confirmed.peak_bytes
@@ -298,7 +315,7 @@ def _plan(
         predicted_refusal=found.predicted_refusal,
         arithmetic=_arithmetic(budget),
         warnings=tuple(said),
-        hints=tuple(_hints(wish, found, sizes, 2 if subject.batch_norms else 1)),
+        hints=tuple(_hints(wish, found, sizes, 2 if subject.batch_norms else 1, isinstance(rehearsal, Command))),
     )
 
 
@@ -355,7 +372,9 @@ def _nothing_fits(rehearsal: Rehearser, tell: _Teller, micro_batch: int, target:
     others = [other for other in budget.memory.others if other.bytes]
     held = "".join(f"; {other.name} (process {other.pid}) holds {in_words(other.bytes or 0)}" for other in others)
     if refused is not None and refused.outcome == "timeout":
-        return NothingFits(f"{unit} did not finish in time: raise --timeout, or look for a hang in the job", budget_bytes=budget.budget_bytes, trials=tell.tried)
+        return NothingFits(
+            f"{unit} did not finish in time: raise --timeout, or look for a hang in the job", budget_bytes=budget.budget_bytes, trials=tell.tried
+        )
     wide = f"raise --memory-limit (now {in_words(budget.cap_bytes)})" if budget.cap_bytes else "free memory, or use a larger device"
     return NothingFits(
         f"{how}: it needs {needs} and the budget is {in_words(budget.budget_bytes)}{held}. "
@@ -416,14 +435,16 @@ def _drift(before: Budget, after: Budget) -> tuple[str, ...]:
     return (f"{in_words(taken)} of memory went to others while measuring{who}: leave more headroom, or tune again",)
 
 
-def _hints(wish: Wish, found: search.Found, sizes: tuple[int, ...], smallest: int) -> Iterator[str]:
+def _hints(wish: Wish, found: search.Found, sizes: tuple[int, ...], smallest: int, for_command: bool) -> Iterator[str]:
     target, most = wish.target_batch, found.largest_fit
     if wish.equal:
-        most = min(max(most, found.predicted_largest or 0), wish.max_micro_batch or target)
+        # How much fits between the answer and the next divisor is known only where something predicts it.
+        above = (found.smallest_refused or target + 1) - 1
+        most = min(max(most, found.predicted_largest or above), wish.max_micro_batch or target)
         fewest = math.ceil(target / most)
         if len(sizes) > fewest and (better := plan.easier_targets(target, most, smallest)):
-            uneven = notation(plan.micro_batches(target, fewest))
-            yield f"{plan.why_unequal(target)}: equal micro-batches cost {len(sizes)} steps here; without --equal {target} is {uneven} if {math.ceil(target / fewest)} fits, and easier targets are {better}"
+            uneven = "" if for_command else f" without --equal {target} is {notation(plan.micro_batches(target, fewest))}, and"
+            yield f"{plan.why_unequal(target)}: equal micro-batches cost {len(sizes)} steps; as far as it fits,{uneven} easier targets are {better}"
     elif sizes[0] != sizes[-1]:
         equal = plan.equal_split(target, most, smallest)
         if equal is not None:

@@ -53,6 +53,8 @@ def _check(loss: Any) -> None:
     if not isinstance(loss, torch.Tensor):
         raise JobError(f"loss(model, batch) returned a {type(loss).__name__}: return a scalar tensor, the mean over the batch's samples, or (loss_sum, count)")
     if loss.dim() != 0:
-        raise JobError(f"loss(model, batch) returned a tensor of shape {tuple(loss.shape)}: return a scalar, the mean over the batch's samples (reduction='mean')")
+        raise JobError(
+            f"loss(model, batch) returned a tensor of shape {tuple(loss.shape)}: return a scalar, the mean over the batch's samples (reduction='mean')"
+        )
     if not loss.requires_grad:
         raise JobError("loss(model, batch) returned a loss that needs no gradient: compute it from the model's output, without no_grad(), detach() or .item()")

@@ -16,6 +16,7 @@ from autoaccum import batches, weighting
 from autoaccum.job import Job
 from autoaccum.reading import Say
 
+
 @dataclass(frozen=True)
 class Ran:
     """One window that ran. Tensors stay on their device; reading them is the caller's choice to wait.

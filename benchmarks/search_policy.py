@@ -32,6 +32,7 @@ class Shown:
     fits: bool
     peak_bytes: int | None
     base_bytes: int | None
+    activation_bytes: int | None = None
 
 
 @dataclass
@@ -124,11 +125,15 @@ def main(output: Path | None, without_base: bool) -> None:
                 )  # fmt: skip
     click.echo(f"{'memory':8}{'policy':22}{'target':>7}{'trials':>8}{'most':>6}{'OOMs':>7}{'most':>6}{'more steps than needed':>24}")
     for row in rows:
-        click.echo(f"{row['memory']:8}{row['policy']:22}{row['target']:>7}{row['trials_mean']:>8.2f}{row['trials_most']:>6}{row['ooms_mean']:>7.2f}{row['ooms_most']:>6}{row['wrong']:>17} of {row['runs']}")
+        click.echo(
+            f"{row['memory']:8}{row['policy']:22}{row['target']:>7}{row['trials_mean']:>8.2f}{row['trials_most']:>6}{row['ooms_mean']:>7.2f}{row['ooms_most']:>6}{row['wrong']:>17} of {row['runs']}"
+        )
     for kind in ("affine", "jump", "noise"):
         for name in POLICIES:
             mine = [row for row in rows if row["memory"] == kind and row["policy"] == name]
-            click.echo(f"{kind:8}{name:22}{'all':>7}{statistics.mean(r['trials_mean'] for r in mine):>8.2f}{'':6}{statistics.mean(r['ooms_mean'] for r in mine):>7.2f}")
+            click.echo(
+                f"{kind:8}{name:22}{'all':>7}{statistics.mean(r['trials_mean'] for r in mine):>8.2f}{'':6}{statistics.mean(r['ooms_mean'] for r in mine):>7.2f}"
+            )
     if output:
         output.write_text(json.dumps({"schema": "autoaccum.search_policy/1", "rows": rows}, indent=1) + "\n")
 

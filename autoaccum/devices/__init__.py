@@ -56,7 +56,7 @@ def get(label: str = "auto") -> Device:
     """
     found = re.fullmatch(r"(auto|cpu|mps|(?:cuda|xpu)(?::\d+)?)", label)
     if not found:
-        raise NoSuchDevice(f"{label!r} is not a device: use auto, cpu, cuda, cuda:INDEX, mps or xpu")
+        raise NoSuchDevice(f"{label!r} is not a device: use auto, cpu, cuda, cuda:INDEX, mps or xpu; devices here: {', '.join(here())}")
     if label == "auto":
         label = here()[0]
     kind, _, index = label.partition(":")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -66,8 +68,50 @@ class Watch(Protocol):
     def peak_bytes(self) -> int:
         """The most that was held since: reserved bytes on a GPU, resident bytes on a CPU."""
 
+    def lap_bytes(self) -> int:
+        """The most that live tensors took since the last lap (as `live_bytes`); a new lap begins."""
+
     def retries(self) -> int:
         """How often the allocator had to flush its cache and ask again since."""
+
+
+class SampledPeak:
+    """A `Watch` for systems that keep no peak themselves: a thread reads what is held, and what is live, every 2 ms."""
+
+    def __init__(self, held: Callable[[], int], live: Callable[[], int] | None = None, every_s: float = 0.002) -> None:
+        self._held, self._live, self._every_s = held, live or held, every_s
+        self._over, self._lock = threading.Event(), threading.Lock()
+        self._most = self._lap = 0
+        self._thread = threading.Thread(target=self._sample, name="autoaccum-peak", daemon=True)
+
+    def __enter__(self) -> SampledPeak:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def peak_bytes(self) -> int:
+        self._read()
+        return self._most
+
+    def lap_bytes(self) -> int:
+        self._read()
+        with self._lock:
+            lap, self._lap = self._lap, 0
+        return lap
+
+    def retries(self) -> int:
+        return 0
+
+    def _read(self) -> None:
+        with self._lock:
+            self._most, self._lap = max(self._most, self._held()), max(self._lap, self._live())
+
+    def _sample(self) -> None:
+        while not self._over.wait(self._every_s):
+            self._read()
 
 
 class Device(Protocol):

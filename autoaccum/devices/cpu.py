@@ -12,7 +12,6 @@ import gc
 import os
 import platform
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -21,7 +20,7 @@ from types import TracebackType
 import psutil
 
 from autoaccum.devices import cgroup
-from autoaccum.devices.base import Consumer, Facts, Memory, Watch
+from autoaccum.devices.base import Consumer, Facts, Memory, SampledPeak, Watch
 from autoaccum.errors import MemoryUnknown
 from autoaccum.units import KIB, MIB
 
@@ -140,43 +139,34 @@ class _DataLimit:
 
 
 class _Peak:
+    """The kernel's own high-water mark, set back at each lap."""
+
     def __init__(self) -> None:
-        self.seen = 0
+        self._most = 0
+        _CLEAR_REFS.write_text("5")  # resets VmHWM to VmRSS
 
     def peak_bytes(self) -> int:
-        return _status("VmHWM")
+        return max(self._most, _status("VmHWM"))
+
+    def lap_bytes(self) -> int:
+        lap = _status("VmHWM")
+        self._most = max(self._most, lap)
+        _CLEAR_REFS.write_text("5")
+        return lap
 
     def retries(self) -> int:
         return 0
 
 
-class _SampledPeak(_Peak):
-    def peak_bytes(self) -> int:
-        self.seen = max(self.seen, int(psutil.Process().memory_info().rss))
-        return self.seen
-
-
 @contextmanager
 def _resettable() -> Iterator[Watch]:
-    _CLEAR_REFS.write_text("5")  # resets VmHWM to VmRSS
     yield _Peak()
 
 
 @contextmanager
-def _sampled(every_s: float = 0.002) -> Iterator[Watch]:
-    peak, over = _SampledPeak(), threading.Event()
-
-    def sample() -> None:
-        while not over.wait(every_s):
-            peak.peak_bytes()
-
-    thread = threading.Thread(target=sample, name="autoaccum-peak", daemon=True)
-    thread.start()
-    try:
+def _sampled() -> Iterator[Watch]:
+    with SampledPeak(lambda: int(psutil.Process().memory_info().rss)) as peak:
         yield peak
-    finally:
-        over.set()
-        thread.join()
 
 
 def _can_reset_peak() -> bool:

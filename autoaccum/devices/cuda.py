@@ -56,7 +56,6 @@ class Cuda:
 
     @contextmanager
     def watch(self) -> Iterator[Watch]:
-        torch.cuda.reset_peak_memory_stats(self._index)
         yield _Peak(self._index)
 
     @contextmanager
@@ -86,11 +85,17 @@ class Cuda:
 
 class _Peak:
     def __init__(self, index: int) -> None:
-        self._index = index
+        self._index, self._most = index, 0
+        torch.cuda.reset_peak_memory_stats(index)
         self._retries_before = self._stat("num_alloc_retries")
 
     def peak_bytes(self) -> int:
-        return int(torch.cuda.max_memory_reserved(self._index))
+        return max(self._most, int(torch.cuda.max_memory_reserved(self._index)))
+
+    def lap_bytes(self) -> int:
+        lap, self._most = int(torch.cuda.max_memory_allocated(self._index)), self.peak_bytes()
+        torch.cuda.reset_peak_memory_stats(self._index)
+        return lap
 
     def retries(self) -> int:
         return self._stat("num_alloc_retries") - self._retries_before

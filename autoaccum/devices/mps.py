@@ -7,14 +7,13 @@ https://pytorch.org/docs/stable/mps.html
 from __future__ import annotations
 
 import gc
-import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import psutil
 import torch
 
-from autoaccum.devices.base import Facts, Memory, Watch
+from autoaccum.devices.base import Facts, Memory, SampledPeak, Watch
 from autoaccum.errors import MemoryUnknown
 
 
@@ -43,21 +42,8 @@ class Mps:
     def live_bytes(self) -> int:
         return int(torch.mps.current_allocated_memory())
 
-    @contextmanager
-    def watch(self, every_s: float = 0.002) -> Iterator[Watch]:
-        peak, over = _Peak(self), threading.Event()
-
-        def sample() -> None:
-            while not over.wait(every_s):
-                peak.peak_bytes()
-
-        thread = threading.Thread(target=sample, name="autoaccum-peak", daemon=True)
-        thread.start()
-        try:
-            yield peak
-        finally:
-            over.set()
-            thread.join()
+    def watch(self) -> AbstractContextManager[Watch]:
+        return SampledPeak(self.held_bytes, self.live_bytes)
 
     @contextmanager
     def capped(self, budget_bytes: int) -> Iterator[None]:
@@ -78,16 +64,3 @@ class Mps:
     def release(self) -> None:
         gc.collect()
         torch.mps.empty_cache()
-
-
-class _Peak:
-    def __init__(self, device: Mps) -> None:
-        self._device = device
-        self._seen = 0
-
-    def peak_bytes(self) -> int:
-        self._seen = max(self._seen, self._device.held_bytes())
-        return self._seen
-
-    def retries(self) -> int:
-        return 0

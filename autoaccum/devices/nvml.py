@@ -8,6 +8,7 @@ CUDA only the visible ones, fastest first. https://docs.nvidia.com/deploy/nvml-a
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +50,8 @@ def ask(uuid: str | None, pci: str | None) -> Told:
             return Told(why_not=f"NVML: no device with UUID {uuid} or PCI id {pci}")
         return _told(pynvml, handle)
     finally:
-        pynvml.nvmlShutdown()
+        with suppress(pynvml.NVMLError):  # a lost card must not lose the answer
+            pynvml.nvmlShutdown()
 
 
 def _handle(nvml: Any, uuid: str | None, pci: str | None) -> Any:
@@ -67,14 +69,14 @@ def _told(nvml: Any, handle: Any) -> Told:
     memory = _answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
     # Under MIG the processes of a slice are listed with the slice's handle.
     processes = _answer(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
-    ours = [each.usedGpuMemory for each in processes if each.pid == os.getpid()]
+    ours = [each.usedGpuMemory for each in processes if each.pid == os.getpid() and each.usedGpuMemory is not None]
     others = [Consumer(each.pid, each.usedGpuMemory, _name_of(each.pid)) for each in processes if each.pid != os.getpid()]
     return Told(
         uuid=_text(_answer(nvml, nvml.nvmlDeviceGetUUID, handle)),
         name=_text(_answer(nvml, nvml.nvmlDeviceGetName, handle)),
         total_bytes=memory.total if memory else None,
         used_bytes=memory.used if memory else None,
-        ours_bytes=ours[0] if ours else None,
+        ours_bytes=sum(ours) if ours else None,
         others=tuple(sorted(others, key=lambda other: -(other.bytes or 0))),
     )
 
@@ -82,7 +84,7 @@ def _told(nvml: Any, handle: Any) -> Told:
 def _answer(nvml: Any, call: Any, handle: Any) -> Any:
     try:
         return call(handle)
-    except nvml.NVMLError:  # not supported, no permission, lost: each question stands alone
+    except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):  # not supported, no permission, lost, an old driver: each question stands alone
         return None
 
 

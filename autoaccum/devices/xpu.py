@@ -41,7 +41,6 @@ class Xpu:
 
     @contextmanager
     def watch(self) -> Iterator[Watch]:
-        torch.xpu.reset_peak_memory_stats(self._index)
         yield _Peak(self._index)
 
     @contextmanager
@@ -69,10 +68,16 @@ class Xpu:
 
 class _Peak:
     def __init__(self, index: int) -> None:
-        self._index = index
+        self._index, self._most = index, 0
+        torch.xpu.reset_peak_memory_stats(index)
 
     def peak_bytes(self) -> int:
-        return int(torch.xpu.max_memory_reserved(self._index))
+        return max(self._most, int(torch.xpu.max_memory_reserved(self._index)))
+
+    def lap_bytes(self) -> int:
+        lap, self._most = int(torch.xpu.max_memory_allocated(self._index)), self.peak_bytes()
+        torch.xpu.reset_peak_memory_stats(self._index)
+        return lap
 
     def retries(self) -> int:
         return 0

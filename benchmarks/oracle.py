@@ -1,0 +1,136 @@
+"""`tune` against an oracle that tries every candidate size, each in a fresh process of its own.
+
+    python benchmarks/oracle.py [--output benchmarks/results/oracle.json]
+
+Three models, three memory limits, two targets. The oracle is exhaustive and has no cleverness: for each
+size worth trying it starts a process that builds the job, sets the same limit, headroom and allocator
+settings, and runs the whole window twice. Then 50 windows are trained at tune's answer in a process whose
+resident bytes the limit itself (without headroom) bounds. About half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import click
+
+from autoaccum import plan, search, tuning
+from autoaccum.job import Source
+
+HERE = Path(__file__).resolve()
+MIB = 2**20
+# name, job, its settings, and limits in MiB that put the answer at different places.
+MODELS = [
+    ("mlp", f"{HERE}:make_mlp", {}, (425, 450, 480)),
+    ("conv net", f"{HERE.parent.parent}/examples/conv_net.py:make_job", {}, (460, 520, 640)),
+    ("tiny gpt", f"{HERE.parent.parent}/examples/tiny_gpt.py:make_job", {}, (480, 560, 680)),
+]
+TARGETS = (120, 127)
+
+
+def make_mlp(width: int = 8192, layers: int = 32):
+    """An MLP whose activations take more than 1 MiB per sample: wide hidden layers between narrow ones."""
+    import torch
+    from torch import nn
+
+    import autoaccum
+
+    torch.manual_seed(0)
+    blocks = [part for _ in range(layers) for part in (nn.Linear(8, width), nn.Tanh(), nn.Linear(width, 8))]
+    model = nn.Sequential(*blocks, nn.Linear(8, 1))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    batch = (torch.randn(8, 8), torch.randn(8, 1))
+    return autoaccum.Job(model, optimizer, lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]), batch)
+
+
+def in_fresh_process(kind: str, where: str, settings: dict, limit: int, sizes: tuple[int, ...]) -> dict:
+    """Runs one window shape in a process of its own: `try` under the budget, twice; `train` 50 windows under the limit."""
+    words = [sys.executable, str(HERE), "--run", json.dumps([kind, where, settings, limit, sizes])]
+    ran = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    if ran.returncode != 0:
+        return {"fits": False, "how": f"exit {ran.returncode}: {ran.stderr.strip().splitlines()[-1:]}"}
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def run(kind: str, where: str, settings: dict, limit: int, sizes: list[int]) -> dict:
+    import torch
+
+    from autoaccum import batches, devices, job, oom, window
+
+    device = devices.get("cpu")
+    device.prepare()
+    built = job.load(Source(where, settings), device="cpu")
+    batch = built.batch_of(sum(sizes))
+    headroom = limit * 3 // 100 if kind == "try" else 0
+    windows = 2 if kind == "try" else 50
+    with device.watch() as watch:
+        try:
+            with device.capped(limit - headroom):
+                for _ in range(windows):
+                    pieces = zip(batches.split(batch, sizes), sizes)
+                    window.run(built, built.loss, pieces, samples=sum(sizes), device=torch.device("cpu"))
+        except Exception as error:
+            assert oom.verdict(error) != "not", error
+            return {"fits": False, "how": "out of memory"}
+        peak = watch.peak_bytes()
+    return {"fits": peak <= limit - headroom, "how": "ran", "peak_bytes": peak}
+
+
+def _write(output: Path, rows: list[dict]) -> None:
+    machine = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.platform(), "torch": importlib.metadata.version("torch")}
+    output.write_text(json.dumps({"schema": "autoaccum.oracle/1", "machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+@click.command()
+@click.option("--output", type=click.Path(path_type=Path), help="Write the figures as JSON.")
+@click.option("--run", "one", hidden=True)
+def main(output: Path | None, one: str | None) -> None:
+    if one is not None:
+        print(json.dumps(run(*json.loads(one))))
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # tune's processes too: both sides compute alike
+    rows = json.loads(output.read_text())["rows"] if output and output.exists() else []  # a run that was cut short goes on
+    done = {(row["model"], row["limit_mib"], row["target"]) for row in rows}
+    for name, where, settings, limits in MODELS:
+        for limit_mib in limits:
+            for target in TARGETS:
+                if (name, limit_mib, target) in done:
+                    continue
+                limit = limit_mib * MIB
+                smallest = 2 if name == "conv net" else 1
+                verdicts = {}
+                for size in search.sizes(target, smallest=smallest):
+                    sizes = plan.micro_batches(target, math.ceil(target / size))
+                    verdicts[size] = in_fresh_process("try", where, settings, limit, sizes)["fits"]
+                fitting = [size for size, fits in verdicts.items() if fits]
+                row = {"model": name, "limit_mib": limit_mib, "target": target, "oracle": max(fitting, default=0), "verdicts": verdicts}
+                row["oracle_steps"] = math.ceil(target / row["oracle"]) if row["oracle"] else 0
+                try:
+                    found = tuning.tune_source(Source(where, settings), tuning.Wish(target, memory_limit=limit), device="cpu")
+                    row |= {"tune": found.micro_batch, "tune_steps": found.accumulation_steps, "trials": len(found.trials), "seconds": found.seconds}
+                    row["ooms"] = sum(each.outcome != "fits" for each in found.trials)
+                    row["refused_by_oracle"] = not verdicts[found.micro_batch]
+                    row["survives_50_windows"] = in_fresh_process("train", where, settings, limit, found.micro_batches)["fits"]
+                except tuning.NothingFits as nothing:
+                    row |= {"tune": 0, "tune_steps": 0, "trials": len(nothing.trials), "ooms": len(nothing.trials), "refused_by_oracle": False}
+                    row |= {"survives_50_windows": row["oracle"] == 0, "seconds": 0.0}
+                rows.append(row)
+                if output:
+                    _write(output, rows)
+                click.echo(
+                    f"{name:9} {limit_mib:4} MiB  target {target}: oracle {row['oracle']:4} x {row['oracle_steps']:<3} tune {row['tune']:4} x {row['tune_steps']:<3} "
+                    f"trials {row['trials']}  OOMs {row['ooms']}  {row['seconds']:5.1f} s  survives {row['survives_50_windows']}"
+                )
+    same = sum(row["oracle_steps"] == row["tune_steps"] for row in rows)
+    click.echo(f"same number of steps in {same} of {len(rows)}; sizes the oracle refused: {sum(row['refused_by_oracle'] for row in rows)}")
+
+
+if __name__ == "__main__":
+    main()
