@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import platform
+import select
 import shlex
 import signal
 import subprocess
@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from autoaccum import devices, oom
 from autoaccum.devices.base import Budget, Facts, Memory, budget
@@ -27,10 +28,8 @@ from autoaccum.errors import DeviceError, JobFailed, NoSuchDevice, UsageError
 from autoaccum.reading import Limits, Outcome, Reading, Subject
 from autoaccum.units import KIB
 
-# Sets the soft limit and becomes the command. In a process of its own, because a function between fork
-# and exec is not safe in a parent with threads.
-_UNDER_LIMIT = "import os,resource as r,sys; r.setrlimit(r.RLIMIT_DATA,(int(sys.argv[1]),r.getrlimit(r.RLIMIT_DATA)[1])); os.execvp(sys.argv[2],sys.argv[2:])"
 _KEPT_OUTPUT = 64 * KIB
+_UNDER_LIMIT = str(Path(__file__).with_name("under_limit.py"))
 
 
 @dataclass(frozen=True)
@@ -104,6 +103,8 @@ class Command:
         told = oom.in_output(output)
         outcome: Outcome
         remarks: tuple[str, ...] = ()
+        if code == 127 and not told:
+            raise UsageError(f"the command cannot be started: {output.strip().splitlines()[-1] if output.strip() else words[0]}")
         if code is None:
             outcome = "timeout"
         elif code == -signal.SIGKILL:
@@ -138,30 +139,44 @@ class Command:
 
     def _run(self, words: list[str], cap_bytes: int) -> tuple[int | None, str, int]:
         """Exit code (None: ended for taking too long), output, and the largest resident bytes of any process of it."""
-        environment = dict(os.environ)
-        if self._facts.kind == "cpu":
-            environment |= {name: str(value) for name, value in STEADY_MALLOC.items()} if LINUX else {}
-            started = [sys.executable, "-c", _UNDER_LIMIT, str(cap_bytes), *words] if LINUX else words
-        else:
+        environment, cap = dict(os.environ), "none"
+        if self._facts.kind == "cpu" and LINUX:
+            environment |= {name: str(value) for name, value in STEADY_MALLOC.items()}
+            cap = str(cap_bytes)
+        elif self._facts.kind != "cpu":
             fraction = min(cap_bytes / self._memory.total_bytes, 1.0)
             known = environment.get("PYTORCH_CUDA_ALLOC_CONF", "")
             environment["PYTORCH_CUDA_ALLOC_CONF"] = ",".join(filter(None, [known, f"per_process_memory_fraction:{fraction:.6f}"]))
-            started = words
-        try:
-            process = subprocess.Popen(
-                started, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment, start_new_session=True
-            )
-        except OSError as error:
-            raise UsageError(f"the command {words[0]!r} cannot be started: {error.strerror}") from None
+        told, tell = os.pipe()
+        process = subprocess.Popen(
+            [sys.executable, _UNDER_LIMIT, str(tell), cap, *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            pass_fds=(tell,),
+            start_new_session=True,
+        )
+        os.close(tell)
         kept: list[str] = []
         listener = threading.Thread(target=self._listen, args=(process, kept), daemon=True)
         listener.start()
         try:
-            code, resident = _waited(process, self._limits.timeout_s)
+            ended = select.select([told], [], [], self._limits.timeout_s)[0]
+            answer = os.read(told, 1000) if ended else b""
         finally:
-            _end_group(process)
-            listener.join(timeout=1)
-        return code, "".join(kept)[-_KEPT_OUTPUT:], resident
+            os.close(told)
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            listener.join(timeout=1)  # a process that left the group may hold the pipe open
+        output = "".join(kept)[-_KEPT_OUTPUT:]
+        if not ended:
+            return None, output, 0
+        if not answer:  # whoever kills in want of memory may take the small process in between, too
+            return -signal.SIGKILL, output, 0
+        figures = json.loads(answer)
+        return figures["code"], output, figures["ru_maxrss"] * (1 if sys.platform == "darwin" else KIB)
 
     def _listen(self, process: subprocess.Popen[bytes], kept: list[str]) -> None:
         assert process.stdout is not None  # asked for as a pipe
@@ -172,32 +187,6 @@ class Command:
                 if sum(map(len, kept)) > 4 * _KEPT_OUTPUT:
                     kept[:] = ["".join(kept)[-_KEPT_OUTPUT:]]
                 self._said(text)
-
-
-def _waited(process: subprocess.Popen[bytes], timeout_s: float | None) -> tuple[int | None, int]:
-    """Waits for the process with its accounting, which `Popen.wait` throws away."""
-    over = threading.Event()
-
-    def end() -> None:
-        over.set()
-        _end_group(process)
-
-    clock = threading.Timer(timeout_s, end) if timeout_s is not None else None
-    if clock is not None:
-        clock.start()
-    try:
-        _, status, usage = os.wait4(process.pid, 0)
-    finally:
-        if clock is not None:
-            clock.cancel()
-    process.returncode = os.waitstatus_to_exitcode(status)
-    resident = usage.ru_maxrss * (1 if platform.system() == "Darwin" else KIB)
-    return (None if over.is_set() else process.returncode), resident
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
 
 
 def _device(label: str) -> tuple[Facts, Memory]:

@@ -106,7 +106,7 @@ class MissingExtra(AutoaccumError):
 
 
 def in_short(error: BaseException) -> str:
-    """The traceback with the user's frames only: neither ours, nor the libraries', nor Python's own."""
+    """The user's frames of a traceback: neither ours, nor the libraries', nor Python's own; "" without any."""
     own = str(Path(__file__).parent) + os.sep
     library = os.path.join(sys.base_prefix, "lib") + os.sep
     frames = [
@@ -115,7 +115,7 @@ def in_short(error: BaseException) -> str:
         if not frame.filename.startswith((own, library, "<frozen")) and "site-packages" not in frame.filename
     ]
     header = ["Traceback (your frames; --traceback shows all):\n"] if frames else []
-    return "".join([*header, *traceback.format_list(frames), *traceback.format_exception_only(error)])
+    return "".join([*header, *traceback.format_list(frames)])
 
 
 Raised = TypeVar("Raised", bound=BaseException)

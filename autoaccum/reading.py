@@ -33,7 +33,9 @@ class Reading:
     activation_bytes: the most that was live in forward and backward, which is what grows with the micro-batch;
     the optimizer's step may peak above it, whatever the size. None where the trial did not get so far.
     seconds: the whole trial; window_seconds: its last window.
-    full: True for a confirming run, the whole window twice.
+    full: True for a confirming run, the whole window twice. doubtful: True for an out-of-memory that a library
+    told of in words it also uses for other failures; such a library may refuse the same again in this process,
+    whatever memory there is (oneDNN remembers).
     """
 
     micro_batch: int
@@ -47,6 +49,7 @@ class Reading:
     window_seconds: float | None = None
     full: bool = False
     cached: bool = False
+    doubtful: bool = False
     shapes: dict[str, tuple[int, ...]] | None = None
     remarks: tuple[str, ...] = ()
 

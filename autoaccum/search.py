@@ -82,11 +82,11 @@ class _Line:
         self._peaks: dict[int, float] = {}  # with gradients resident
         self.base: float | None = None
 
-    def add(self, reading: Showed) -> None:
+    def add(self, reading: Showed, budget: int) -> None:
         # Forward and backward grow with the size; an optimizer's step that peaks above them would bend the line.
-        seen = reading.activation_bytes or (reading.peak_bytes if reading.fits else None)
-        if not seen:
-            return
+        seen = reading.activation_bytes or reading.peak_bytes
+        if not seen or not (reading.fits or reading.activation_bytes or seen > budget):
+            return  # an out-of-memory saw only a part of its peak
         alone = reading.accumulation_steps == 1
         self._peaks[reading.micro_batch] = seen + (self._gradient_bytes if alone else 0)
         if reading.base_bytes is not None and not alone:
@@ -156,7 +156,7 @@ def largest(
     def run(index: int) -> bool:
         size = candidates[index]
         reading = tried[size] = fits(size, math.ceil(target / size))
-        line.add(reading)
+        line.add(reading, budget_bytes())
         return reading.fits
 
     def dares(index: int) -> bool:
@@ -188,7 +188,7 @@ def largest(
     if whole and high < len(candidates) - 1 and target not in tried:
         # Fewer steps may still fit where more did not: in one piece no gradients are resident.
         alone = line.peak(target, resident=False)
-        possible = alone is None or alone <= budget_bytes()
+        possible = alone is None or alone <= 1.1 * budget_bytes()  # a line is no reading
         if (possible or low < 0) and dares(len(candidates) - 1) and run(len(candidates) - 1):
             low = len(candidates) - 1
     if low < 0:
@@ -221,7 +221,7 @@ def _next(candidates: Sequence[int], low: int, high: int, line: _Line, budget: f
     if line.readings == 1 and missed == 0:
         # A second small reading, as far out as it can hardly fail: halfway to what the first one suggests.
         first = candidates[low]
-        likely = 2.0 * first if guess is None else max((guess + first) / 2, 2 * first)
+        likely = 8.0 * first if guess is None else max((guess + first) / 2, 2 * first)
         return at_most(min(likely, _REACH * first))
     if guess is None or missed >= 2:
         return (low + high) // 2

@@ -79,7 +79,7 @@ def measure(
     held_before = device.live_bytes()
     base_bytes = seconds = shapes = None
     remarks: tuple[str, ...] = ()
-    stepped = False
+    stepped = doubtful = False
     outcome: Outcome = "fits"
     started = time.perf_counter()
     with device.watch() as watch:
@@ -105,7 +105,7 @@ def measure(
             if isinstance(error, _TimedOut):
                 outcome = "timeout"
             elif oom.is_oom(error, left_bytes=left, taken_bytes=taken):
-                outcome = "oom"
+                outcome, doubtful = "oom", oom.verdict(error) == "ask-device"
             else:
                 if not isinstance(error, AutoaccumError):
                     noted(error, f"autoaccum: raised in {tell.phase}, at a micro-batch of {largest}")
@@ -133,6 +133,7 @@ def measure(
         activation_bytes=None if outcome in ("oom", "timeout") or tell.activation_bytes is None else tell.activation_bytes - aside_bytes,
         window_seconds=seconds,
         full=full,
+        doubtful=doubtful,
         shapes=shapes,
         remarks=remarks,
     )

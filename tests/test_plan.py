@@ -38,7 +38,12 @@ T4 = Plan(
     outside_bytes=0,
     headroom_bytes=int(0.4 * GIB),
     samples_per_second=11.5,
-    trials=(tried(1, 512, "fits", "step", 2 * GIB), tried(16, 32, "fits", "step", 6 * GIB), tried(43, 12, "oom", "backward", None), tried(40, 13, "fits", "step", int(12.9 * GIB), True)),
+    trials=(
+        tried(1, 512, "fits", "step", 2 * GIB),
+        tried(16, 32, "fits", "step", 6 * GIB),
+        tried(43, 12, "oom", "backward", None),
+        tried(40, 13, "fits", "step", int(12.9 * GIB), True),
+    ),
     seconds=9.2,
     versions={"autoaccum": "0.1.0"},
     job_fingerprint="0123456789abcdef",

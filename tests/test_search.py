@@ -93,7 +93,9 @@ def test_equal_micro_batches_divide_the_target():
     assert Device(40).search(127, equal=True).accumulation_steps == 127
 
 
-@pytest.mark.parametrize(("target", "largest", "answer"), [(120, 40, (40, 3)), (120, 39, (30, 4)), (120, 50, (40, 3)), (127, 40, (32, 4)), (1000, 347, (334, 3))])
+@pytest.mark.parametrize(
+    ("target", "largest", "answer"), [(120, 40, (40, 3)), (120, 39, (30, 4)), (120, 50, (40, 3)), (127, 40, (32, 4)), (1000, 347, (334, 3))]
+)
 def test_the_same_question_to_all(target, largest, answer):
     device = Device(largest)
     found = device.search(target)

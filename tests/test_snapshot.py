@@ -78,7 +78,9 @@ def plan():
     """A plan to train by; made once, by real tuning of a throwaway job."""
     global PLAN
     model = nn.Linear(8, 1)
-    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, b: (m(b[0]) - b[1]).square().mean(), (torch.randn(8, 8), torch.randn(8, 1)))
+    job = autoaccum.Job(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, b: (m(b[0]) - b[1]).square().mean(), (torch.randn(8, 8), torch.randn(8, 1))
+    )
     PLAN = autoaccum.tune(job, target_batch=8, max_micro_batch=4)
 
 

@@ -1,0 +1,43 @@
+"""The public names are those that were promised, and none is a module's name."""
+
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+
+import autoaccum
+
+
+def test_every_public_name_is_there_and_documented():
+    for name in autoaccum.__all__:
+        value = getattr(autoaccum, name)
+        assert name == "__version__" or value.__doc__, f"{name} has no docstring"
+
+
+def test_no_public_name_but_devices_is_a_module():
+    """After `import autoaccum.cli`, a name that is also a module's would be the module."""
+    modules = {path.stem for path in Path(autoaccum.__file__).parent.glob("*.py")}
+    assert not set(autoaccum.__all__) & modules
+    importlib.import_module("autoaccum.cli")
+    assert callable(autoaccum.tune) and isinstance(autoaccum.Plan, type) and isinstance(autoaccum.devices.list(), list)
+
+
+def test_names_that_are_not_there_are_told():
+    import pytest
+
+    with pytest.raises(AttributeError, match="no attribute 'tuna'"):
+        _ = autoaccum.tuna
+
+
+def test_importing_it_imports_no_torch_and_no_device():
+    code = "import sys, autoaccum; print('torch' in sys.modules, 'pynvml' in sys.modules, 'psutil' in sys.modules)"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.split() == ["False", "False", "False"]
+
+
+def test_each_heavy_library_is_imported_in_its_own_file_alone():
+    """pynvml, rich: in a fresh interpreter the rest of the package does without."""
+    package = Path(autoaccum.__file__).parent
+    for library, file in (("pynvml", "nvml.py"), ("rich", "progress.py"), ("click", "cli.py")):
+        users = {path.name for path in package.rglob("*.py") if f"import {library}" in path.read_text() or f"from {library}" in path.read_text()}
+        assert users == {file}

@@ -1,0 +1,79 @@
+import pytest
+import torch
+from torch import nn
+
+import autoaccum
+from autoaccum import job
+from tests import jobs
+
+
+def test_a_file_a_module_and_the_demo_are_sources():
+    assert job.source(None).label == job.source("demo").label == "demo"
+    assert job.source("examples/tiny_gpt.py").parts == ("examples/tiny_gpt.py", "make_job")
+    assert job.source("examples/tiny_gpt.py:other").parts == ("examples/tiny_gpt.py", "other")
+    assert job.source("package.module:make").parts == ("package.module", "make")
+
+
+def test_settings_are_literals_where_they_can_be_read_as_one():
+    found = job.source("demo", ["width=64", "rate=1e-3", "name=adam", "shape=(2, 3)", "on=True", "text='7'", "empty=", "a=b=c"])
+    assert found.settings == {"width": 64, "rate": 1e-3, "name": "adam", "shape": (2, 3), "on": True, "text": "7", "empty": "", "a": "b=c"}
+
+
+def test_a_function_with_a_parameter_device_gets_it(tmp_path):
+    path = tmp_path / "asks.py"
+    path.write_text("from tests import jobs\nseen = []\ndef make_job(device):\n    seen.append(device)\n    return jobs.small()\n")
+    job.load(str(path), device="cpu")
+    import asks
+
+    assert asks.seen == ["cpu"]
+
+
+def test_moving_a_job_keeps_its_parameters_and_takes_its_optimizer_state_along():
+    whole = jobs.small()
+    jobs.mse(whole.model, whole.batch).backward()
+    whole.optimizer.step()
+    before = list(whole.model.parameters())
+    whole.moved("cpu")
+    assert all(a is b for a, b in zip(before, whole.model.parameters())) and whole.optimizer.state
+
+
+def test_the_fingerprint_changes_with_what_changes_the_answer():
+    def fingerprint(width=16, optimizer=torch.optim.Adam, **given):
+        model = nn.Linear(8, width)
+        return autoaccum.Job(model, optimizer(model.parameters()), jobs.mse, jobs.pairs(2), **given).fingerprint()
+
+    assert fingerprint() == fingerprint()
+    others = [fingerprint(width=17), fingerprint(optimizer=torch.optim.SGD), fingerprint(autocast=torch.bfloat16), fingerprint(max_grad_norm=1.0)]
+    assert len({fingerprint(), *others}) == 5
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"model": "gpt2"}, "model must be a torch.nn.Module, not str"),
+        ({"optimizer": 0.1}, "optimizer must be"),
+        ({"optimizer": []}, "optimizer must be"),
+        ({"loss": "mse"}, "loss must be a function"),
+        ({"batch": None}, "batch is None"),
+        ({"autocast": "bf16"}, "autocast must be a torch dtype"),
+    ],
+)
+def test_parts_of_the_wrong_kind_are_told(given, says):
+    model = nn.Linear(8, 1)
+    parts = {"model": model, "optimizer": torch.optim.SGD(model.parameters()), "loss": jobs.mse, "batch": jobs.pairs(2)} | given
+    with pytest.raises(autoaccum.JobError, match=says):
+        autoaccum.Job(**parts)
+
+
+def test_a_model_that_trains_nothing_is_told():
+    model = nn.Linear(8, 1).requires_grad_(False)
+    with pytest.raises(autoaccum.JobError, match="no parameter of the model requires a gradient"):
+        _ = autoaccum.Job(model, torch.optim.SGD(model.parameters()), jobs.mse, jobs.pairs(2)).device
+
+
+def test_loading_leaves_the_arguments_of_this_process_alone():
+    import sys
+
+    before = list(sys.argv)
+    job.load(job.Source("tests/jobs.py:small", {}, ("--mine",)), device="cpu")
+    assert sys.argv == before

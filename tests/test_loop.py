@@ -1,0 +1,98 @@
+"""The accumulating loop: one exact optimizer step per window."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import autoaccum
+from tests import jobs
+
+
+@pytest.fixture
+def job():
+    torch.manual_seed(0)
+    return jobs.small(data=torch.utils.data.TensorDataset(*jobs.pairs(250)))
+
+
+@pytest.fixture
+def plan(job):
+    return autoaccum.tune(job, target_batch=100, max_micro_batch=40)
+
+
+def test_steps_equal_those_of_the_whole_batch_also_in_the_smaller_last_window(job, plan):
+    model = copy.deepcopy(job.model).double()
+    by_hand = torch.optim.SGD(model.parameters(), lr=0.1)
+    job = autoaccum.Job(job.model.double(), torch.optim.SGD(job.model.parameters(), lr=0.1), jobs.mse, job.batch)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        loop = autoaccum.Accumulator(job, plan)
+    assert "differs from what the plan was measured with" in str(told[0].message)
+    inputs, targets = (each.double() for each in jobs.pairs(250))
+    for start in (0, 100, 200):
+        batch = inputs[start : start + 100], targets[start : start + 100]
+        result = loop.step(batch)
+        loss = jobs.mse(model, batch)
+        loss.backward()
+        by_hand.step()
+        by_hand.zero_grad()
+        assert result.loss == pytest.approx(loss.item(), rel=1e-12) and result.samples == len(batch[0])
+    assert result.micro_batches == 2  # 50 samples by at most 34
+    for ours, theirs in zip(job.model.parameters(), model.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
+
+
+def test_model_optimizer_and_plan_are_enough_with_a_loss_per_step(job, plan):
+    loop = autoaccum.Accumulator(job.model, job.optimizer, plan)
+    assert loop.step(jobs.pairs(100), jobs.mse).micro_batches == 3
+    with pytest.raises(autoaccum.UsageError, match=r"step\(batch, loss\)"):
+        loop.step(jobs.pairs(100))
+
+
+def test_a_loader_that_gives_too_little_is_caught_the_second_time(job, plan):
+    loop = autoaccum.Accumulator(job, plan)
+    loop.step(jobs.pairs(32))
+    with pytest.raises(autoaccum.PlanError, match=r"gives 32 samples a step, this plan needs 100"):
+        loop.step(jobs.pairs(32))
+
+
+def test_the_last_window_of_each_epoch_is_no_such_loader(job, plan):
+    loop = autoaccum.Accumulator(job, plan)
+    for _ in range(3):
+        assert loop.step(jobs.pairs(100)).samples == 100
+        assert loop.step(jobs.pairs(50)).samples == 50
+
+
+def test_the_scheduler_counts_windows_and_the_norm_is_that_of_the_summed_gradient():
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    job = autoaccum.Job(model, optimizer, jobs.mse, jobs.pairs(8), scheduler=scheduler, max_grad_norm=1e-9)
+    loop = autoaccum.Accumulator(job, autoaccum.tune(job, target_batch=12, max_micro_batch=5))
+    batch = jobs.pairs(12)
+    jobs.mse(model, batch).backward()
+    norm = torch.cat([p.grad.flatten() for p in model.parameters()]).norm()
+    optimizer.zero_grad()
+    assert loop.step(batch).grad_norm == pytest.approx(float(norm), rel=1e-5)
+    assert scheduler.get_last_lr() == [0.5]
+
+
+@pytest.mark.parametrize("wrong", [lambda job, plan: autoaccum.Accumulator(job, job.optimizer), lambda job, plan: autoaccum.Accumulator(job.model, plan)])
+def test_arguments_in_the_wrong_place_are_told(job, plan, wrong):
+    with pytest.raises(autoaccum.UsageError, match="Plan"):
+        wrong(job, plan)
+
+
+def test_freed_memory_goes_back_while_training_as_it_did_while_measuring(job, plan):
+    """The allocator is steady in the loop too: what a window took is gone after it."""
+    from autoaccum.devices.cpu import Cpu
+
+    hungry = jobs.hungry(mib=2)
+    loop = autoaccum.Accumulator(hungry, autoaccum.tune(hungry, target_batch=60, max_micro_batch=20))
+    loop.step(torch.zeros(60, 1))
+    before = Cpu().held_bytes()
+    for _ in range(5):
+        loop.step(torch.zeros(60, 1))
+    assert abs(Cpu().held_bytes() - before) < 8 * 2**20

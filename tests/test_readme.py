@@ -1,0 +1,66 @@
+"""What the README shows is true: its commands run, its outputs are real, its code works."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.command_line import ROOT, autoaccum
+
+TEXT = (ROOT / "README.md").read_text()
+
+
+def blocks(kind):
+    return re.findall(rf"```{kind}\n(.*?)```", TEXT, re.S)
+
+
+def skeleton(text):
+    """Text without what differs between machines and runs: sizes, times, counts of trials, the processor's name."""
+    text = re.sub(r" on cpu, .*", " on cpu, NAME", text.rstrip())
+    text = re.sub(r"\d+ trials?, [\d.]+ s", "N trials, N s", text)
+    text = re.sub(r"ran out in \w+|took [\d.]+ \w+", "REFUSED", text)
+    return re.sub(r"\b\d+(\.\d+)?(?= (of|spare|limit|headroom|MiB|KiB|over)\b)|\(\d+ spare\)|^\d+ = |(?<=[=-] )\d+", "N", text, flags=re.M)
+
+
+@pytest.mark.parametrize("block", blocks("console"), ids=lambda block: block[2:40])
+def test_a_command_prints_what_is_shown(block):
+    command, _, shown = block.partition("\n")
+    words = shlex.split(command.removeprefix("$ "))
+    assert words[0] == "autoaccum"
+    words = [sys.executable if word == "python" else word for word in words[1:]]
+    finished = autoaccum(*words)
+    printed = finished.stdout if finished.returncode == 0 else finished.stderr.splitlines()[-1]
+    assert skeleton(printed) == skeleton(shown)
+    assert printed.split("     ")[0].split(";")[0] == shown.split("     ")[0].split(";")[0].rstrip(), "the plan itself is the same"
+
+
+@pytest.mark.parametrize("block", blocks("python"))
+def test_code_runs_as_it_stands(block, tmp_path):
+    script = tmp_path / "readme.py"
+    script.write_text(block)
+    finished = subprocess.run([sys.executable, script], capture_output=True, text=True, check=True)
+    assert finished.stdout.startswith("120 = 40 x 3 ")
+
+
+def test_the_two_commands_are_those_of_the_makefile():
+    commands = [line.split("#")[0].strip() for line in blocks("sh")[0].splitlines()]
+    assert commands == ["make tune", "make test"]
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(f"\n{command.split()[1]}:" in makefile for command in commands)
+    assert (ROOT / ".ci/run").read_text().rstrip().endswith("exec make test")
+
+
+def test_every_command_and_file_that_is_named_exists():
+    listed = autoaccum("--help").stdout
+    for name in re.findall(r"`autoaccum (\w+)[ `]", TEXT):
+        assert f"\n  {name} " in listed
+    for path in re.findall(r"`((?:benchmarks|examples|tests)/[\w./]+)`", TEXT):
+        assert (ROOT / path).exists(), path
+
+
+def test_every_flag_that_is_named_exists():
+    known = "".join(autoaccum(name, "--help").stdout for name in ("tune", "check", "train")) + " --batch-size --accum --max-steps"
+    for flag in set(re.findall(r"--[a-z][a-z-]+", TEXT)):
+        assert flag in known, flag
