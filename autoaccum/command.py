@@ -82,11 +82,9 @@ class Command:
             remarks.append(
                 f"the command takes as much at a micro-batch of {high} as at {low}: check that it reads the flags given, and that memory depends on them"
             )
-        if self._facts.kind == "cpu" and LINUX:
-            settings = " ".join(f"{name}={value}" for name, value in STEADY_MALLOC.items())
-            remarks.append(f"measured with {settings} in the environment: set them for training too (--format env prints them)")
+        allocator = "steady malloc" if self._facts.kind == "cpu" and LINUX else ""
         fingerprint = hashlib.sha256("\0".join(self._template.words).encode()).hexdigest()[:16]
-        return Subject(self._facts, 0, fingerprint, (), 0, tuple(remarks))
+        return Subject(self._facts, 0, fingerprint, (), 0, allocator, tuple(remarks))
 
     def budget(self, *, limited: bool = True) -> Budget:
         limit = self._limits.memory_bytes if limited else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from html import escape
 from typing import TYPE_CHECKING
 
 from autoaccum.units import in_words, number, seconds_in_words, unit_for
@@ -71,6 +72,25 @@ def _budget(plan: Plan) -> str:
     parts = [f"{number(plan.budget_bytes, unit)} = {' - '.join(terms)}"] if terms else []
     if plan.shapes:
         parts.append("measured at " + ", ".join(f"{path} {shape}" for path, shape in list(plan.shapes.items())[:4]))
+    if plan.allocator:
+        parts.append(plan.allocator)
     trials = len(plan.trials)
     parts.append(f"{trials} trial{'s' if trials != 1 else ''}, {seconds_in_words(plan.seconds)}")
     return " · ".join(parts)
+
+
+def html(plan: Plan) -> str:
+    """For notebooks: the report, and a table of the trials."""
+    cells = [
+        (
+            f"{each.micro_batch} x {each.accumulation_steps}",
+            each.outcome,
+            each.phase,
+            "" if each.peak_bytes is None else in_words(each.peak_bytes),
+            seconds_in_words(each.seconds),
+        )
+        for each in plan.trials
+    ]
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+    head = "".join(f"<th>{word}</th>" for word in ("tried", "outcome", "phase", "peak", "took"))
+    return f"<pre>{escape(plan.explain())}</pre><table><tr>{head}</tr>{rows}</table>"

@@ -117,6 +117,7 @@ class Plan:
     largest_fit: the largest size that ran and fitted. smallest_refused: the smallest larger one that did not.
     budget_bytes: what a window may peak at; peak_bytes: what the confirming run peaked at; outside_bytes: held
     by the process beyond its allocator, None if unknown. shapes: of the largest micro-batch measured.
+    allocator: its settings while measuring, in words, which training must share.
     arithmetic: what the budget was made of, as (bytes, word), the first positive and the rest subtracted.
     """
 
@@ -142,6 +143,7 @@ class Plan:
     versions: dict[str, str]
     job_fingerprint: str
     job: str = ""
+    allocator: str = ""
     predicted: bool = False
     predicted_refusal: int | None = None
     arithmetic: tuple[tuple[int, str], ...] = ()
@@ -188,6 +190,9 @@ class Plan:
 
     def __str__(self) -> str:
         return explaining.headline(self)
+
+    def _repr_html_(self) -> str:
+        return explaining.html(self)
 
     def as_dict(self) -> dict[str, Any]:
         """The document that `--json` prints, schema autoaccum.plan/1."""

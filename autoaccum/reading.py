@@ -87,7 +87,7 @@ class Subject:
     """What is rehearsed, as far as the line needs to know it.
 
     gradient_bytes: of all gradients at once. batch_norms: names of BatchNorm layers in training mode.
-    snapshot_bytes: host memory that the copies of the training state take.
+    snapshot_bytes: host memory that the copies of the training state take. allocator: its settings, in words.
     """
 
     device: Facts
@@ -95,6 +95,7 @@ class Subject:
     fingerprint: str
     batch_norms: tuple[str, ...]
     snapshot_bytes: int
+    allocator: str
     remarks: tuple[str, ...]
 
     def as_dict(self) -> dict[str, Any]:

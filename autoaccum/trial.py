@@ -226,7 +226,9 @@ class Rehearsal:
             remarks.append("the model is in eval mode and was measured so: call model.train() before tuning if that is how it trains")
         if not self._device.exact_peak:
             remarks.append("the peak is sampled on this system, not exact: leave some headroom")
-        return Subject(self._device.facts, self._job.gradient_bytes(), self._job.fingerprint(), normed, self._kept.host_bytes, tuple(remarks))
+        return Subject(
+            self._device.facts, self._job.gradient_bytes(), self._job.fingerprint(), normed, self._kept.host_bytes, self._device.allocator, tuple(remarks)
+        )
 
     def budget(self, *, limited: bool = True) -> Budget:
         """What a window may peak at, read now; without `limited`, what the device itself would allow."""

@@ -20,6 +20,7 @@ from autoaccum import devices, plan, search
 from autoaccum.child import Child
 from autoaccum.command import Command, Template
 from autoaccum.devices.base import ASSUMED_OUTSIDE, Budget
+from autoaccum.devices.cpu import STEADY_MALLOC
 from autoaccum.errors import AutoaccumError, JobError, NoSuchDevice, NothingFits, OutOfMemory, PlanError, UsageError, noted
 from autoaccum.explaining import notation
 from autoaccum.job import Job, Source, source
@@ -312,10 +313,13 @@ def _plan(
         versions=_versions(),
         job_fingerprint=subject.fingerprint,
         job=label,
+        allocator=subject.allocator,
         predicted_refusal=found.predicted_refusal,
         arithmetic=_arithmetic(budget),
         warnings=tuple(said),
-        hints=tuple(_hints(wish, found, sizes, 2 if subject.batch_norms else 1, isinstance(rehearsal, Command))),
+        hints=tuple(
+            _hints(wish, found, sizes, 2 if subject.batch_norms else 1, for_command=isinstance(rehearsal, Command), steady=subject.allocator == "steady malloc")
+        ),
     )
 
 
@@ -439,8 +443,11 @@ def _drift(before: Budget, after: Budget) -> tuple[str, ...]:
     return (f"{in_words(taken)} of memory went to others while measuring{who}: leave more headroom, or tune again",)
 
 
-def _hints(wish: Wish, found: search.Found, sizes: tuple[int, ...], smallest: int, for_command: bool) -> Iterator[str]:
+def _hints(wish: Wish, found: search.Found, sizes: tuple[int, ...], smallest: int, *, for_command: bool, steady: bool) -> Iterator[str]:
     target, most = wish.target_batch, found.largest_fit
+    if for_command and steady:
+        settings = " ".join(f"{name}={value}" for name, value in STEADY_MALLOC.items())
+        yield f"measured with {settings} in the environment, which makes freed memory go back at once: set them for training too"
     if wish.equal:
         # How much fits between the answer and the next divisor is known only where something predicts it.
         above = (found.smallest_refused or target + 1) - 1

@@ -163,6 +163,7 @@ GOLDEN = {
     "small_limit": replace(
         T4, target_batch=120, accumulation_steps=3, micro_batches=(40,) * 3, share=120, shares=(120,), smallest_refused=60, budget_bytes=485 * 2**20, peak_bytes=435 * 2**20,
         headroom_bytes=15 * 2**20, arithmetic=((500 * 2**20, "limit"), (15 * 2**20, "headroom")), trials=(tried(60, 2, "oom", "step", None), tried(40, 3, "fits", "step", 435 * 2**20, True)),
+        allocator="steady malloc",
         device=PlannedDevice("cpu", "AMD EPYC", None, 24 * GIB, 23 * GIB), hints=(),
     ),
 }  # fmt: skip
@@ -172,6 +173,11 @@ GOLDEN = {
 def test_the_report_is_the_golden_file(name):
     """To accept a change: write the new text into tests/golden by hand, having read it."""
     assert GOLDEN[name].explain() + "\n" == (ROOT / f"tests/golden/{name}.txt").read_text()
+
+
+def test_notebooks_show_the_report_and_a_table_of_trials():
+    html = replace(T4, job="<script>")._repr_html_()
+    assert html.startswith("<pre>512 = 40 x 5 + 39 x 8") and html.count("<tr>") == 5 and "ran out in backward" in html and "<script>" not in html
 
 
 def test_a_plan_prints_as_its_first_line():

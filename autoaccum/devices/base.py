@@ -118,6 +118,7 @@ class Device(Protocol):
     """One device. All figures are bytes; nothing here is cached between calls."""
 
     facts: Facts
+    allocator: str  # settings of the allocator that change peaks, in words; "" for its defaults
     exact_peak: bool  # False where the peak is sampled
     enforces: bool  # True where `capped` really refuses memory above the cap
     shared_with_host: bool  # True where snapshots of the training state and whole batches sit in the measured memory

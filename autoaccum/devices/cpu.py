@@ -71,6 +71,7 @@ class Cpu:
     def __init__(self) -> None:
         self.facts = Facts("cpu", None, _name(), None)
         self.enforces = LINUX
+        self.allocator = ""
         self.exact_peak = LINUX and _can_reset_peak()
 
     def memory(self, *, who: bool = True) -> Memory:
@@ -99,7 +100,7 @@ class Cpu:
         return _DataLimit(budget_bytes) if self.enforces else nullcontext()
 
     def prepare(self) -> None:
-        steady_malloc()
+        self.allocator = "steady malloc" if steady_malloc() else "default malloc"
         fill_thread_pools()
 
     def synchronize(self) -> None:

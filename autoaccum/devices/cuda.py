@@ -7,6 +7,7 @@ that will be used, MIG slices and reordered devices included. NVML adds who else
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,8 @@ class Cuda:
         uuid = getattr(self._properties, "uuid", None)
         self._uuid = None if uuid is None else str(uuid)
         self.facts = Facts("cuda", index, self._properties.name, self._uuid)
+        # torch reads the older name first: https://pytorch.org/docs/stable/notes/cuda.html
+        self.allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or ""
 
     def memory(self, *, who: bool = True) -> Memory:
         told = nvml.ask(self._uuid, _pci(self._properties)) if torch.version.hip is None else nvml.Told(why_not="NVML: not an NVIDIA card")

@@ -21,6 +21,7 @@ class Mps:
     """The GPU of this Mac."""
 
     shared_with_host = False  # what is measured is what Metal allocated; copies on the host are beside it
+    allocator = ""
     exact_peak = False
     enforces = True
 

@@ -17,6 +17,7 @@ class Xpu:
     """One Intel GPU, by torch's index."""
 
     shared_with_host = False
+    allocator = ""
     exact_peak = True
 
     def __init__(self, index: int) -> None:

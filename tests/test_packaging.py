@@ -1,0 +1,29 @@
+"""What is installed is what is here."""
+
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+from tests.command_line import ROOT
+
+
+def test_a_wheel_has_the_whole_package_its_type_marker_and_its_entry_point(tmp_path):
+    # A copy: building must not leave anything in the checkout.
+    source = tmp_path / "source"
+    for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        (source / name).write_bytes((ROOT / name).read_bytes())
+    for path in (ROOT / "autoaccum").rglob("*"):
+        if path.suffix == ".py" or path.name == "py.typed":
+            copy = source / path.relative_to(ROOT)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", source], check=True, capture_output=True)
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    names = set(zipfile.ZipFile(wheel).namelist())
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "autoaccum").rglob("*.py")} <= names
+    assert "autoaccum/py.typed" in names
+    metadata = {Path(name).name: zipfile.ZipFile(wheel).read(name).decode() for name in names if ".dist-info/" in name}
+    assert "autoaccum = autoaccum.cli:main" in metadata["entry_points.txt"]
+    assert "Requires-Dist: torch>=2.6" in metadata["METADATA"] and "Requires-Dist: pynvml" not in metadata["METADATA"]
