@@ -7,6 +7,7 @@ between the largest size that fitted and the smallest that did not is searched u
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -120,6 +121,14 @@ class _Line:
         line = self.slope_and_fixed()
         return None if line is None else (budget - line[1]) / line[0]
 
+    def least(self, size: int) -> float:
+        """The least that a larger size may peak at: the flattest piece between readings, drawn on from the last."""
+        known = sorted(self._peaks)
+        if len(known) < 2:
+            return 0.0
+        slopes = [(self._peaks[high] - self._peaks[low]) / (high - low) for low, high in itertools.pairwise(known)]
+        return self._peaks[known[-1]] + max(min(slopes), 0.0) * (size - known[-1])
+
     @property
     def farthest(self) -> int:
         return max(self._peaks, default=0)
@@ -187,8 +196,7 @@ def largest(
             high = size
     if whole and high < len(candidates) - 1 and target not in tried:
         # Fewer steps may still fit where more did not: in one piece no gradients are resident.
-        alone = line.peak(target, resident=False)
-        possible = alone is None or alone <= 1.1 * budget_bytes()  # a line is no reading
+        possible = line.least(target) - gradient_bytes <= budget_bytes()
         if (possible or low < 0) and dares(len(candidates) - 1) and run(len(candidates) - 1):
             low = len(candidates) - 1
     if low < 0:

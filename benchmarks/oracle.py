@@ -89,47 +89,66 @@ def _write(output: Path, rows: list[dict]) -> None:
 
 
 @click.command()
-@click.option("--output", type=click.Path(path_type=Path), help="Write the figures as JSON.")
+@click.option("--output", type=click.Path(path_type=Path), help="Write the figures as JSON; a run that was cut short goes on from there.")
+@click.option("--again", is_flag=True, help="Run tune and the 50 windows again beside the oracle's verdicts in the output.")
 @click.option("--run", "one", hidden=True)
-def main(output: Path | None, one: str | None) -> None:
+def main(output: Path | None, again: bool, one: str | None) -> None:
     if one is not None:
         print(json.dumps(run(*json.loads(one))))
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # tune's processes too: both sides compute alike
-    rows = json.loads(output.read_text())["rows"] if output and output.exists() else []  # a run that was cut short goes on
-    done = {(row["model"], row["limit_mib"], row["target"]) for row in rows}
+    rows = json.loads(output.read_text())["rows"] if output and output.exists() else []
+    known = {(row["model"], row["limit_mib"], row["target"]): row for row in rows}
     for name, where, settings, limits in MODELS:
         for limit_mib in limits:
             for target in TARGETS:
-                if (name, limit_mib, target) in done:
-                    continue
-                limit = limit_mib * MIB
-                smallest = 2 if name == "conv net" else 1
-                verdicts = {}
-                for size in search.sizes(target, smallest=smallest):
-                    sizes = plan.micro_batches(target, math.ceil(target / size))
-                    verdicts[size] = in_fresh_process("try", where, settings, limit, sizes)["fits"]
-                fitting = [size for size, fits in verdicts.items() if fits]
-                row = {"model": name, "limit_mib": limit_mib, "target": target, "oracle": max(fitting, default=0), "verdicts": verdicts}
-                row["oracle_steps"] = math.ceil(target / row["oracle"]) if row["oracle"] else 0
-                try:
-                    found = tuning.tune_source(Source(where, settings), tuning.Wish(target, memory_limit=limit), device="cpu")
-                    row |= {"tune": found.micro_batch, "tune_steps": found.accumulation_steps, "trials": len(found.trials), "seconds": found.seconds}
-                    row["ooms"] = sum(each.outcome != "fits" for each in found.trials)
-                    row["refused_by_oracle"] = not verdicts[found.micro_batch]
-                    row["survives_50_windows"] = in_fresh_process("train", where, settings, limit, found.micro_batches)["fits"]
-                except tuning.NothingFits as nothing:
-                    row |= {"tune": 0, "tune_steps": 0, "trials": len(nothing.trials), "ooms": len(nothing.trials), "refused_by_oracle": False}
-                    row |= {"survives_50_windows": row["oracle"] == 0, "seconds": 0.0}
-                rows.append(row)
-                if output:
-                    _write(output, rows)
+                row = known.setdefault((name, limit_mib, target), {"model": name, "limit_mib": limit_mib, "target": target})
+                if "verdicts" not in row:
+                    row["verdicts"] = verdicts(name, where, settings, limit_mib * MIB, target)
+                if again or "tune" not in row:
+                    row |= tuned(where, settings, limit_mib * MIB, target, row["verdicts"])
                 click.echo(
                     f"{name:9} {limit_mib:4} MiB  target {target}: oracle {row['oracle']:4} x {row['oracle_steps']:<3} tune {row['tune']:4} x {row['tune_steps']:<3} "
                     f"trials {row['trials']}  OOMs {row['ooms']}  {row['seconds']:5.1f} s  survives {row['survives_50_windows']}"
                 )
+                if output:
+                    _write(output, list(known.values()))
+    rows = list(known.values())
     same = sum(row["oracle_steps"] == row["tune_steps"] for row in rows)
     click.echo(f"same number of steps in {same} of {len(rows)}; sizes the oracle refused: {sum(row['refused_by_oracle'] for row in rows)}")
+
+
+def verdicts(name: str, where: str, settings: dict, limit: int, target: int) -> dict[str, bool]:
+    """Does each size worth trying fit? Every one is run."""
+    found = {}
+    for size in search.sizes(target, smallest=2 if name == "conv net" else 1):
+        sizes = plan.micro_batches(target, math.ceil(target / size))
+        found[str(size)] = in_fresh_process("try", where, settings, limit, sizes)["fits"]
+    return found
+
+
+def tuned(where: str, settings: dict, limit: int, target: int, verdicts: dict[str, bool]) -> dict:
+    """What `tune` answers, what it cost, and whether training survives it."""
+    best = max((int(size) for size, fits in verdicts.items() if fits), default=0)
+    row: dict = {"oracle": best, "oracle_steps": math.ceil(target / best) if best else 0}
+    try:
+        found = tuning.tune_source(Source(where, settings), tuning.Wish(target, memory_limit=limit), device="cpu")
+    except tuning.NothingFits as nothing:
+        trials = len(nothing.trials)
+        return row | {
+            "tune": 0,
+            "tune_steps": 0,
+            "trials": trials,
+            "ooms": trials,
+            "refused_by_oracle": False,
+            "survives_50_windows": best == 0,
+            "seconds": 0.0,
+        }
+    row |= {"tune": found.micro_batch, "tune_steps": found.accumulation_steps, "trials": len(found.trials), "seconds": found.seconds}
+    row["ooms"] = sum(each.outcome != "fits" for each in found.trials)
+    row["refused_by_oracle"] = not verdicts[str(found.micro_batch)]
+    row["survives_50_windows"] = in_fresh_process("train", where, settings, limit, found.micro_batches)["fits"]
+    return row
 
 
 if __name__ == "__main__":
