@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from autoaccum.devices.base import ASSUMED_OUTSIDE, Budget
 from autoaccum.units import in_words, number, seconds_in_words, unit_for
 
 if TYPE_CHECKING:
@@ -77,6 +78,34 @@ def _budget(plan: Plan) -> str:
     trials = len(plan.trials)
     parts.append(f"{trials} trial{'s' if trials != 1 else ''}, {seconds_in_words(plan.seconds)}")
     return " · ".join(parts)
+
+
+def arithmetic(budget: Budget) -> tuple[tuple[int, str], ...]:
+    """What the budget was made of: the first term, less the rest. A remainder nobody explains is "in use"."""
+    memory = budget.memory
+    headroom = (budget.headroom_bytes, "headroom")
+    outside = memory.outside_bytes if memory.outside_bytes is not None else ASSUMED_OUTSIDE if budget.cap_bytes is not None else 0
+    context = ((outside, "context"),) if outside else ()
+    whole = budget.budget_bytes + budget.headroom_bytes
+    if budget.cap_bytes is not None and whole == budget.cap_bytes - outside:
+        return ((budget.cap_bytes, "limit"), *context, headroom)
+    others = tuple((other.bytes, f"{other.name} {other.pid}") for other in memory.others if other.bytes)
+    rest = memory.total_bytes - whole - sum(bytes_ for bytes_, _ in (*others, *context))
+    if rest < 0:  # resident pages that processes share are counted with each
+        others, rest = (), memory.total_bytes - whole - sum(bytes_ for bytes_, _ in context)
+    word = "cgroup limit" if memory.binding_limit.startswith("cgroup") else "total"
+    return ((memory.total_bytes, word), *others, *context, *(((rest, "in use"),) if rest > 0 else ()), headroom)
+
+
+def drift(before: Budget, after: Budget) -> tuple[str, ...]:
+    """Free memory that others took or gave while we measured, if it is more than the headroom."""
+    taken = before.budget_bytes - after.budget_bytes
+    if taken <= after.headroom_bytes:
+        return ()
+    known = {other.pid: other.bytes or 0 for other in before.memory.others}
+    grown = sorted(((other.bytes or 0) - known.get(other.pid, 0), other.name, other.pid) for other in after.memory.others)
+    who = f", {grown[-1][1]} (process {grown[-1][2]}) took {in_words(grown[-1][0])}" if grown and grown[-1][0] > 0 else ""
+    return (f"{in_words(taken)} of memory went to others while measuring{who}: leave more headroom, or tune again",)
 
 
 def html(plan: Plan) -> str:

@@ -53,6 +53,7 @@ def _live() -> Iterator[Callable[[Trying | Reading], None]]:
                 status.update("searching")
             else:
                 what = f"the whole window, {event.micro_batch} x {event.accumulation_steps}, twice" if event.full else f"a micro-batch of {event.micro_batch}"
-                status.update(f"trying {what}: {event.phase} {event.index + 1}")
+                where = "" if event.phase == "batch" else f": {event.phase} {event.index + 1}"
+                status.update(f"trying {what}{where}")
 
         yield show

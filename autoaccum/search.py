@@ -231,7 +231,9 @@ def _next(candidates: Sequence[int], low: int, high: int, line: _Line, budget: f
         first = candidates[low]
         likely = 8.0 * first if guess is None else max((guess + first) / 2, 2 * first)
         return at_most(min(likely, _REACH * first))
-    if guess is None or missed >= 2:
+    if guess is None:  # a flat line promises nothing: the geometric middle
+        return at_most(math.sqrt(candidates[low] * candidates[min(high, len(candidates) - 1)]))
+    if missed >= 2:
         return (low + high) // 2
     if high == len(candidates) and candidates[-1] == target:
         alone = line.peak(target, resident=False)

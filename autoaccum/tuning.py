@@ -16,13 +16,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from autoaccum import devices, plan, search
+from autoaccum import devices, explaining, hints, plan, refusing, search
 from autoaccum.child import Child
 from autoaccum.command import Command, Template
 from autoaccum.devices.base import ASSUMED_OUTSIDE, Budget
-from autoaccum.devices.cpu import STEADY_MALLOC
-from autoaccum.errors import AutoaccumError, JobError, NoSuchDevice, NothingFits, OutOfMemory, PlanError, UsageError, noted
-from autoaccum.explaining import notation
+from autoaccum.errors import AutoaccumError, JobError, NoSuchDevice, UsageError, noted
 from autoaccum.job import Job, Source, source
 from autoaccum.plan import Plan, PlannedDevice, Tried
 from autoaccum.reading import Limits, Progress, Reading, Rehearser, Trying
@@ -126,7 +124,7 @@ def check_source(
         raise UsageError(f"a micro-batch of {micro_batch} for a target batch of {wish.target_batch}: give between 1 and {wish.target_batch}")
     with _child(where, wish, device, progress, said) as (child, tell, label):
         started = time.monotonic()
-        budget = _enough(child.budget())
+        budget = refusing.enough(child.budget())
         sizes = plan.micro_batches(wish.target_batch, math.ceil(wish.target_batch / micro_batch))
         if sizes[0] < micro_batch:
             # The size itself was asked for, so it is run as given, with the rest of the window smaller.
@@ -135,7 +133,7 @@ def check_source(
             sizes = (micro_batch,) * steps + ((rest,) if rest else ())
         reading = tell.measured(child, sizes, full=True)
         if not reading.fits:
-            raise _too_big(child, tell, reading, sizes, budget)
+            raise refusing.too_big(reading, sizes, _unlimited(child, tell, reading, sizes, budget), budget)
         found = search.Found(micro_batch, len(sizes), micro_batch, None)
         return _plan(child, wish, tell, label, found, reading, sizes, budget, started, ())
 
@@ -148,7 +146,7 @@ def tune_command(words: Sequence[str], wish: Wish, *, device: str = "auto", prog
     template, tell, started = Template(tuple(words)), _Teller(progress), time.monotonic()
     wish = replace(wish, equal=True)
     with Command(template, device, wish.limits, said=said) as command:
-        budget = _enough(command.budget())
+        budget = refusing.enough(command.budget())
         target = wish.target_batch
         candidates = search.sizes(target, most=wish.max_micro_batch, equal=True)
 
@@ -171,23 +169,23 @@ def check_command(
         raise UsageError(f"a command runs equal micro-batches: {micro_batch} does not divide a target batch of {wish.target_batch}")
     template, tell, started = Template(tuple(words)), _Teller(progress), time.monotonic()
     with Command(template, device, wish.limits, said=said) as command:
-        budget = _enough(command.budget())
+        budget = refusing.enough(command.budget())
         sizes = plan.micro_batches(wish.target_batch, wish.target_batch // micro_batch)
         reading = tell.measured(command, sizes)
         if not reading.fits:
-            raise _too_big(command, tell, reading, sizes, budget)
+            raise refusing.too_big(reading, sizes, _unlimited(command, tell, reading, sizes, budget), budget)
         return _plan(command, wish, tell, str(template), search.Found(micro_batch, len(sizes), micro_batch, None), reading, sizes, budget, started, ())
 
 
 def _line(rehearsal: Rehearser, wish: Wish, tell: _Teller, label: str, warnings: tuple[str, ...]) -> Plan:
     started = time.monotonic()
     subject = rehearsal.subject()
-    first_budget = budget = _enough(rehearsal.budget())
+    first_budget = budget = refusing.enough(rehearsal.budget())
     target = wish.target_batch
     smallest = 2 if subject.batch_norms else 1
     candidates = search.sizes(target, smallest=smallest, most=wish.max_micro_batch, equal=wish.equal, every=wish.largest)
     if not candidates:
-        raise _nothing_allowed(wish, smallest, subject.batch_norms)
+        raise refusing.nothing_allowed(target, wish.max_micro_batch, subject.batch_norms)
 
     def fits(micro_batch: int, steps: int) -> Reading:
         known = tell.refused.get(micro_batch) or tell.known.get((micro_batch, steps > 1))
@@ -206,7 +204,7 @@ def _line(rehearsal: Rehearser, wish: Wish, tell: _Teller, label: str, warnings:
             break
         if subject.device.kind == "cpu":
             rehearsal.fresh()  # allocators and libraries remember sizes: confirm as training will start
-        budget = _enough(rehearsal.budget())
+        budget = refusing.enough(rehearsal.budget())
         confirmed = tell.measured(rehearsal, sizes, full=True)
         if confirmed.fits:
             break
@@ -214,7 +212,7 @@ def _line(rehearsal: Rehearser, wish: Wish, tell: _Teller, label: str, warnings:
         candidates = [size for size in candidates if size < found.micro_batch]
         if not candidates:
             raise _nothing_fits(rehearsal, tell, found.micro_batch, target, budget)
-    return _plan(rehearsal, wish, tell, label, found, confirmed, sizes, budget, started, (*warnings, *_drift(first_budget, rehearsal.budget())))
+    return _plan(rehearsal, wish, tell, label, found, confirmed, sizes, budget, started, (*warnings, *explaining.drift(first_budget, rehearsal.budget())))
 
 
 class _Teller:
@@ -315,10 +313,18 @@ def _plan(
         job=label,
         allocator=subject.allocator,
         predicted_refusal=found.predicted_refusal,
-        arithmetic=_arithmetic(budget),
+        arithmetic=explaining.arithmetic(budget),
         warnings=tuple(said),
         hints=tuple(
-            _hints(wish, found, sizes, 2 if subject.batch_norms else 1, for_command=isinstance(rehearsal, Command), steady=subject.allocator == "steady malloc")
+            hints.hints(
+                found,
+                sizes,
+                equal=wish.equal,
+                most_allowed=wish.max_micro_batch,
+                smallest=2 if subject.batch_norms else 1,
+                for_command=isinstance(rehearsal, Command),
+                steady=subject.allocator == "steady malloc",
+            )
         ),
     )
 
@@ -343,124 +349,18 @@ def _idle_gpu(kind: str) -> tuple[str, ...]:
     return (f"the model is on the CPU while {best} is there: move it with model.to({best!r}) before tuning if it trains there",)
 
 
-def _enough(budget: Budget) -> Budget:
-    """Raises `NothingFits` where nothing is left to try with."""
-    if budget.budget_bytes <= 0:
-        memory = budget.memory
-        others = "".join(f"; {other.name} (process {other.pid}) holds {in_words(other.bytes or 0)}" for other in memory.others)
-        limit = f"of the limit of {in_words(budget.cap_bytes)} " if budget.cap_bytes else ""
-        raise NothingFits(
-            f"{limit}nothing is left to train with: {in_words(memory.free_bytes)} of {in_words(memory.total_bytes)} are free{others}; "
-            f"headroom keeps {in_words(budget.headroom_bytes)}. Free memory, raise --memory-limit, or lower --headroom",
-            budget_bytes=budget.budget_bytes,
-        )
-    return budget
+def _nothing_fits(rehearsal: Rehearser, tell: _Teller, micro_batch: int, target: int, budget: Budget) -> Exception:
+    sizes = plan.micro_batches(target, math.ceil(target / micro_batch))
+    refused = [each for each in tell.tried if each.micro_batch == micro_batch]
+    return refusing.nothing_fits(micro_batch, tell.tried, _unlimited(rehearsal, tell, refused[-1], sizes, budget), budget)
 
 
-def _nothing_allowed(wish: Wish, smallest: int, batch_norms: tuple[str, ...]) -> Exception:
-    if smallest > 1:
-        return NothingFits(
-            f"BatchNorm layer {batch_norms[0]!r} needs micro-batches of at least 2 samples, and a target batch of {wish.target_batch}"
-            f"{f' in micro-batches of at most {wish.max_micro_batch}' if wish.max_micro_batch else ''} cannot be cut so: "
-            "choose another target, or replace BatchNorm (GroupNorm does not mix samples)"
-        )
-    return PlanError(f"no micro-batch is allowed for a target batch of {wish.target_batch}")
-
-
-def _nothing_fits(rehearsal: Rehearser, tell: _Teller, micro_batch: int, target: int, budget: Budget) -> NothingFits:
-    """What one sample needs, what there is, who holds the rest, and what would help."""
-    unit = "one sample" if micro_batch == 1 else f"a micro-batch of {micro_batch}"
-    needs, _ = _needs(rehearsal, tell, plan.micro_batches(target, math.ceil(target / micro_batch)), budget)
-    refused = next((each for each in tell.tried if not each.fits), None)
-    how = f"{unit} {'was killed by the system' if refused and refused.outcome == 'killed' else 'does not fit'}" + (f" (in {refused.phase})" if refused else "")
-    others = [other for other in budget.memory.others if other.bytes]
-    held = "".join(f"; {other.name} (process {other.pid}) holds {in_words(other.bytes or 0)}" for other in others)
-    if refused is not None and refused.outcome == "timeout":
-        return NothingFits(
-            f"{unit} did not finish in time: raise --timeout, or look for a hang in the job", budget_bytes=budget.budget_bytes, trials=tell.tried
-        )
-    wide = f"raise --memory-limit (now {in_words(budget.cap_bytes)})" if budget.cap_bytes else "free memory, or use a larger device"
-    return NothingFits(
-        f"{how}: it needs {needs} and the budget is {in_words(budget.budget_bytes)}{held}. "
-        f"What would help: {wide}, autocast to bfloat16, activation checkpointing, an optimizer with less state, shorter samples",
-        budget_bytes=budget.budget_bytes,
-        trials=tell.tried,
-    )
-
-
-def _needs(rehearsal: Rehearser, tell: _Teller, sizes: tuple[int, ...], budget: Budget) -> tuple[str, int | None]:
-    """What this window peaks at, in words and bytes: measured without the user's limit, else only that it is more."""
-    if budget.cap_bytes is not None and rehearsal.enforces:
-        rehearsal.fresh()  # what ran out may have left libraries in a state that remembers it
-        unlimited = tell.measured(rehearsal, sizes, limited=False)
-        if unlimited.fits and unlimited.peak_bytes is not None:
-            return in_words(unlimited.peak_bytes), unlimited.peak_bytes
-    seen = max((each.peak_bytes or 0 for each in tell.tried if each.micro_batch == sizes[0]), default=0)
-    return f"more than {in_words(max(seen, budget.budget_bytes))} (predicted)", None
-
-
-def _too_big(rehearsal: Rehearser, tell: _Teller, reading: Reading, sizes: tuple[int, ...], budget: Budget) -> Exception:
-    if reading.outcome == "timeout":
-        return OutOfMemory(f"{notation(sizes)} did not finish in time: raise --timeout, or look for a hang in the job")
-    if reading.outcome == "over-budget" and reading.peak_bytes is not None:
-        measured: tuple[str, int | None] = in_words(reading.peak_bytes), reading.peak_bytes
-    else:
-        measured = _needs(rehearsal, tell, sizes, budget)
-    words, needs = measured
-    over = f", {in_words(needs - budget.budget_bytes)} over" if needs is not None and needs > budget.budget_bytes else ""
-    how = {"oom": f"ran out in {reading.phase}", "killed": f"was killed by the system in {reading.phase}", "over-budget": "is over budget"}[reading.outcome]
-    return OutOfMemory(
-        f"{notation(sizes)} does not fit: {sizes[0]} {how}; it needs {words} and the budget is {in_words(budget.budget_bytes)}{over}. "
-        f"`autoaccum tune` finds what fits"
-    )
-
-
-def _arithmetic(budget: Budget) -> tuple[tuple[int, str], ...]:
-    """What the budget was made of: the first term, less the rest. A remainder nobody explains is "in use"."""
-    memory = budget.memory
-    headroom = (budget.headroom_bytes, "headroom")
-    outside = memory.outside_bytes if memory.outside_bytes is not None else ASSUMED_OUTSIDE if budget.cap_bytes is not None else 0
-    context = ((outside, "context"),) if outside else ()
-    whole = budget.budget_bytes + budget.headroom_bytes
-    if budget.cap_bytes is not None and whole == budget.cap_bytes - outside:
-        return ((budget.cap_bytes, "limit"), *context, headroom)
-    others = tuple((other.bytes, f"{other.name} {other.pid}") for other in memory.others if other.bytes)
-    rest = memory.total_bytes - whole - sum(bytes_ for bytes_, _ in (*others, *context))
-    if rest < 0:  # resident pages that processes share are counted with each
-        others, rest = (), memory.total_bytes - whole - sum(bytes_ for bytes_, _ in context)
-    word = "cgroup limit" if memory.binding_limit.startswith("cgroup") else "total"
-    return ((memory.total_bytes, word), *others, *context, *(((rest, "in use"),) if rest > 0 else ()), headroom)
-
-
-def _drift(before: Budget, after: Budget) -> tuple[str, ...]:
-    """Free memory that others took or gave while we measured, if it is more than the headroom."""
-    taken = before.budget_bytes - after.budget_bytes
-    if taken <= after.headroom_bytes:
-        return ()
-    known = {other.pid: other.bytes or 0 for other in before.memory.others}
-    grown = sorted(((other.bytes or 0) - known.get(other.pid, 0), other.name, other.pid) for other in after.memory.others)
-    who = f", {grown[-1][1]} (process {grown[-1][2]}) took {in_words(grown[-1][0])}" if grown and grown[-1][0] > 0 else ""
-    return (f"{in_words(taken)} of memory went to others while measuring{who}: leave more headroom, or tune again",)
-
-
-def _hints(wish: Wish, found: search.Found, sizes: tuple[int, ...], smallest: int, *, for_command: bool, steady: bool) -> Iterator[str]:
-    target, most = wish.target_batch, found.largest_fit
-    if for_command and steady:
-        settings = " ".join(f"{name}={value}" for name, value in STEADY_MALLOC.items())
-        yield f"measured with {settings} in the environment, which makes freed memory go back at once: set them for training too"
-    if wish.equal:
-        # How much fits between the answer and the next divisor is known only where something predicts it.
-        above = (found.smallest_refused or target + 1) - 1
-        most = min(max(most, found.predicted_largest or above), wish.max_micro_batch or target)
-        fewest = math.ceil(target / most)
-        if len(sizes) > fewest and (better := plan.easier_targets(target, most, smallest)):
-            uneven = "" if for_command else f" without --equal {target} is {notation(plan.micro_batches(target, fewest))}, and"
-            yield f"{plan.why_unequal(target)}: equal micro-batches cost {len(sizes)} steps; as far as it fits,{uneven} easier targets are {better}"
-    elif sizes[0] != sizes[-1]:
-        equal = plan.equal_split(target, most, smallest)
-        if equal is not None:
-            better = plan.easier_targets(target, most, smallest) if equal[1] > 2 * len(sizes) else ""
-            yield f"frameworks need equal micro-batches: --equal gives {equal[0]} x {equal[1]}" + (f"; easier targets are {better}" if better else "")
+def _unlimited(rehearsal: Rehearser, tell: _Teller, refused: Reading, sizes: tuple[int, ...], budget: Budget) -> Reading | None:
+    """The refused window without the user's limit, for the figure; what the device allows is still enforced."""
+    if budget.cap_bytes is None or not rehearsal.enforces or refused.outcome not in ("oom", "killed"):
+        return None
+    rehearsal.fresh()  # what ran out may have left libraries in a state that remembers it
+    return tell.measured(rehearsal, sizes, limited=False)
 
 
 def _versions() -> dict[str, str]:

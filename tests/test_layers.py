@@ -15,7 +15,8 @@ devices.cpu devices.cuda devices.mps devices.xpu
 devices
 reading weighting explaining
 job search
-snapshot plan window
+snapshot plan window refusing
+hints
 trial command
 child
 tuning

@@ -76,19 +76,6 @@ def test_over_ranks_too_the_fewest_steps_are_taken_that_the_largest_allows(targe
         assert max(sizes) <= largest and (steps == 1 or math.ceil(share / (steps - 1)) > largest)
 
 
-@given(target=st.integers(1, 5000), largest=st.integers(1, 5000))
-def test_an_equal_split_is_the_largest_divisor(target, largest):
-    size, steps = plan.equal_split(target, largest)
-    assert size * steps == target and size <= largest
-    assert not [each for each in range(size + 1, min(largest, target) + 1) if target % each == 0]
-
-
-def test_easier_targets_are_offered_with_their_split():
-    assert plan.easier_targets(127, 40) == "125 = 25 x 5 and 128 = 32 x 4"
-    assert plan.easier_targets(127, 50) == "126 = 42 x 3 and 128 = 32 x 4"
-    assert plan.why_unequal(127) == "127 is prime" and plan.why_unequal(122) == "122 has few divisors"
-
-
 @pytest.mark.parametrize(("share", "steps"), [(5, 6), (5, 0), (0, 1)])
 def test_impossible_splits_are_refused(share, steps):
     with pytest.raises(PlanError):
