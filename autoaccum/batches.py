@@ -67,7 +67,7 @@ def resize(batch: Any, samples: int) -> Any:
 
 def move(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
     """`batch` with its tensors on `device`; the very same object where they all are there already."""
-    if all(leaf.device == device for _, leaf in _leaves(batch) if isinstance(leaf, torch.Tensor)):
+    if all(tensor.device == device for _, leaf in _leaves(batch) for tensor in _tensors(leaf)):
         return batch
     return _mapped(batch, lambda leaf: _moved(leaf, device, non_blocking))
 
@@ -89,6 +89,16 @@ def shapes(batch: Any) -> dict[str, tuple[int, ...]]:
         elif isinstance(leaf, list):
             found[path] = (len(leaf),)
     return found
+
+
+def _tensors(leaf: Any) -> Iterator[torch.Tensor]:
+    """The tensors of a leaf: itself, or those in a list of samples."""
+    if isinstance(leaf, torch.Tensor):
+        yield leaf
+    elif isinstance(leaf, list):
+        for item in leaf:
+            for inner in item.values() if isinstance(item, Mapping) else (item,):
+                yield from _tensors(inner)
 
 
 def _is_samples(items: list[Any]) -> bool:

@@ -23,7 +23,7 @@ from pathlib import Path
 
 from autoaccum import devices, oom
 from autoaccum.devices.base import Budget, Facts, Memory, budget
-from autoaccum.devices.cpu import LINUX, STEADY_MALLOC, Cpu
+from autoaccum.devices.cpu import LINUX, STEADY_MALLOC, Cpu, steady_wanted
 from autoaccum.errors import DeviceError, JobFailed, NoSuchDevice, UsageError
 from autoaccum.reading import Limits, Outcome, Reading, Subject
 from autoaccum.units import KIB
@@ -82,7 +82,7 @@ class Command:
             remarks.append(
                 f"the command takes as much at a micro-batch of {high} as at {low}: check that it reads the flags given, and that memory depends on them"
             )
-        allocator = "steady malloc" if self._facts.kind == "cpu" and LINUX else ""
+        allocator = ("steady malloc" if steady_wanted() else "default malloc") if self._facts.kind == "cpu" and LINUX else ""
         fingerprint = hashlib.sha256("\0".join(self._template.words).encode()).hexdigest()[:16]
         return Subject(self._facts, 0, fingerprint, (), 0, allocator, tuple(remarks))
 
@@ -121,9 +121,8 @@ class Command:
             outcome = "fits"
         if outcome == "fits" and peak is not None:
             self._peaks[size] = peak
-        # The process tells of itself only by its largest figure; a GPU's is inside it.
-        shown = peak if peak is not None else 0
-        return Reading(size, steps, outcome, "command", shown, seconds, remarks=remarks)
+        # What a command takes on a GPU cannot be seen from outside.
+        return Reading(size, steps, outcome, "command", peak, seconds, remarks=remarks)
 
     def fresh(self) -> None:
         """Every run has a process of its own."""
@@ -139,7 +138,7 @@ class Command:
         """Exit code (None: ended for taking too long), output, and the largest resident bytes of any process of it."""
         environment, cap = dict(os.environ), "none"
         if self._facts.kind == "cpu" and LINUX:
-            environment |= {name: str(value) for name, value in STEADY_MALLOC.items()}
+            environment |= {name: str(value) for name, value in STEADY_MALLOC.items()} if steady_wanted() else {}
             cap = str(cap_bytes)
         elif self._facts.kind != "cpu":
             fraction = min(cap_bytes / self._memory.total_bytes, 1.0)
@@ -200,6 +199,8 @@ def _device(label: str) -> tuple[Facts, Memory]:
     found = json.loads(asked.stdout)["devices"]
     kind, _, index = label.partition(":")
     for each in found:
+        if label == "auto" and each["kind"] == "cpu":
+            return _device("cpu")
         if label == "auto" or (each["kind"] == kind and (each["index"] or 0) == int(index or 0)):
             if each["kind"] not in ("cpu", "cuda"):
                 raise NoSuchDevice(f"a command's memory on {each['kind']} cannot be capped from outside: use a JOB file, or --device cpu")

@@ -68,9 +68,13 @@ class NothingFits(AutoaccumError):
 
 
 class OutOfMemory(AutoaccumError):
-    """A micro-batch that was asked for by name does not fit."""
+    """A micro-batch that was asked for by name does not fit. `trials` is what ran."""
 
     exit_code = 3
+
+    def __init__(self, message: str, *, trials: Sequence[Any] = ()) -> None:
+        super().__init__(message)
+        self.trials = tuple(trials)
 
 
 class DeviceError(AutoaccumError):

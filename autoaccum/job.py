@@ -107,12 +107,21 @@ class Job:
                 each.load_state_dict(each.state_dict())
         return self
 
+    def trained(self) -> list[torch.Tensor]:
+        """Every tensor that gets a gradient: the model's, and the optimizers' own (a loss head, a learned weight)."""
+        found = {id(p): p for group in self._groups() for p in group["params"] if p.requires_grad}
+        found |= {id(p): p for p in self.model.parameters() if p.requires_grad}
+        return list(found.values())
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for each in self.optimizers for group in each.param_groups]
+
     def gradient_bytes(self) -> int:
         """Bytes of all gradients at once: what stays resident between micro-batches."""
-        return sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        return sum(p.nbytes for p in self.trained())
 
     def fingerprint(self) -> str:
-        """Sixteen hex digits that change with the parameters' shapes and types, the optimizers and the modes."""
+        """Sixteen hex digits that change with the parameters' shapes and types, the optimizers, autocast, clipping and scaler."""
         told = [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in self.model.named_parameters()]
         told += [type(each).__name__ for each in self.optimizers]
         told += [str(self.autocast), str(self.max_grad_norm), str(self.scaler is not None)]

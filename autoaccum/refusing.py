@@ -57,13 +57,14 @@ def nothing_fits(micro_batch: int, tried: Sequence[Reading], unlimited: Reading 
 def too_big(reading: Reading, sizes: Sequence[int], unlimited: Reading | None, budget: Budget) -> OutOfMemory:
     """A size that was asked for by name does not fit; by how much, where it could be measured."""
     if reading.outcome == "timeout":
-        return OutOfMemory(f"{notation(sizes)} did not finish in time: raise --timeout, or look for a hang in the job")
+        return OutOfMemory(f"{notation(sizes)} did not finish in time: raise --timeout, or look for a hang in the job", trials=[reading])
     words, needs = _needs(sizes[0], [reading], unlimited, budget)
     over = f", {in_words(needs - budget.budget_bytes)} over" if needs is not None and needs > budget.budget_bytes else ""
     how = {"oom": f"ran out in {reading.phase}", "killed": f"was killed by the system in {reading.phase}", "over-budget": "is over budget"}[reading.outcome]
     return OutOfMemory(
         f"{notation(sizes)} does not fit: {sizes[0]} {how}; it needs {words} and the budget is {in_words(budget.budget_bytes)}{over}. "
-        "`autoaccum tune` finds what fits"
+        "`autoaccum tune` finds what fits",
+        trials=[reading],
     )
 
 

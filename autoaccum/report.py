@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from typing import Any
 
 from autoaccum.devices.base import Facts, Memory
-from autoaccum.devices.cpu import STEADY_MALLOC
-from autoaccum.errors import AutoaccumError, JobFailed, NothingFits
+from autoaccum.devices.cpu import STEADY_MALLOC, steady_wanted
+from autoaccum.errors import AutoaccumError, JobFailed
 from autoaccum.plan import Plan
 from autoaccum.reading import Reading
 from autoaccum.units import in_words, number, unit_for
@@ -30,7 +31,16 @@ def text(plan: Plan) -> str:
 
 
 def as_json(document: Any) -> str:
-    return json.dumps(document, indent=2, ensure_ascii=False)
+    """One document that strict readers take: a figure that is nan or infinite is null."""
+    return json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def env(plan: Plan) -> str:
@@ -42,7 +52,7 @@ def env(plan: Plan) -> str:
         "AUTOACCUM_MICRO_BATCHES": " ".join(map(str, plan.micro_batches)),
     }
     lines = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
-    if plan.device.kind == "cpu":
+    if plan.device.kind == "cpu" and steady_wanted():
         lines += [f"export {name}={value}" for name, value in STEADY_MALLOC.items()]
     return "\n".join(lines)
 
@@ -50,7 +60,7 @@ def env(plan: Plan) -> str:
 def error(raised: AutoaccumError) -> dict[str, Any]:
     """The document of a failure, schema autoaccum.error/1."""
     name = raised.kind if isinstance(raised, JobFailed) and raised.kind else type(raised).__name__
-    trials: Sequence[Any] = raised.trials if isinstance(raised, NothingFits) else ()
+    trials: Sequence[Any] = getattr(raised, "trials", ())
     return {
         "schema": "autoaccum.error/1",
         "error": name,

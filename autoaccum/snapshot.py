@@ -12,16 +12,17 @@ import random
 import signal
 import sys
 import threading
+import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-import psutil
 import torch
 
+from autoaccum.devices.cpu import Cpu
 from autoaccum.errors import DeviceError
 from autoaccum.job import Job
 from autoaccum.units import in_words
@@ -30,8 +31,10 @@ Undo = Callable[[], object]
 
 
 class Snapshot:
-    """The state of a job at one moment. `host_bytes` is what the copies take in host memory.
+    """The state of a job at one moment.
 
+    host_bytes: what the copies take in host memory. gradient_bytes: gradients that were there already; they
+    stay where they are, beside those of the trials, and come back as the very same objects.
     parameters: False leaves out the contents of trainable parameters, for a process whose weights nobody
     needs afterwards. Raises `DeviceError` with the figures when host memory is too short for the copies.
     """
@@ -40,62 +43,72 @@ class Snapshot:
         self._parameters = parameters
         self._seen: dict[int, Any] = {}  # holds the objects too, so that no id is used twice
         self._undo: list[Undo] = []
-        self._storages: dict[int, torch.UntypedStorage] = {}
-        self._grads: list[torch.Tensor] = []
-        self._visit(job.model)
-        for each in (*job.optimizers, job.scaler, job.scheduler, job.loss):
-            self._visit(each)
-        for each in job.keep:
+        self._storages: dict[tuple[str, int], torch.UntypedStorage] = {}
+        self._leaves: list[torch.Tensor] = []
+        self._frozen: list[tuple[torch.Tensor, int]] = []
+        self.host_bytes = 0
+        for each in job.keep:  # first: what is given to keep is kept whole, also where the model holds it too
             self._visit(each, deep=True)
-        self.host_bytes = sum(storage.nbytes() for storage in self._storages.values())
-        self.host_bytes += sum(leaf.grad.nbytes for leaf in self._grads if leaf.grad is not None)
-        free = psutil.virtual_memory().available
+        for each in (job.model, *job.optimizers, job.scaler, job.scheduler, job.loss):
+            self._visit(each)
+        for each in (*job.model.parameters(), *job.model.buffers()):  # of TorchScript modules, which have no __dict__
+            self._visit(each)
+        self.host_bytes += sum(storage.nbytes() for storage in self._storages.values())
+        free = Cpu().memory(who=False).free_bytes
         if self.host_bytes > free:
             raise DeviceError(
                 f"a copy of the training state needs {in_words(self.host_bytes)} of host memory and {in_words(free)} are free: "
                 "free some, or tune in a process of its own, which needs no copy (the command line does)"
             )
         self._contents = [(storage, _host_copy(storage)) for storage in self._storages.values()]
-        self._kept_grads = [(leaf, leaf.grad, _host_grad(leaf.grad)) for leaf in self._grads if leaf.grad is not None]
-        self._modes = _modes()
-        self._rng = _rng()
+        self._grads = [(leaf, leaf.grad) for leaf in self._leaves]
+        self.gradient_bytes = sum(_bytes_of(grad) for _, grad in self._grads if grad is not None)
+        self._undo += [partial(_same_content, storage, content) for storage, content in self._contents]
+        self._undo += [*_modes(), *_rng()]
 
     def rewind(self) -> None:
         """Makes everything as it was, but for gradients: those are set aside, so that trials start without.
 
-        May be called again and again.
+        May be called again and again. One thing that cannot be put back does not keep the others from it:
+        the first error is raised when all has been tried.
         """
+        errors = []
         for undo in self._undo:
-            undo()
-        with torch.no_grad():
-            for storage, content in self._contents:
-                storage.copy_(content)
-        for leaf in self._grads:
+            try:
+                undo()
+            except Exception as error:
+                errors.append(error)
+        for leaf in self._leaves:
             leaf.grad = None
-        for _, grad, _ in self._kept_grads:
-            grad.data = grad.data.new_empty(0)
-        for undo in (*self._modes, *self._rng):
-            undo()
+        if errors:
+            raise DeviceError(
+                f"the state could not be put back whole ({type(errors[0]).__name__}: {errors[0]}): after an error that loses the device's context "
+                "nothing can be read from it, so load your last checkpoint"
+            ) from errors[0]
 
     def put_back(self) -> None:
         """Makes everything as it was, gradients included."""
-        self.rewind()
-        for leaf, grad, kept in self._kept_grads:
-            grad.data = kept.to(leaf.device, copy=True)
-            leaf.grad = grad
+        try:
+            self.rewind()
+        finally:
+            for leaf, grad in self._grads:
+                leaf.grad = grad
+        if any(tensor._version != version for tensor, version in self._frozen):
+            warnings.warn("a parameter that does not train was changed by the job's own code and not copied: put its owner into keep=[...]", stacklevel=2)
 
     def _visit(self, item: Any, *, deep: bool = False) -> None:
         if id(item) in self._seen or isinstance(item, (str, bytes, int, float, type(None), type, ModuleType, FunctionType, MethodType)):
             return
         self._seen[id(item)] = item
         if isinstance(item, torch.Tensor):
-            self._keep_tensor(item)
+            self._keep_tensor(item, deep)
         elif isinstance(item, random.Random):
             self._undo.append(partial(item.setstate, item.getstate()))
-        elif isinstance(item, MutableMapping) or type(item).__name__ == "mappingproxy":
-            self._keep_mapping(item, deep)
+        elif isinstance(item, dict):
+            self._undo.append(partial(_refill_mapping, item, dict(item)))
+            self._visit_all(item.values(), deep)
         elif isinstance(item, (list, deque)):
-            self._undo.append(partial(_refill, item, list(item)))
+            self._undo.append(partial(_refill_list, item, list(item)))
             self._visit_all(item, deep)
         elif isinstance(item, set):
             self._undo.append(partial(_refill_mapping, item, set(item)))
@@ -103,88 +116,98 @@ class Snapshot:
         elif isinstance(item, tuple):
             self._visit_all(item, deep)
         elif _is_array(item):
-            self._undo.append(partial(item.__setitem__, ..., item.copy()))
+            if item.flags.writeable:
+                self.host_bytes += item.nbytes
+                self._undo.append(partial(item.__setitem__, ..., item.copy()))
         elif hasattr(item, "get_state") and hasattr(item, "set_state"):  # torch.Generator, numpy.random.RandomState
             self._undo.append(partial(item.set_state, item.get_state()))
         elif hasattr(item, "bit_generator"):  # numpy.random.Generator
             self._undo.append(partial(setattr, item.bit_generator, "state", item.bit_generator.state))
         elif hasattr(item, "__dict__") and (deep or _holds_training_state(item)):
-            self._keep_mapping(vars(item), deep)
+            attributes = vars(item)
+            self._undo.append(partial(_refill_mapping, attributes, dict(attributes)))
+            self._visit_all(attributes.values(), deep)
 
     def _visit_all(self, items: Iterable[Any], deep: bool) -> None:
         for item in list(items):
             self._visit(item, deep=deep)
 
-    def _keep_mapping(self, mapping: Any, deep: bool) -> None:
-        if isinstance(mapping, MutableMapping):
-            self._undo.append(partial(_refill_mapping, mapping, dict(mapping)))
-        self._visit_all(mapping.values(), deep)
-
-    def _keep_tensor(self, tensor: torch.Tensor) -> None:
+    def _keep_tensor(self, tensor: torch.Tensor, deep: bool) -> None:
+        if tensor.is_leaf and tensor.requires_grad:
+            self._leaves.append(tensor)
         if tensor.grad_fn is not None or tensor.is_meta or tensor.layout != torch.strided:
             return  # an intermediate result is nobody's state; its owner still gets the object back
+        if hasattr(tensor, "__tensor_flatten__"):  # a wrapper around other tensors has no storage of its own
+            self.host_bytes += tensor.nbytes
+            self._undo.append(partial(_copy_into, tensor.detach(), tensor.detach().clone()))
+            return
         alias = tensor.detach()  # keeps hold of the storage that the tensor has now
         self._undo.append(partial(_same_data, tensor, alias, tensor.requires_grad))
-        if tensor.is_leaf:
-            self._grads.append(tensor)
-        trains = isinstance(tensor, torch.nn.Parameter) and tensor.requires_grad
-        frozen = isinstance(tensor, torch.nn.Parameter) and not tensor.requires_grad
-        if frozen or (trains and not self._parameters):
+        parameter = isinstance(tensor, torch.nn.Parameter)
+        if parameter and not tensor.requires_grad and not deep:
+            self._frozen.append((tensor, tensor._version))
+            return
+        if parameter and tensor.requires_grad and not self._parameters:
             return
         storage = tensor.untyped_storage()
-        self._storages.setdefault(storage.data_ptr() or id(storage), storage)
+        key = str(storage.device), storage.data_ptr() or id(storage)
+        if key not in self._storages or self._storages[key].nbytes() < storage.nbytes():
+            self._storages[key] = storage
 
 
 @contextmanager
-def preserved(job: Job, *, parameters: bool = True) -> Iterator[Snapshot]:
+def preserved(job: Job, *, parameters: bool = True) -> Iterator[tuple[Snapshot, Interrupts]]:
     """Whatever happens inside, the job's state is afterwards what it was before.
 
-    A first Ctrl-C ends what is inside as usual. Any further one waits until the state is back: half a
-    restored model is worse than a second's patience. Outside the main thread no signal arrives here.
+    Ctrl-C takes effect where the second value is `allowed()`, which is while a trial runs; anywhere else it
+    waits until the state is back: half a restored model is worse than a second's patience. Outside the main
+    thread no signal arrives here.
     """
     kept = Snapshot(job, parameters=parameters)
-    with _one_interrupt_at_a_time() as interrupts:
-        # Two nested `finally`: a first Ctrl-C can arrive between entering the inner one and its first
-        # statement, and would skip it; the outer one runs with all further ones deferred.
-        restored = False
+    with _deferred_interrupts() as interrupts:
         try:
-            try:
-                kept.rewind()
-                yield kept
-            finally:
-                interrupts.deferred = True
-                kept.put_back()
-                restored = True
+            kept.rewind()
+            yield kept, interrupts
         finally:
-            interrupts.deferred = True
-            if not restored:
-                kept.put_back()
+            kept.put_back()
 
 
-class _Interrupts:
+class Interrupts:
+    """SIGINT, held back except inside `allowed`."""
+
     def __init__(self) -> None:
-        self.deferred = False
+        self.raises = False
         self.waiting = False
+
+    @contextmanager
+    def allowed(self) -> Iterator[None]:
+        """A Ctrl-C interrupts what is inside, once; one that came before does so at once."""
+        self.raises = True
+        try:
+            if self.waiting:
+                self.raises = self.waiting = False
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self.raises = False
 
 
 @contextmanager
-def _one_interrupt_at_a_time() -> Iterator[_Interrupts]:
-    interrupts = _Interrupts()
-    if threading.current_thread() is not threading.main_thread():
+def _deferred_interrupts() -> Iterator[Interrupts]:
+    interrupts = Interrupts()
+    before = signal.getsignal(signal.SIGINT)
+    # A handler that was installed from outside Python (None) cannot be put back, so it is left alone.
+    if threading.current_thread() is not threading.main_thread() or before is None:
         yield interrupts
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def on_interrupt(number: int, frame: FrameType | None) -> None:
-        if interrupts.deferred:
+        if not interrupts.raises:
             interrupts.waiting = True
             return
-        interrupts.deferred = True
+        interrupts.raises = False  # a further one waits until the state is back
         _pass_on(before, number, frame)
 
-    if before is None:  # installed from outside Python: cannot be put back, so it is left alone
-        yield interrupts
-        return
     signal.signal(signal.SIGINT, on_interrupt)
     try:
         yield interrupts
@@ -218,23 +241,44 @@ def _host_copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
     return copied
 
 
-def _host_grad(grad: torch.Tensor) -> torch.Tensor:
-    return grad.detach().to("cpu", copy=True)
+def _same_content(storage: torch.UntypedStorage, content: torch.UntypedStorage) -> None:
+    """Writes only where something changed: a page that nobody may write (a mapped file) is not touched."""
+    if storage.device.type == "cpu":
+        now, then = (torch.empty(0, dtype=torch.uint8).set_(each) for each in (storage, content))
+        if torch.equal(now, then):
+            return
+    storage.copy_(content)
+
+
+def _copy_into(tensor: torch.Tensor, content: torch.Tensor) -> None:
+    with torch.no_grad():
+        tensor.copy_(content)
+
+
+def _bytes_of(grad: torch.Tensor) -> int:
+    return int(grad.nbytes) if grad.layout == torch.strided else 0
 
 
 def _same_data(tensor: torch.Tensor, alias: torch.Tensor, requires_grad: bool) -> None:
-    if tensor.data_ptr() != alias.data_ptr() or tensor.dtype != alias.dtype or tensor.shape != alias.shape:
+    if _layout(tensor) != _layout(alias):
         tensor.data = alias
     if tensor.requires_grad != requires_grad:
         tensor.requires_grad_(requires_grad)
 
 
-def _refill(items: Any, content: list[Any]) -> None:
-    items.clear()
-    items.extend(content)
+def _layout(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _refill_list(items: Any, content: list[Any]) -> None:
+    if len(items) != len(content) or any(now is not then for now, then in zip(items, content)):
+        items.clear()
+        items.extend(content)
 
 
 def _refill_mapping(mapping: Any, content: Any) -> None:
+    if isinstance(mapping, dict) and list(mapping) == list(content) and all(mapping[key] is content[key] for key in content):
+        return
     mapping.clear()
     mapping.update(content)
 

@@ -200,7 +200,7 @@ def _forget(job: Job, error: BaseException) -> None:
     for link in oom.chain(error):
         traceback.clear_frames(link.__traceback__)
         link.__traceback__ = None
-    for parameter in job.model.parameters():
+    for parameter in job.trained():
         parameter.grad = None
     gc.collect()
 
@@ -211,9 +211,12 @@ class Rehearsal:
     A `reading.Rehearser`, as `child.Child` is: the line does not know where its trials run.
     """
 
-    def __init__(self, job: Job, device: Device, kept: snapshot.Snapshot, limits: Limits, *, enforce: bool, say: Say | None) -> None:
-        self._job, self._device, self._kept, self._limits, self._say = job, device, kept, limits, say
-        self._aside_bytes = kept.host_bytes if device.shared_with_host else 0
+    def __init__(
+        self, job: Job, device: Device, kept: snapshot.Snapshot, interrupts: snapshot.Interrupts, limits: Limits, *, enforce: bool, say: Say | None
+    ) -> None:
+        self._job, self._device, self._kept, self._interrupts, self._limits, self._say = job, device, kept, interrupts, limits, say
+        # Held for the trials' own sake: copies, where they sit in the measured memory, and earlier gradients.
+        self._aside_bytes = kept.gradient_bytes + (kept.host_bytes if device.shared_with_host else 0)
         # False where nothing stops a trial that is too big: then only what is predicted to fit may run.
         self.enforces = enforce and device.enforces
 
@@ -224,6 +227,8 @@ class Rehearsal:
         remarks = []
         if not model.training:
             remarks.append("the model is in eval mode and was measured so: call model.train() before tuning if that is how it trains")
+        if len({parameter.device for parameter in self._job.trained()}) > 1:
+            remarks.append(f"the parameters are on several devices; only {self._job.device} was measured")
         if not self._device.exact_peak:
             remarks.append("the peak is sampled on this system, not exact: leave some headroom")
         return Subject(
@@ -240,17 +245,18 @@ class Rehearsal:
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
         """One trial, and the job's state put back."""
         try:
-            return measure(
-                self._job,
-                self._device,
-                micro_batches,
-                allowed=self.budget(limited=limited),
-                full=full,
-                enforce=self.enforces,
-                aside_bytes=self._aside_bytes,
-                timeout_s=self._limits.timeout_s,
-                say=self._say,
-            )
+            with self._interrupts.allowed():
+                return measure(
+                    self._job,
+                    self._device,
+                    micro_batches,
+                    allowed=self.budget(limited=limited),
+                    full=full,
+                    enforce=self.enforces,
+                    aside_bytes=self._aside_bytes,
+                    timeout_s=self._limits.timeout_s,
+                    say=self._say,
+                )
         finally:
             self._kept.rewind()
 
@@ -275,7 +281,7 @@ def rehearsal(
     """
     device.prepare()
     try:
-        with snapshot.preserved(job, parameters=parameters) as kept:
-            yield Rehearsal(job, device, kept, limits, enforce=enforce, say=say)
+        with snapshot.preserved(job, parameters=parameters) as (kept, interrupts):
+            yield Rehearsal(job, device, kept, interrupts, limits, enforce=enforce, say=say)
     finally:
         device.release()

@@ -23,7 +23,8 @@ def main() -> None:
         os.close(report)
         _die_with_parent()
         if cap != "none":
-            resource.setrlimit(resource.RLIMIT_DATA, (int(cap), resource.getrlimit(resource.RLIMIT_DATA)[1]))
+            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (int(cap) if hard == resource.RLIM_INFINITY else min(int(cap), hard), hard))
         try:
             os.execvp(words[0], words)
         except OSError as error:

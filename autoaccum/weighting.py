@@ -43,10 +43,11 @@ def contribution(returned: Any, *, samples: int, of_samples: int, of_count: floa
     return Contribution(returned * (samples / of_samples), None)
 
 
-def late_factor(counts: list[torch.Tensor | float], of_samples: int) -> float | torch.Tensor:
+def late_factor(counts: list[torch.Tensor | float], of_samples: int) -> torch.Tensor:
     """What gradients of sums divided by samples are multiplied with, once every count is known."""
-    total = sum(counts)
-    return of_samples / total
+    total = torch.as_tensor(sum(counts))
+    # A window in which nothing counts has no gradient; dividing by nothing would make it nan.
+    return of_samples / torch.where(total == 0, torch.ones_like(total), total)
 
 
 def _check(loss: Any) -> None:

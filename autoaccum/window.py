@@ -77,13 +77,13 @@ def run(
         factor = weighting.late_factor(counts, samples)
         total = total * factor
         # One call per dtype and device; under a scaler the gradients are still scaled, which a factor keeps.
-        torch._foreach_mul_([p.grad for p in job.model.parameters() if p.grad is not None], factor)
+        torch._foreach_mul_([p.grad for p in job.trained() if p.grad is not None], factor)
     grad_norm = None
     if job.max_grad_norm is not None:
         if scaler is not None:
             for optimizer in job.optimizers:
                 scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(job.model.parameters(), job.max_grad_norm)
+        grad_norm = torch.nn.utils.clip_grad_norm_(job.trained(), job.max_grad_norm)
     skipped = False
     for optimizer in job.optimizers:
         if scaler is None:

@@ -26,11 +26,12 @@ from autoaccum.job import Source
 
 HERE = Path(__file__).resolve()
 MIB = 2**20
-# name, job, its settings, and limits in MiB that put the answer at different places.
+# name, job, its settings, and limits in MiB that put the answer at different places. No candidate's peak is
+# within 1 % of a budget: what is nearer is decided by the 1 to 2 MiB by which two processes differ, whoever asks.
 MODELS = [
-    ("mlp", f"{HERE}:make_mlp", {}, (425, 450, 480)),
+    ("mlp", f"{HERE}:make_mlp", {}, (435, 450, 480)),
     ("conv net", f"{HERE.parent.parent}/examples/conv_net.py:make_job", {}, (460, 520, 640)),
-    ("tiny gpt", f"{HERE.parent.parent}/examples/tiny_gpt.py:make_job", {}, (480, 560, 680)),
+    ("tiny gpt", f"{HERE.parent.parent}/examples/tiny_gpt.py:make_job", {}, (490, 560, 680)),
 ]
 TARGETS = (120, 127)
 

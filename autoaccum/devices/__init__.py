@@ -54,6 +54,7 @@ def get(label: str = "auto") -> Device:
 
     Raises `NoSuchDevice` with what is here.
     """
+    label = "mps" if label == "mps:0" else label  # as torch writes the device of a tensor there
     found = re.fullmatch(r"(auto|cpu|mps|(?:cuda|xpu)(?::\d+)?)", label)
     if not found:
         raise NoSuchDevice(f"{label!r} is not a device: use auto, cpu, cuda, cuda:INDEX, mps or xpu; devices here: {', '.join(here())}")

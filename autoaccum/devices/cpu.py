@@ -36,12 +36,18 @@ STEADY_MALLOC = {"MALLOC_MMAP_THRESHOLD_": 64 * KIB, "MALLOC_TRIM_THRESHOLD_": 6
 _MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}  # M_... of malloc.h
 
 
+def steady_wanted() -> bool:
+    """True where the C allocator is glibc's and `AUTOACCUM_MALLOC=default` does not turn it off."""
+    return os.environ.get("AUTOACCUM_MALLOC") != "default" and LINUX and platform.libc_ver()[0] == "glibc"
+
+
 def steady_malloc() -> bool:
     """Makes the C allocator give freed memory back at once; the one switch for trials and training alike.
 
-    True if it is in force. `AUTOACCUM_MALLOC=default` turns it off; only glibc has it.
+    True if it is in force; it stays so for the life of the process. `AUTOACCUM_MALLOC=default` turns it off;
+    only glibc has it.
     """
-    if os.environ.get("AUTOACCUM_MALLOC") == "default" or not LINUX or platform.libc_ver()[0] != "glibc":
+    if not steady_wanted():
         return False
     libc = ctypes.CDLL(None)
     done = [libc.mallopt(_MALLOPT[name], value) for name, value in STEADY_MALLOC.items()]
