@@ -164,6 +164,8 @@ def _length(leaf: Any) -> int | None:
         return len(leaf)
     if isinstance(leaf, _WHOLE):
         return None
+    if hasattr(leaf, "__iter__") or hasattr(leaf, "__next__"):
+        raise PlanError(f"a {type(leaf).__name__} is not a batch: give one batch of it, next(iter(loader))")
     raise PlanError(f"a batch with a {type(leaf).__name__} cannot be cut into samples; give `make_batch(n)`, or `split=` with a function that cuts it")
 
 

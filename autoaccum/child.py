@@ -63,14 +63,19 @@ class Child:
         return Subject.from_dict(self._subject)
 
     def budget(self, *, limited: bool = True) -> Budget:
-        answer = self._ask("budget", limited=limited)
+        try:
+            answer = self._ask("budget", limited=limited)
+        except _Died as death:
+            raise errors.JobFailed(f"the job's process ended between two trials (exit code {death.code})", text=self._tail.strip()) from None
         return Budget(**{**answer, "memory": Memory.from_dict(answer["memory"])})
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
         started = time.monotonic()
         self._phase = "batch"
         try:
-            answer = self._ask("measure", timeout_s=self._limits.timeout_s, micro_batches=list(micro_batches), full=full, limited=limited)
+            answer = self._ask(
+                "measure", timeout_s=self._limits.timeout_of(len(micro_batches), full=full), micro_batches=list(micro_batches), full=full, limited=limited
+            )
         except _Died as death:
             reading = self._of_the_dead(death, micro_batches[0], len(micro_batches), time.monotonic() - started, full)
             self._start()
@@ -118,7 +123,11 @@ class Child:
         self._phase = "build"
         try:
             answer = self._ask("open", source=asdict(self._source), device=self._device, limits=asdict(self._limits), path=sys.path)
-        except _Died as death:
+        except BaseException as error:
+            self._end()
+            if not isinstance(error, _Died):
+                raise
+            death = error
             if death.code == -signal.SIGKILL or oom.in_output(self._tail):
                 raise errors.NothingFits("the job ran out of memory while it was built, before any sample: give it more memory, or a smaller model") from None
             raise errors.JobFailed(f"the job ended the process while it was built (exit code {death.code})", text=self._tail.strip()) from None
@@ -126,13 +135,14 @@ class Child:
         self.enforces = answer["enforces"]
 
     def _end(self) -> None:
+        if self._in < 0:
+            return  # ended before
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
         self._listener.join(timeout=1)  # a grandchild that left the group may hold the pipe open
         for descriptor in (self._in, self._out):
-            if descriptor >= 0:
-                os.close(descriptor)
+            os.close(descriptor)
         self._in = self._out = -1
 
     def _ask(self, verb: str, *, timeout_s: float | None = None, **arguments: Any) -> Any:
@@ -154,10 +164,15 @@ class Child:
 
     def _line(self, deadline: float | None) -> Any:
         while b"\n" not in self._buffer:
-            left = None if deadline is None else max(deadline - time.monotonic(), 0)
+            # In slices: a process that the job forked may hold the pipe open after the child is gone.
+            left = 0.5 if deadline is None else min(max(deadline - time.monotonic(), 0), 0.5)
             if not select.select([self._in], [], [], left)[0]:
-                self._end()
-                raise _Died(None)
+                if self._process.poll() is not None and not select.select([self._in], [], [], 0)[0]:
+                    raise self._death()
+                if deadline is not None and time.monotonic() >= deadline:
+                    self._end()
+                    raise _Died(None)
+                continue
             chunk = os.read(self._in, 65536)
             if not chunk:
                 raise self._death()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import tempfile
+import traceback as traces
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,8 +13,8 @@ from typing import Any
 
 import click
 
-from autoaccum import progress, report, tuning
-from autoaccum.errors import AutoaccumError, JobFailed, UsageError
+from autoaccum import oom, progress, report, tuning
+from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short
 from autoaccum.job import Source, source
 from autoaccum.plan import Plan
 from autoaccum.version import __version__
@@ -130,8 +133,10 @@ class _Asked:
             raise UsageError("--json and --format env both say how to print: give one")
         self.memory_limit = memory_limit
         self.wish = tuning.Wish(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout)
-        if output is not None and not output.resolve().parent.is_dir():
-            raise UsageError(f"--output {str(output)!r}: there is no folder {str(output.resolve().parent)!r}")
+        if output is not None:
+            _writable(output)
+        if rest == [] and job is None:
+            raise UsageError("nothing follows `--`: give the command there, or leave `--` out")
         self.command = rest if job is None and rest else None
         if self.command and (settings or largest):
             raise UsageError("--set and --largest are for a JOB: a command gets its arguments in its own words, and equal micro-batches")
@@ -146,6 +151,8 @@ class _Asked:
     def checked(self, micro_batch: int) -> Plan:
         if micro_batch < 1:
             raise UsageError(f"--micro-batch must be at least 1, not {micro_batch}")
+        if self.wish.largest or (self.wish.max_micro_batch or micro_batch) < micro_batch:
+            raise UsageError(f"check rehearses the one size {micro_batch}: leave --largest and a smaller --max-micro-batch out")
         with self._talking() as talk:
             if self.command:
                 return tuning.check_command(self.command, micro_batch, self.wish, **talk)
@@ -166,10 +173,10 @@ class _Asked:
             click.echo(report.text(planned))
         run = []
         with _stdout_for_us() as answer:
-            for epoch in training.train(self.source, planned, epochs=epochs, memory_limit=self.memory_limit):
+            for epoch in training.train(self.source, planned, epochs=epochs, memory_limit=self.memory_limit, say=_said_nothing if self.quiet else _said):
                 run.append(epoch)
                 if self.form == "text":
-                    answer(f"epoch {epoch.number}  loss {epoch.loss:.6f}  {epoch.steps} steps of {planned.target_batch}")
+                    answer(f"epoch {epoch.number}  loss {epoch.loss:.6f}  {epoch.steps} step{'s' if epoch.steps != 1 else ''} of {planned.target_batch}")
             if self.form == "json":
                 answer(report.as_json({**planned.as_dict(), "epochs": [vars(epoch) for epoch in run]}))
 
@@ -177,6 +184,18 @@ class _Asked:
     def _talking(self) -> Iterator[dict[str, Any]]:
         with progress.shown(quiet=self.quiet) as drawn:
             yield {"device": self.device, "progress": drawn, "said": _said_nothing if self.quiet else _said}
+
+
+def _writable(output: Path) -> None:
+    """Raises `UsageError` where the file could not be written in the end."""
+    folder = output.resolve().parent
+    if not folder.is_dir():
+        raise UsageError(f"--output {str(output)!r}: there is no folder {str(folder)!r}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"--output {str(output)!r} cannot be written: {error.strerror}") from None
 
 
 def _said(text: str) -> None:
@@ -190,8 +209,6 @@ def _said_nothing(text: str) -> None: ...
 @contextmanager
 def _stdout_for_us() -> Iterator[Callable[[str], None]]:
     """While inside, what the job prints goes to stderr, and stdout is left to the answer."""
-    import os
-
     sys.stdout.flush()
     answer = os.fdopen(os.dup(1), "w")
     kept = os.dup(1)
@@ -217,22 +234,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(ours: list[str], rest: list[str] | None, wants_json: bool, whole: bool) -> int:
     try:
         code = cli.main(args=ours, prog_name="autoaccum", obj=rest, standalone_mode=False)
+        sys.stdout.flush()
         return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as nothing:
+        click.echo(nothing.format_message(), err=True)
+        return 2
     except click.ClickException as wrong:
         return _failed(UsageError(wrong.format_message()), wants_json, whole)
     except AutoaccumError as error:
         return _failed(error, wants_json, whole)
     except (KeyboardInterrupt, click.Abort):
+        if wants_json:
+            click.echo(report.as_json({**report.error(AutoaccumError("interrupted")), "error": "KeyboardInterrupt", "exit_code": 130}))
         click.echo("interrupted", err=True)
         return 130
-    except BrokenPipeError:  # the reader of our stdout went away
+    except BrokenPipeError:  # the reader of our stdout went away; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
     except Exception as error:  # the job's own, raised while it trains in this process
-        import traceback
-
-        from autoaccum.errors import in_short
-
-        return _failed(JobFailed(str(error), kind=type(error).__name__, text=in_short(error), whole=traceback.format_exc()), wants_json, whole)
+        if oom.is_oom(error):
+            return _failed(OutOfMemory(f"training ran out of memory: {error}"), wants_json, whole)
+        return _failed(JobFailed(str(error), kind=type(error).__name__, text=in_short(error), whole=traces.format_exc()), wants_json, whole)
 
 
 def _failed(error: AutoaccumError, wants_json: bool, whole: bool) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import select
 import shlex
 import signal
@@ -45,6 +46,16 @@ class Template:
                 "for instance -- python train.py --batch-size {micro_batch} --accum {accumulation_steps}"
             )
 
+        for word in self.words:
+            for name in re.findall(r"\{(\w*(?:batch|accum)\w*)\}", word):
+                if name not in ("micro_batch", "accumulation_steps"):
+                    raise UsageError(f"{{{name}}} in the command is not a placeholder of ours: write {{micro_batch}} or {{accumulation_steps}}")
+
+    @property
+    def accumulates(self) -> bool:
+        """True if the command is told the accumulation steps."""
+        return any("{accumulation_steps}" in word for word in self.words)
+
     def filled(self, micro_batch: int, accumulation_steps: int) -> list[str]:
         """The command for these numbers; other braces stay as they are."""
         numbers = {"{micro_batch}": str(micro_batch), "{accumulation_steps}": str(accumulation_steps)}
@@ -77,6 +88,8 @@ class Command:
 
     def subject(self) -> Subject:
         remarks = []
+        if not self._template.accumulates:
+            remarks.append("the command has no {accumulation_steps}: the effective batch is the target only if the script works out the steps itself")
         if self._ignored():
             low, high = min(self._peaks), max(self._peaks)
             remarks.append(
@@ -111,6 +124,11 @@ class Command:
             outcome = "oom"
             if code == 0:
                 remarks = (f"the command printed an out-of-memory message at {size} and ended with exit code 0: taken as not fitting",)
+        elif code != 0 and "per_process_memory_fraction" in output:
+            raise DeviceError(
+                "the command's torch cannot be capped from outside (it does not know per_process_memory_fraction in PYTORCH_CUDA_ALLOC_CONF): "
+                "use a newer torch there, or a JOB file"
+            )
         elif code != 0:
             how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             last = "\n".join(output.strip().splitlines()[-8:])

@@ -40,7 +40,10 @@ def notation(sizes: Sequence[int]) -> str:
 
 def _why(plan: Plan) -> str:
     unit = unit_for(plan.budget_bytes)
-    parts = [f"{plan.micro_batch} peaks at {number(plan.peak_bytes, unit)} of {in_words(plan.budget_bytes, unit)} ({number(plan.spare_bytes, unit)} spare)"]
+    if plan.peak_bytes is None or plan.spare_bytes is None:
+        parts = [f"{plan.micro_batch} ran within {in_words(plan.budget_bytes, unit)}"]
+    else:
+        parts = [f"{plan.micro_batch} peaks at {number(plan.peak_bytes, unit)} of {in_words(plan.budget_bytes, unit)} ({number(plan.spare_bytes, unit)} spare)"]
     refused = next((each for each in plan.trials if each.micro_batch == plan.smallest_refused and each.outcome != "fits"), None)
     if refused is not None:
         parts.append(f"{refused.micro_batch} {outcome(refused)}")

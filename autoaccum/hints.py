@@ -20,7 +20,7 @@ def hints(
     for_command: a foreign script, whose micro-batches are equal always; steady: it ran with a steady malloc.
     """
     target, most = sum(sizes), found.largest_fit
-    if for_command and steady:
+    if for_command and steady and len(sizes) > 1:
         settings = " ".join(f"{name}={value}" for name, value in STEADY_MALLOC.items())
         yield f"measured with {settings} in the environment, which makes freed memory go back at once: set them for training too"
     if equal:

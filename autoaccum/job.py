@@ -65,6 +65,10 @@ class Job:
             raise JobError("batch is None: give a batch to measure with, or a function make_batch(n)")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
             raise JobError(f"autocast must be a torch dtype such as torch.bfloat16, not {self.autocast!r}")
+        trains = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
+        stepped = {id(parameter) for group in self._groups() for parameter in group["params"]}
+        if trains and not trains & stepped:
+            raise JobError("the optimizer holds none of the model's parameters: make it from model.parameters(), after the model is as it will train")
         for each in self.optimizers:
             closure = inspect.signature(each.step).parameters.get("closure")
             if closure is not None and closure.default is inspect.Parameter.empty:
@@ -184,8 +188,8 @@ def load(where: Source | str, *, device: str | None = None) -> Job:
     """Imports the file, calls its function and returns the `Job`, on `device` if one is given.
 
     A function with a parameter `device` gets it; else model and optimizer are moved.
-    Raises `JobError` where there is no such module or function, where importing the file trains or ends
-    the process, and where something else than a `Job` comes back. What the user's own code raises comes
+    Raises `UsageError` where there is no such module or function, `JobError` where importing the file trains
+    or ends the process, and where something else than a `Job` comes back. What the user's own code raises comes
     through as it is.
     """
     origin = source(where) if isinstance(where, str) else where
@@ -194,8 +198,8 @@ def load(where: Source | str, *, device: str | None = None) -> Job:
     make = getattr(module, name, None)
     if not callable(make):
         near = [each for each in vars(module) if callable(getattr(module, each)) and each.startswith("make")]
-        hint = f"; it has {', '.join(near)}" if near else f": add `def {name}(): return autoaccum.Job(model, optimizer, loss, batch)`"
-        raise JobError(f"{place} has no function {name}(){hint}")
+        hint = f"; it has {', '.join(near[:5])}" if near else f": add `def {name}(): return autoaccum.Job(model, optimizer, loss, batch)`"
+        raise UsageError(f"{place} has no function {name}(){hint}")
     arguments = _arguments(make, name, origin, device)
     job = make(**arguments)
     if not isinstance(job, Job):
@@ -239,7 +243,7 @@ def _imported(place: str, origin: Source) -> ModuleType:
             return module
     except ModuleNotFoundError as error:
         if error.name and (place == error.name or place.startswith(error.name + ".")):
-            raise JobError(f"there is no module {error.name!r} here: JOB is file.py:make_job or package.module:make_job") from error
+            raise UsageError(f"there is no module {error.name!r} here: JOB is file.py:make_job or package.module:make_job") from error
         raise
     except SystemExit as ended:
         raise JobError(

@@ -71,7 +71,7 @@ class Accumulator:
                 raise UsageError("Accumulator(job, plan) takes a Plan second")
             self._job, self._plan = model, optimizer
         else:
-            if isinstance(optimizer, Plan) or plan is None:
+            if isinstance(optimizer, Plan) or not isinstance(plan, Plan):
                 raise UsageError("Accumulator(model, optimizer, plan) takes an optimizer second and a Plan third")
             self._job = Job(
                 model, optimizer, _no_loss, (), scheduler=scheduler, scaler=scaler, autocast=autocast, max_grad_norm=max_grad_norm, count=count, split=split

@@ -58,7 +58,7 @@ class PlannedDevice:
 
 @dataclass(frozen=True)
 class Tried:
-    """One trial as a plan remembers it. Its fields are those of `trial.Reading`."""
+    """One trial as a plan remembers it; the fields are told at `reading.Reading`."""
 
     micro_batch: int
     accumulation_steps: int
@@ -86,7 +86,8 @@ class Plan:
 
     micro_batches: sizes of the window's micro-batches, larger first; they sum to `share`.
     largest_fit: the largest size that ran and fitted. smallest_refused: the smallest larger one that did not.
-    budget_bytes: what a window may peak at; peak_bytes: what the confirming run peaked at; outside_bytes: held
+    budget_bytes: what a window may peak at; peak_bytes: what the confirming run peaked at (None for a
+    command on a GPU, whose figure cannot be seen from outside); outside_bytes: held
     by the process beyond its allocator, None if unknown. shapes: of the largest micro-batch measured.
     allocator: its settings while measuring, in words, which training must share.
     arithmetic: what the budget was made of, as (bytes, word), the first positive and the rest subtracted.
@@ -105,7 +106,7 @@ class Plan:
     device: PlannedDevice
     shapes: dict[str, tuple[int, ...]]
     budget_bytes: int
-    peak_bytes: int
+    peak_bytes: int | None
     outside_bytes: int | None
     headroom_bytes: int
     samples_per_second: float | None
@@ -122,9 +123,9 @@ class Plan:
     hints: tuple[str, ...] = field(default=())
 
     @property
-    def spare_bytes(self) -> int:
-        """Budget minus peak."""
-        return self.budget_bytes - self.peak_bytes
+    def spare_bytes(self) -> int | None:
+        """Budget minus peak; None where the peak could not be seen."""
+        return None if self.peak_bytes is None else self.budget_bytes - self.peak_bytes
 
     @property
     def effective_batch(self) -> int:

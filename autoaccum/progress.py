@@ -32,6 +32,8 @@ def finished(reading: Reading) -> str:
         "killed": f"was killed by the system in {reading.phase}",
         "timeout": f"did not finish in time, it was in {reading.phase}",
     }[reading.outcome]
+    if not reading.limited:
+        return f"without the limit {what} {f'peaks at {in_words(reading.peak_bytes)}' if reading.fits and reading.peak_bytes else went}"
     peak = f", peak {in_words(reading.peak_bytes)}" if reading.peak_bytes and reading.outcome in ("fits", "over-budget") else ""
     return f"{'confirmed' if reading.full and reading.fits else 'tried'} {what}: {went}{peak}, {seconds_in_words(reading.seconds)}"
 

@@ -21,6 +21,10 @@ class Limits:
     headroom: str | int = "3%"
     timeout_s: float | None = None
 
+    def timeout_of(self, steps: int, *, full: bool) -> float | None:
+        """Seconds that a trial may take; a confirming run as many times more as it has more micro-batches than three."""
+        return self.timeout_s if self.timeout_s is None or not full else self.timeout_s * max(2 * steps / 3, 1.0)
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -33,7 +37,7 @@ class Reading:
     activation_bytes: the most that was live in forward and backward, which is what grows with the micro-batch;
     the optimizer's step may peak above it, whatever the size. None where the trial did not get so far.
     seconds: the whole trial; window_seconds: its last window.
-    full: True for a confirming run, the whole window twice. doubtful: True for an out-of-memory that a library
+    limited: False for a run without the user's limit, for its figure. full: True for a confirming run, the whole window twice. doubtful: True for an out-of-memory that a library
     told of in words it also uses for other failures; such a library may refuse the same again in this process,
     whatever memory there is (oneDNN remembers).
     """
@@ -50,6 +54,7 @@ class Reading:
     full: bool = False
     cached: bool = False
     doubtful: bool = False
+    limited: bool = True
     shapes: dict[str, tuple[int, ...]] | None = None
     remarks: tuple[str, ...] = ()
 

@@ -44,8 +44,10 @@ def nothing_fits(micro_batch: int, tried: Sequence[Reading], unlimited: Reading 
         return NothingFits(message, budget_bytes=budget.budget_bytes, trials=tried)
     how = "was killed by the system" if refused is not None and refused.outcome == "killed" else "does not fit"
     where = f" (in {refused.phase})" if refused is not None and refused.phase != "command" else ""
-    words, _ = _needs(micro_batch, tried, unlimited, budget)
+    words, needs = _needs(micro_batch, tried, unlimited, budget)
     wide = f"raise --memory-limit (now {in_words(budget.cap_bytes)})" if budget.cap_bytes else "free memory, or use a larger device"
+    if needs is not None and needs <= budget.budget_bytes + budget.headroom_bytes:
+        wide = f"lower --headroom (now {in_words(budget.headroom_bytes)}), {wide}"
     return NothingFits(
         f"{unit} {how}{where}: it needs {words} and the budget is {in_words(budget.budget_bytes)}{_held(budget)}. "
         f"What would help: {wide}, autocast to bfloat16, activation checkpointing, an optimizer with less state, shorter samples",

@@ -146,6 +146,7 @@ def largest(
     budget_bytes: Callable[[], int],
     gradient_bytes: int = 0,
     daring: bool = True,
+    start: int = 1,
 ) -> Found:
     """The largest of `candidates` that fits, by few trials and fewer refusals.
 
@@ -153,7 +154,7 @@ def largest(
     candidates: ascending, from `sizes`. budget_bytes: the budget in force, read when a prediction is made.
     gradient_bytes: what gradients held between micro-batches add to the peak; with one step there are none,
     so a window in one piece is a case of its own and may fit where two halves do not.
-    daring: False if a size that is predicted above the budget must not be run, because nothing would stop it.
+    start: about the size to begin with. daring: False if a size that is predicted above the budget must not be run, because nothing would stop it.
     Raises `PlanError` without candidates.
     """
     if not candidates:
@@ -179,7 +180,7 @@ def largest(
     predicted_refusal: int | None = None
     missed = 0  # predictions in a row that were refused
     while high - low > 1:
-        size = _next(candidates, low, high, line, budget_bytes(), target, missed)
+        size = _next(candidates, low, high, line, budget_bytes(), target, missed, start)
         if not dares(size):
             predicted_refusal = candidates[size]
             high = size
@@ -212,7 +213,7 @@ def largest(
 _REACH = 32
 
 
-def _next(candidates: Sequence[int], low: int, high: int, line: _Line, budget: float, target: int, missed: int) -> int:
+def _next(candidates: Sequence[int], low: int, high: int, line: _Line, budget: float, target: int, missed: int, start: int) -> int:
     """Index of the size to try next, strictly between `low` and `high`."""
 
     def at_most(size: float) -> int:
@@ -222,14 +223,14 @@ def _next(candidates: Sequence[int], low: int, high: int, line: _Line, budget: f
         return index
 
     if low < 0 and high == len(candidates):
-        return 0  # the smallest first: cheap, and all that is needed where nothing fits
+        return at_most(start)  # a small one first: cheap, and all that is needed where nothing fits
     if low < 0:
         return (low + high) // 2
     guess = line.most(budget)
     if line.readings == 1 and missed == 0:
         # A second small reading, as far out as it can hardly fail: halfway to what the first one suggests.
         first = candidates[low]
-        likely = 8.0 * first if guess is None else max((guess + first) / 2, 2 * first)
+        likely = (8.0 if first == 1 else 4.0) * first if guess is None else max((guess + first) / 2, 2 * first)
         return at_most(min(likely, _REACH * first))
     if guess is None:  # a flat line promises nothing: the geometric middle
         return at_most(math.sqrt(candidates[low] * candidates[min(high, len(candidates) - 1)]))

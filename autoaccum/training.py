@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from autoaccum import batches, devices
+from autoaccum.errors import PlanError
 from autoaccum.job import Source, load
 from autoaccum.loop import Accumulator
 from autoaccum.plan import Plan
@@ -28,16 +29,21 @@ class Epoch:
     seconds: float
 
 
-def train(where: Source, plan: Plan, *, epochs: int, memory_limit: int | str | None = None) -> Iterator[Epoch]:
+def train(where: Source, plan: Plan, *, epochs: int, memory_limit: int | str | None = None, say: Callable[[str], None] = print) -> Iterator[Epoch]:
     """Trains the job as planned and yields each epoch when it has ended.
 
     memory_limit: enforced while training on a CPU or a GPU, as a container would. A job without `data`
-    trains on its batch, one step an epoch. The order of samples depends on nothing but the epoch.
+    trains on its batch, one step an epoch, and `say` is told. The order of samples depends on nothing but the
+    epoch. Raises `PlanError` for data of fewer samples than the plan's share.
     """
     device = devices.get(plan.device.label)
     device.prepare()
     job = load(where, device=plan.device.label)
     loop = Accumulator(job, plan)
+    if job.data is None:
+        say(f"the job has no data=...: training on its batch alone, {plan.share} samples a step\n")
+    elif _is_dataset(job.data) and len(job.data) < plan.share:
+        raise PlanError(f"the job's data has {len(job.data)} samples, fewer than the target batch of {plan.share}: choose a smaller one")
     limit = parse_size(memory_limit) if memory_limit is not None else None
     with device.capped(limit) if limit is not None else nullcontext():
         for number in range(1, epochs + 1):
@@ -51,10 +57,15 @@ def train(where: Source, plan: Plan, *, epochs: int, memory_limit: int | str | N
 
 
 def _windows(data: Any, share: int, epoch: int) -> Iterable[Any]:
-    if hasattr(data, "__getitem__") and hasattr(data, "__len__") and not isinstance(data, (list, tuple)):
+    if _is_dataset(data):
         order = torch.Generator().manual_seed(epoch)
         return torch.utils.data.DataLoader(data, batch_size=share, shuffle=True, generator=order)
     return (piece for batch in data for piece in _cut(batch, share))
+
+
+def _is_dataset(data: Any) -> bool:
+    """A map-style dataset, or a tensor of samples; a list is one of batches."""
+    return hasattr(data, "__getitem__") and isinstance(data, Sized) and not isinstance(data, (list, tuple))
 
 
 def _cut(batch: Any, share: int) -> list[Any]:

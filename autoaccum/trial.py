@@ -254,7 +254,7 @@ class Rehearsal:
                     full=full,
                     enforce=self.enforces,
                     aside_bytes=self._aside_bytes,
-                    timeout_s=self._limits.timeout_s,
+                    timeout_s=self._limits.timeout_of(len(micro_batches), full=full),
                     say=self._say,
                 )
         finally:

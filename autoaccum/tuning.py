@@ -24,7 +24,7 @@ from autoaccum.errors import AutoaccumError, JobError, NoSuchDevice, UsageError,
 from autoaccum.job import Job, Source, source
 from autoaccum.plan import Plan, PlannedDevice, Tried
 from autoaccum.reading import Limits, Progress, Reading, Rehearser, Trying
-from autoaccum.units import in_words, parse_headroom, parse_size
+from autoaccum.units import MIB, in_words, parse_headroom, parse_size
 from autoaccum.version import __version__
 
 
@@ -51,6 +51,8 @@ class Wish:
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise UsageError(f"timeout_s must be more than 0 seconds, not {self.timeout_s!r}")
         limit = None if self.memory_limit is None else parse_size(self.memory_limit)
+        if limit is not None and limit < MIB:
+            raise UsageError(f"a memory limit of {self.memory_limit} is {in_words(limit)}, less than any process takes: did you mean {self.memory_limit}MiB?")
         parse_headroom(self.headroom, limit or 2**63)  # a bad one is told before anything is built
         object.__setattr__(self, "limits", Limits(limit, self.headroom, self.timeout_s))
 
@@ -122,6 +124,9 @@ def check_source(
     """Rehearses one given micro-batch, the whole window twice. Raises `OutOfMemory` with by how much it does not fit."""
     if not 1 <= micro_batch <= wish.target_batch:
         raise UsageError(f"a micro-batch of {micro_batch} for a target batch of {wish.target_batch}: give between 1 and {wish.target_batch}")
+    if wish.equal and wish.target_batch % micro_batch:
+        near = [size for size in search.sizes(wish.target_batch, equal=True) if size <= micro_batch][-1]
+        raise UsageError(f"{micro_batch} does not divide a target batch of {wish.target_batch}: {near} does, or leave --equal out")
     with _child(where, wish, device, progress, said) as (child, tell, label):
         started = time.monotonic()
         budget = refusing.enough(child.budget())
@@ -135,7 +140,7 @@ def check_source(
         if not reading.fits:
             raise refusing.too_big(reading, sizes, _unlimited(child, tell, reading, sizes, budget), budget)
         found = search.Found(micro_batch, len(sizes), micro_batch, None)
-        return _plan(child, wish, tell, label, found, reading, sizes, budget, started, ())
+        return _plan(child, wish, tell, label, found, reading, sizes, budget, started, (), searched=False)
 
 
 def tune_command(words: Sequence[str], wish: Wish, *, device: str = "auto", progress: Progress | None = None, said: Callable[[str], None]) -> Plan:
@@ -153,7 +158,8 @@ def tune_command(words: Sequence[str], wish: Wish, *, device: str = "auto", prog
         def fits(micro_batch: int, steps: int) -> Reading:
             return tell.measured(command, plan.micro_batches(target, steps))
 
-        found = search.largest(fits, target, candidates, budget_bytes=lambda: budget.budget_bytes)
+        # Not from one sample on: a script in micro-batches of one is the slowest run there is.
+        found = search.largest(fits, target, candidates, budget_bytes=lambda: budget.budget_bytes, daring=command.enforces, start=max(target // 16, 1))
         if not found.micro_batch:
             raise _nothing_fits(command, tell, candidates[0], target, budget)
         sizes = plan.micro_batches(target, found.accumulation_steps)
@@ -174,7 +180,9 @@ def check_command(
         reading = tell.measured(command, sizes)
         if not reading.fits:
             raise refusing.too_big(reading, sizes, _unlimited(command, tell, reading, sizes, budget), budget)
-        return _plan(command, wish, tell, str(template), search.Found(micro_batch, len(sizes), micro_batch, None), reading, sizes, budget, started, ())
+        return _plan(
+            command, wish, tell, str(template), search.Found(micro_batch, len(sizes), micro_batch, None), reading, sizes, budget, started, (), searched=False
+        )
 
 
 def _line(rehearsal: Rehearser, wish: Wish, tell: _Teller, label: str, warnings: tuple[str, ...]) -> Plan:
@@ -208,10 +216,11 @@ def _line(rehearsal: Rehearser, wish: Wish, tell: _Teller, label: str, warnings:
         confirmed = tell.measured(rehearsal, sizes, full=True)
         if confirmed.fits:
             break
-        tell.refused[found.micro_batch] = confirmed
-        candidates = [size for size in candidates if size < found.micro_batch]
+        tell.refused[sizes[0]] = confirmed
+        # Smaller ones are left, and the window in one piece, which holds no gradients, if it was not asked yet.
+        candidates = [size for size in candidates if size < sizes[0] or (size == target and (target, False) not in tell.known)]
         if not candidates:
-            raise _nothing_fits(rehearsal, tell, found.micro_batch, target, budget)
+            raise _nothing_fits(rehearsal, tell, sizes[0], target, budget)
     return _plan(rehearsal, wish, tell, label, found, confirmed, sizes, budget, started, (*warnings, *explaining.drift(first_budget, rehearsal.budget())))
 
 
@@ -245,6 +254,8 @@ class _Teller:
             self.tried.append(reading)
             if not full:
                 self.known[(sizes[0], len(sizes) > 1)] = reading
+        else:
+            reading = replace(reading, limited=False)
         if self._progress is not None:
             self._progress(reading)
         return reading
@@ -271,6 +282,8 @@ def _plan(
     budget: Budget,
     started: float,
     warnings: tuple[str, ...],
+    *,
+    searched: bool = True,
 ) -> Plan:
     subject = rehearsal.subject()
     memory = budget.memory
@@ -283,8 +296,6 @@ def _plan(
         )
     if memory.outside_bytes is None and budget.cap_bytes is not None:
         said.append(f"nobody said what the driver's context takes of the limit: {in_words(ASSUMED_OUTSIDE)} were assumed")
-    peak = confirmed.peak_bytes
-    assert peak is not None  # a trial that fitted lived to tell
     return Plan(
         target_batch=wish.target_batch,
         micro_batch=sizes[0],
@@ -294,12 +305,12 @@ def _plan(
         shares=(wish.target_batch,),
         rank=0,
         world_size=1,
-        largest_fit=found.largest_fit,
-        smallest_refused=found.smallest_refused,
+        largest_fit=max((each.micro_batch for each in tell.tried if each.fits and each.micro_batch not in tell.refused), default=sizes[0]),
+        smallest_refused=min((each.micro_batch for each in tell.tried if not each.fits and each.micro_batch > sizes[0]), default=None),
         device=PlannedDevice(subject.device.kind, subject.device.name, subject.device.uuid, memory.total_bytes, memory.free_bytes, subject.device.index),
         shapes=confirmed.shapes or {},
         budget_bytes=budget.budget_bytes,
-        peak_bytes=peak,
+        peak_bytes=confirmed.peak_bytes,
         outside_bytes=memory.outside_bytes,
         headroom_bytes=budget.headroom_bytes,
         samples_per_second=wish.target_batch / confirmed.window_seconds if confirmed.window_seconds else None,
@@ -325,6 +336,8 @@ def _plan(
                 for_command=isinstance(rehearsal, Command),
                 steady=subject.allocator == "steady malloc",
             )
+            if searched
+            else ()
         ),
     )
 

@@ -43,6 +43,8 @@ def parse_headroom(text: str | int, of_bytes: int) -> int:
             raise UsageError(f"headroom of {text} leaves nothing: give less than 100%")
         return int(of_bytes * float(percent[1]) / 100)
     kept = 0 if str(text).strip() in ("0", "0b", "0B") else parse_size(text)
+    if 0 < kept < KIB:
+        raise UsageError(f"headroom of {text} is {kept} bytes: write a percentage such as 3%, or a size such as 512MiB")
     if kept >= of_bytes > 0:
         raise UsageError(f"headroom of {in_words(kept)} leaves nothing of {in_words(of_bytes)}: give less")
     return kept

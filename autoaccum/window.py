@@ -55,6 +55,8 @@ def run(
     Raises `JobError` for a loss of the wrong kind; what the job's own code raises comes through.
     """
     autocast = torch.autocast(device.type, dtype=job.autocast) if job.autocast is not None else nullcontext()
+    for optimizer in job.optimizers:
+        optimizer.zero_grad(set_to_none=True)  # gradients that someone left would be added to the first window
     total: torch.Tensor | None = None
     counts: list[torch.Tensor | float] = []
     ran = 0

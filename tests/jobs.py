@@ -133,14 +133,14 @@ def reads_argv():
 
 
 class Hump(nn.Module):
-    """Sizes from 40 to 59 take far more memory than larger ones, as when a library picks another algorithm."""
+    """Sizes from 10 to 99 take far more memory than larger ones, as when a library picks another algorithm."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
 
     def forward(self, samples):
-        mib = 400 if 40 <= samples < 60 else samples
+        mib = 400 if 10 <= samples < 100 else samples
         return (self.weight * torch.ones(mib, MIB // 4)).exp().mean()
 
 

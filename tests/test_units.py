@@ -19,12 +19,12 @@ def test_what_is_not_a_size_is_told_with_its_value(text):
     assert repr(text) in str(raised.value)
 
 
-@pytest.mark.parametrize(("text", "bytes_"), [("3%", 30), ("0", 0), ("0%", 0), ("100", 100), ("2.5%", 25)])
+@pytest.mark.parametrize(("text", "bytes_"), [("3%", 30), ("0", 0), ("0%", 0), ("2.5%", 25)])
 def test_headroom_is_a_size_or_a_percentage(text, bytes_):
     assert parse_headroom(text, 1000) == bytes_
 
 
-@pytest.mark.parametrize("text", ["100%", "250%", "1000", "2KiB", "x%", "-3%"])
+@pytest.mark.parametrize("text", ["100%", "250%", "1000", "3", "2KiB", "x%", "-3%"])
 def test_headroom_that_leaves_nothing_is_refused(text):
     with pytest.raises(UsageError):
         parse_headroom(text, 1000)
