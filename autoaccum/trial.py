@@ -223,7 +223,7 @@ class Rehearsal:
     def subject(self) -> Subject:
         """What is rehearsed."""
         model = self._job.model
-        normed = tuple(name for name, module in model.named_modules() if isinstance(module, _BatchNorm) and module.training)
+        normed = tuple(name for name, module in model.named_modules() if _is_batch_norm(module) and module.training)
         remarks = []
         if not model.training:
             remarks.append("the model is in eval mode and was measured so: call model.train() before tuning if that is how it trains")
@@ -262,6 +262,11 @@ class Rehearsal:
 
     def fresh(self) -> None:
         """Where trials have a process of their own, the next one gets a new one. Here there is none."""
+
+
+def _is_batch_norm(module: torch.nn.Module) -> bool:
+    # A scripted module keeps its class in `original_name` alone.
+    return isinstance(module, _BatchNorm) or str(getattr(module, "original_name", "")).startswith(("BatchNorm", "SyncBatchNorm"))
 
 
 @contextmanager

@@ -31,7 +31,7 @@ MIB = 2**20
 MODELS = [
     ("mlp", f"{HERE}:make_mlp", {}, (435, 450, 480)),
     ("conv net", f"{HERE.parent.parent}/examples/conv_net.py:make_job", {}, (460, 520, 640)),
-    ("tiny gpt", f"{HERE.parent.parent}/examples/tiny_gpt.py:make_job", {}, (490, 560, 680)),
+    ("tiny gpt", f"{HERE.parent.parent}/examples/tiny_gpt.py:make_job", {}, (500, 560, 680)),
 ]
 TARGETS = (120, 127)
 

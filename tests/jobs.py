@@ -100,6 +100,20 @@ def killed_above(most=30):
     return small(loss)
 
 
+def forks_and_is_killed_above(most=30):
+    """A helper process holds on to every descriptor of the child, long after the child is gone."""
+
+    def loss(model, batch):
+        if len(batch[0]) > most:
+            if os.fork() == 0:
+                time.sleep(100)
+                os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return mse(model, batch)
+
+    return small(loss)
+
+
 def exits(code=3):
     def loss(model, batch):
         os._exit(code)

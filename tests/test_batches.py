@@ -119,6 +119,17 @@ def test_a_batch_that_is_there_already_is_not_copied():
     assert batches.move(batch, torch.device("meta"))["text"] == ["a", "b", "c"]
 
 
+def test_tensors_in_lists_of_samples_are_moved_too():
+    ragged = [torch.ones(2, 4), torch.ones(3, 4)]
+    moved = batches.move((ragged, [{"boxes": torch.ones(1, 4)}] * 2), torch.device("meta"))
+    assert {tensor.device.type for tensor in (*moved[0], moved[1][0]["boxes"])} == {"meta"}
+
+
+def test_a_loader_is_told_from_a_batch():
+    with pytest.raises(PlanError, match=r"a DataLoader is not a batch: give one batch of it, next\(iter\(loader\)\)"):
+        batches.count(torch.utils.data.DataLoader(rows(4)))
+
+
 def test_shapes_and_bytes_describe_the_batch():
     assert batches.shapes({"input_ids": torch.zeros(40, 512)}) == {"input_ids": (40, 512)}
     assert batches.shapes([rows(3), torch.arange(3)]) == {"batch[0]": (3, 3), "batch[1]": (3,)}

@@ -101,6 +101,22 @@ def test_a_file_named_like_a_library_does_not_replace_it(tmp_path):
     assert run("tune", script, "-b", 12, "-d", "cpu").returncode == 0
 
 
+def test_a_process_that_the_job_forked_does_not_keep_a_killed_child_alive():
+    plan, _ = tune("forks_and_is_killed_above", target=60)
+    assert plan.micro_batch == 30 and plan.seconds < 60
+
+
+def test_a_job_that_cannot_be_built_leaves_no_process_and_no_descriptor():
+    me = psutil.Process()
+    with pytest.raises(autoaccum.JobFailed):
+        tune("fails_at_build")
+    children, descriptors = len(me.children(recursive=True)), me.num_fds()
+    for _ in range(2):
+        with pytest.raises(autoaccum.JobFailed):
+            tune("fails_at_build")
+    assert (len(me.children(recursive=True)), me.num_fds()) == (children, descriptors)
+
+
 def wait_until(condition, seconds=20):
     """Polls for what another process does; there is nothing to wait on."""
     until = time.monotonic() + seconds

@@ -45,26 +45,34 @@ GPT = ("examples/tiny_gpt.py:make_job", "-d", "cpu", "-q")
 
 
 @pytest.fixture(scope="module")
-def peak_of():
-    """What a window of 120 peaks at in micro-batches of a given size: this test's own measurement."""
+def least_for_40():
+    """The least limit under which 40 x 3 runs, by bisection: each probe is a process of its own that `tune` has no part in."""
+    import oracle  # benchmarks/ is on pytest's path
 
-    def measure(micro_batch):
-        return document(autoaccum("check", *GPT, "-b", 120, "-m", micro_batch, "--json"))["peak_bytes"]
+    where = f"{ROOT}/examples/tiny_gpt.py:make_job"
 
-    return measure
+    def fits(sizes, limit):
+        return oracle.in_fresh_process("try", where, {}, limit, sizes)["fits"]
+
+    low, high = 400 * MIB, 800 * MIB
+    while high - low > 2 * MIB:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits((40, 40, 40), middle) else (middle, high)
+    assert not fits((60, 60), high + 2 * MIB)
+    return high
 
 
-@pytest.mark.parametrize(("most", "answer"), [(40, (40, 3)), (39, (30, 4))])
-def test_tiny_gpt_under_a_limit_at_which_so_many_fit_and_no_more(peak_of, most, answer):
-    """The limit is put half a sample above the peak of `most`; its samples take more than 4 MiB each."""
-    per_sample = (peak_of(60) - peak_of(30)) / 30
-    assert per_sample > 4 * MIB
-    limit = int((peak_of(30) + (most + 0.5 - 30) * per_sample) / 0.97)
-    plan = document(autoaccum("tune", *GPT, "-b", 120, "--memory-limit", limit, "--json"))
-    assert (plan["micro_batch"], plan["accumulation_steps"]) == answer
-    refused = 60 if most == 40 else 40
-    assert plan["smallest_refused"] == refused
+@pytest.mark.parametrize(("more", "answer", "refused"), [(4 * MIB, (40, 3), 60), (-4 * MIB, (30, 4), 40)])
+def test_tiny_gpt_under_a_limit_at_which_40_fit_and_60_do_not_and_at_which_39_are_the_most(least_for_40, more, answer, refused):
+    """Its samples take more than 4 MiB each, so 4 MiB less than 40 need is room for 39."""
+    plan = document(autoaccum("tune", *GPT, "-b", 120, "--memory-limit", least_for_40 + more, "--json"))
+    assert (plan["micro_batch"], plan["accumulation_steps"], plan["smallest_refused"]) == (*answer, refused)
     assert len(plan["trials"]) <= 6 and sum(trial["outcome"] == "oom" for trial in plan["trials"]) <= 1
+
+
+def test_a_sample_of_tiny_gpt_takes_more_than_4_mib():
+    small, large = (document(autoaccum("check", *GPT, "-b", 120, "-m", size, "--json"))["peak_bytes"] for size in (30, 60))
+    assert (large - small) / 30 > 4 * MIB
 
 
 def test_tiny_gpt_with_plenty_and_with_too_little():

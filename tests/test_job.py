@@ -65,6 +65,11 @@ def test_parts_of_the_wrong_kind_are_told(given, says):
         autoaccum.Job(**parts)
 
 
+def test_an_optimizer_of_another_model_is_told():
+    with pytest.raises(autoaccum.JobError, match="holds none of the model's parameters"):
+        autoaccum.Job(nn.Linear(8, 1), torch.optim.SGD(nn.Linear(8, 1).parameters()), jobs.mse, jobs.pairs(2))
+
+
 def test_a_model_that_trains_nothing_is_told():
     model = nn.Linear(8, 1).requires_grad_(False)
     with pytest.raises(autoaccum.JobError, match="no parameter of the model requires a gradient"):

@@ -154,7 +154,14 @@ def failing(everything, phase, how):
             return result
 
         everything.optimizer.step = step
-    return autoaccum.Job(everything.model, everything.optimizer, bad, everything.batch, scheduler=everything.scheduler, scaler=everything.scaler)
+
+    def batch(samples):
+        if phase == "batch" and samples > 1:
+            torch.rand(1)
+            how()
+        return torch.randn(samples, 8), torch.randn(samples, 1)
+
+    return autoaccum.Job(everything.model, everything.optimizer, bad, batch, scheduler=everything.scheduler, scaler=everything.scaler)
 
 
 def raises():
@@ -167,10 +174,11 @@ def interrupts():
         pass
 
 
-@pytest.mark.parametrize("phase", ["forward", "backward", "step"])
+@pytest.mark.parametrize("phase", ["batch", "forward", "backward", "step"])
+@pytest.mark.parametrize("scaler", [False, True])
 @pytest.mark.parametrize(("how", "expected"), [(raises, ValueError), (interrupts, KeyboardInterrupt)], ids=["raises", "interrupted"])
-def test_nothing_is_changed_when_a_trial_fails(phase, how, expected):
-    everything = Everything(stepped=True, scaler=False)
+def test_nothing_is_changed_when_a_trial_fails(phase, how, expected, scaler):
+    everything = Everything(stepped=True, scaler=scaler)
     before = None
     for _ in range(2):  # twice in a row, too
         job = failing(everything, phase, how)
@@ -246,6 +254,111 @@ def test_what_is_in_keep_comes_back():
     assert average.updates == 0 and average.log == {"seen": []}
     assert all(torch.equal(a, b) for a, b in zip(kept, average.shadow))
     assert torch.equal(state, average.generator.get_state())
+
+
+def bare(model, **given):
+    """A job of one linear model whose loss does as it is told."""
+    return autoaccum.Job(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1), given.pop("loss"), torch.ones(4, 4), **given)
+
+
+def test_a_frozen_average_in_keep_comes_back_also_where_the_model_holds_it():
+    model, average = nn.Linear(4, 1), nn.Linear(4, 1).requires_grad_(False)
+    model.shadow = average
+
+    def loss(model, batch):
+        with torch.no_grad():
+            average.weight.lerp_(model.weight, 0.5)
+        return torch.nn.functional.linear(batch, model.weight).mean()
+
+    before = average.weight.clone()
+    autoaccum.tune(bare(model, loss=loss, keep=[average]), target_batch=8)
+    assert torch.equal(before, average.weight)
+
+
+def test_a_frozen_parameter_that_the_job_changes_without_keep_is_told():
+    model = nn.Sequential(nn.Linear(4, 1), nn.Linear(4, 1).requires_grad_(False))
+
+    def loss(model, batch):
+        with torch.no_grad():
+            model[1].weight.add_(1)
+        return model[0](batch).mean()
+
+    with pytest.warns(UserWarning, match=r"put its owner into keep="):
+        autoaccum.tune(bare(model, loss=loss), target_batch=8)
+
+
+def test_what_nobody_may_write_is_left_alone(tmp_path):
+    """A mapped file, a read-only array, and a mapping that forbids deletion."""
+
+    class Fixed(dict):
+        def clear(self):
+            raise TypeError("this mapping is fixed")
+
+    np.save(tmp_path / "table.npy", np.arange(1000.0))
+    model = nn.Linear(4, 1)
+    with pytest.warns(UserWarning, match="not writable"):
+        model.register_buffer("table", torch.from_numpy(np.load(tmp_path / "table.npy", mmap_mode="r")))
+    model.array = np.arange(3)
+    model.array.setflags(write=False)
+    model.fixed = Fixed(a=1)
+    assert autoaccum.tune(bare(model, loss=lambda m, b: m(b).mean()), target_batch=8).effective_batch == 8
+
+
+def test_gradients_that_were_there_come_back_as_the_same_objects():
+    """Sparse ones, and views of one flat buffer, too."""
+    model = nn.Linear(4, 1, bias=False)
+    flat = torch.arange(8.0)
+    model.weight.grad = flat[2:6].view(1, 4)
+    table = nn.Embedding(5, 2, sparse=True)
+    model.table = table
+    table(torch.tensor([1])).sum().backward()
+    grads = model.weight.grad, table.weight.grad
+    autoaccum.tune(bare(model, loss=lambda m, b: m(b).mean()), target_batch=8)
+    assert model.weight.grad is grads[0] and table.weight.grad is grads[1]
+    flat[3] = 70.0
+    assert model.weight.grad.tolist() == [[2.0, 70.0, 4.0, 5.0]] and table.weight.grad.to_dense()[1].tolist() == [1.0, 1.0]
+
+
+def test_views_of_one_memory_come_back_whole():
+    model, shared = nn.Linear(4, 1), np.arange(6.0)
+    model.head, model.whole = torch.from_numpy(shared[:3]), torch.from_numpy(shared)
+
+    def loss(model, batch):
+        model.whole.mul_(2)
+        model.weight.data = model.weight.data.clone()
+        return model(batch).mean()
+
+    pointer = model.weight.data_ptr()
+    autoaccum.tune(bare(model, loss=loss), target_batch=8)
+    assert shared.tolist() == list(range(6)) and model.weight.data_ptr() == pointer
+
+
+def test_buffers_of_a_scripted_module_come_back():
+    model = nn.Sequential(torch.jit.script(nn.BatchNorm1d(4)), nn.Linear(4, 1))
+    before = model[0].running_mean.clone()
+    autoaccum.tune(bare(model, loss=lambda m, b: m(b + torch.rand_like(b)).mean()), target_batch=8)
+    assert torch.equal(before, model[0].running_mean)
+
+
+def test_one_thing_that_cannot_be_put_back_does_not_keep_the_others_from_it():
+    class Broken:
+        def get_state(self):
+            return 1
+
+        def set_state(self, state):
+            raise OSError("lost")
+
+    model = nn.Linear(4, 1)
+    job = bare(model, loss=lambda m, b: (m(b) * torch.rand(())).mean(), keep=[Broken()])
+    kept = snapshot.Snapshot(job)
+    before = torch.get_rng_state()
+    torch.rand(3)
+    with torch.no_grad():
+        model.weight.add_(1)
+    changed = model.weight.clone()
+    with pytest.raises(autoaccum.DeviceError, match="lost"):
+        kept.put_back()
+    assert torch.equal(before, torch.get_rng_state()) and not torch.equal(changed, model.weight)
 
 
 def test_a_copy_that_host_memory_cannot_hold_is_refused_with_the_figures(monkeypatch):

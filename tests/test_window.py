@@ -122,6 +122,38 @@ def test_a_scaler_changes_no_gradient():
     torch.testing.assert_close(results[0], results[1])
 
 
+def test_what_only_the_optimizer_holds_gets_the_right_gradient_too():
+    """A learned weight beside the model, under a loss that is a sum."""
+    model, scale = network(), torch.nn.Parameter(torch.ones((), dtype=torch.float64))
+    optimizer = Recorder([*model.parameters(), scale], lr=0.0)
+
+    def loss(model, batch):
+        return (scale * (model(batch[0]) - batch[1])).square().sum(), len(batch[0])
+
+    batch = data(30)
+    window.run(Job(model, optimizer, loss, batch), loss, zip(batches.split(batch, (20, 10)), (20, 10)), samples=30, device=CPU)
+    expected = torch.autograd.grad(loss(model, batch)[0] / 30, scale)[0]
+    torch.testing.assert_close(optimizer.stepped[-1], expected, rtol=1e-12, atol=0)
+
+
+def test_a_window_in_which_nothing_counts_has_no_gradient():
+    model = network()
+    optimizer = Recorder(model.parameters(), lr=0.0)
+    window.run(Job(model, optimizer, mean_loss, ()), lambda m, b: (m(b[0]).sum() * 0, 0), [(data(4), 4)], samples=4, device=CPU)
+    assert all(torch.equal(grad, torch.zeros_like(grad)) for grad in optimizer.stepped)
+
+
+def test_gradients_that_someone_left_are_not_added():
+    batch = data(12)
+    clean = gradients(mean_loss, batch, (12,))[0]
+    model = network()
+    optimizer = Recorder(model.parameters(), lr=0.1)
+    mean_loss(model, batch).backward()
+    window.run(Job(model, optimizer, mean_loss, batch), mean_loss, [(batch, 12)], samples=12, device=CPU)
+    for a, b in zip(clean, optimizer.stepped):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
 @pytest.mark.parametrize(
     ("loss", "says"),
     [
