@@ -228,9 +228,10 @@ def _next(candidates: Sequence[int], low: int, high: int, line: _Line, budget: f
         return (low + high) // 2
     guess = line.most(budget)
     if line.readings == 1 and missed == 0:
-        # A second small reading, as far out as it can hardly fail: halfway to what the first one suggests.
+        # A second reading, as far out as it can hardly fail: what the first one cost beyond its sample makes
+        # the guess a cautious one, and a reading too near would turn noise into slope.
         first = candidates[low]
-        likely = (8.0 if first == 1 else 4.0) * first if guess is None else max((guess + first) / 2, 2 * first)
+        likely = (8.0 if first == 1 else 4.0) * first if guess is None else max(0.75 * guess, min(guess, 16 * first), 2 * first)
         return at_most(min(likely, _REACH * first))
     if guess is None:  # a flat line promises nothing: the geometric middle
         return at_most(math.sqrt(candidates[low] * candidates[min(high, len(candidates) - 1)]))
