@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -18,3 +20,11 @@ def autoaccum(*words, cwd=ROOT, env=None, timeout=120):
 def document(finished):
     """The one JSON document on stdout."""
     return json.loads(finished.stdout)
+
+
+def wait_until(condition, seconds=60):
+    """Polls for what another process does; there is nothing to wait on."""
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it did not happen in time"
+        threading.Event().wait(0.02)

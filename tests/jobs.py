@@ -91,6 +91,17 @@ def hangs_above(most=30):
     return small(loss)
 
 
+def hangs_with_a_marker(marker):
+    """Never ends, and says by a file that it has begun."""
+
+    def loss(model, batch):
+        open(marker, "w").close()
+        while True:
+            time.sleep(0.05)
+
+    return small(loss)
+
+
 def killed_above(most=30):
     def loss(model, batch):
         if len(batch[0]) > most:
