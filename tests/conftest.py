@@ -1,4 +1,5 @@
 import os
+import signal
 
 # Before torch is imported, here and in every child process: two cores are shared by everything that runs.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -7,6 +8,8 @@ os.environ.pop("AUTOACCUM_MALLOC", None)
 import pytest
 import torch
 
+# A shell that starts the tests in the background has them ignore SIGINT, and their children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 
