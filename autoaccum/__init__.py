@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from autoaccum.loop import Accumulator, StepResult
     from autoaccum.plan import MicroBatch, Plan
     from autoaccum.reading import Reading
+    from autoaccum.regrouping import Window
     from autoaccum.tuning import tune
 
 # Imported when they are first asked for: `import autoaccum` loads no torch and touches no device.
@@ -40,6 +41,7 @@ _WHERE = {
     "Reading": "reading",
     "Accumulator": "loop",
     "StepResult": "loop",
+    "Window": "regrouping",
     "Memory": "devices.base",
 }
 
@@ -64,6 +66,7 @@ __all__ = [
     "Reading",
     "StepResult",
     "UsageError",
+    "Window",
     "__version__",
     "devices",
     "tune",

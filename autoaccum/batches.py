@@ -1,4 +1,4 @@
-"""Count, split, resize, move and describe nested batches.
+"""Count, split, join, resize, move and describe nested batches.
 
 A batch is any nesting of mappings, tuples, named tuples, dataclasses and lists around leaves. Tensors,
 NumPy arrays and lists of samples (strings, numbers, dicts, ragged tensors) are cut along their first
@@ -26,6 +26,10 @@ def count(batch: Any) -> int:
 
     Raises `PlanError` where two fields disagree, naming both, and where nothing can be cut.
     """
+    if type(batch) is tuple and batch and all(type(item) is torch.Tensor and item.dim() for item in batch):  # the plain case first
+        lengths = {len(item) for item in batch}
+        if len(lengths) == 1:
+            return lengths.pop()
     first: tuple[str, int] | None = None
     for path, leaf in _leaves(batch):
         length = _length(leaf)
@@ -43,16 +47,16 @@ def count(batch: Any) -> int:
     return first[1]
 
 
-def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
+def split(batch: Any, sizes: Sequence[int], *, samples: int | None = None) -> list[Any]:
     """`batch` cut into consecutive pieces of `sizes` samples; tensors are views, not copies.
 
+    samples: how many it has, where that was counted before.
     Raises `PlanError` if the sizes do not sum to the batch's samples.
     """
-    samples = count(batch)
+    samples = count(batch) if samples is None else samples
     if sum(sizes) != samples:
         raise PlanError(f"cannot cut {samples} samples into {list(sizes)}: that is {sum(sizes)}")
-    stops = list(itertools.accumulate(sizes))
-    return [_mapped(batch, partial(_cut, start=stop - size, stop=stop)) for stop, size in zip(stops, sizes)]
+    return _pieces(batch, list(sizes))
 
 
 def resize(batch: Any, samples: int) -> Any:
@@ -67,9 +71,32 @@ def resize(batch: Any, samples: int) -> Any:
 
 def move(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
     """`batch` with its tensors on `device`; the very same object where they all are there already."""
+    # The plain cases first: this runs for every micro-batch.
+    if isinstance(batch, torch.Tensor):
+        return batch.to(device, non_blocking=non_blocking)
+    if type(batch) is tuple:
+        for item in batch:
+            if not isinstance(item, torch.Tensor) or item.device != device:
+                break
+        else:
+            return batch
     if all(tensor.device == device for _, leaf in _leaves(batch) for tensor in _tensors(leaf)):
         return batch
-    return _mapped(batch, lambda leaf: _moved(leaf, device, non_blocking))
+    return changed(batch, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+
+def changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`batch` with `change` applied to every tensor, those in lists of samples too."""
+    return _mapped(batch, lambda leaf: _changed(leaf, change))
+
+
+def join(parts: Sequence[Any]) -> Any:
+    """Batches of one structure as one batch, or None where they cannot be: samples of unlike shapes (each
+    loader batch padded to its own longest), or values of the whole batch that differ."""
+    try:
+        return _joined(parts)
+    except _CannotJoin:
+        return None
 
 
 def nbytes(batch: Any) -> int:
@@ -141,6 +168,22 @@ def _mapped(batch: Any, change: Callable[[Any], Any]) -> Any:
     return change(batch)
 
 
+def _pieces(batch: Any, sizes: list[int]) -> list[Any]:
+    """`batch` as one piece for each size; every container is gone through once, not once for every piece."""
+    if isinstance(batch, torch.Tensor):
+        return list(batch.split(sizes)) if batch.dim() else [batch] * len(sizes)
+    if isinstance(batch, tuple):
+        fields = [_pieces(item, sizes) for item in batch]
+        if not fields:
+            return [batch] * len(sizes)
+        return [type(batch)(*items) for items in zip(*fields)] if hasattr(batch, "_fields") else list(zip(*fields))
+    if isinstance(batch, Mapping) or (isinstance(batch, list) and not _is_samples(batch)) or _is_fields(batch):
+        stops = list(itertools.accumulate(sizes))
+        return [_mapped(batch, partial(_cut, start=stop - size, stop=stop)) for stop, size in zip(stops, sizes)]
+    stops = list(itertools.accumulate(sizes))
+    return [_cut(batch, stop - size, stop) for stop, size in zip(stops, sizes)]
+
+
 def _leaves(batch: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     if isinstance(batch, Mapping):
         for key in batch:
@@ -183,9 +226,58 @@ def _repeated(leaf: Any, have: int, samples: int) -> Any:
     return leaf[[index % have for index in range(samples)]]
 
 
-def _moved(leaf: Any, device: torch.device, non_blocking: bool) -> Any:
+def _changed(leaf: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(leaf, torch.Tensor):
-        return leaf.to(device, non_blocking=non_blocking)
+        return change(leaf)
     if isinstance(leaf, list):
-        return [_mapped(item, lambda inner: _moved(inner, device, non_blocking)) for item in leaf]
+        return [changed(item, change) for item in leaf]
     return leaf
+
+
+class _CannotJoin(Exception):
+    pass
+
+
+def _joined(parts: Sequence[Any]) -> Any:
+    first = parts[0]
+    if any(type(part) is not type(first) for part in parts):
+        raise _CannotJoin
+    if isinstance(first, Mapping):
+        if any(list(part) != list(first) for part in parts):
+            raise _CannotJoin
+        rebuilt: Any = copy.copy(first)
+        for key in first:
+            rebuilt[key] = _joined([part[key] for part in parts])
+        return rebuilt
+    if dataclasses.is_dataclass(first) and not isinstance(first, type):
+        rebuilt = copy.copy(first)
+        for field in dataclasses.fields(first):
+            object.__setattr__(rebuilt, field.name, _joined([getattr(part, field.name) for part in parts]))
+        return rebuilt
+    if isinstance(first, tuple) or (isinstance(first, list) and not any(_is_samples(part) for part in parts)):
+        if len({len(part) for part in parts}) > 1:
+            raise _CannotJoin
+        items = [_joined(items) for items in zip(*parts)]
+        return type(first)(*items) if hasattr(first, "_fields") else type(first)(items)
+    return _joined_leaf(parts)
+
+
+def _joined_leaf(parts: Sequence[Any]) -> Any:
+    first = parts[0]
+    if isinstance(first, list):
+        return [item for part in parts for item in part]
+    if hasattr(first, "shape"):
+        if len({(part.shape[1:], part.dtype) for part in parts}) > 1 or len({len(part.shape) for part in parts}) > 1:
+            raise _CannotJoin
+        if len(first.shape):
+            return torch.cat(list(parts)) if isinstance(first, torch.Tensor) else _concatenate(parts)
+    same = all(bool((part == first).all()) if hasattr(first, "shape") else part == first for part in parts)
+    if not same:
+        raise _CannotJoin
+    return first
+
+
+def _concatenate(arrays: Sequence[Any]) -> Any:
+    import numpy  # only where a batch holds arrays, which means that it is there
+
+    return numpy.concatenate(list(arrays))

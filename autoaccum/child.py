@@ -239,9 +239,9 @@ def _serve(opened: dict[str, Any], requests: Any, tell: Callable[[dict[str, Any]
 
     device = devices.get(opened["device"])
     limits = Limits(**{**opened["limits"], "timeout_s": None})  # the parent holds the clock, also over a hung kernel
-    job = load(source, device=device.facts.label)
+    jobs = load(source, device=device.facts.label)
     # Nobody needs this process's weights afterwards, so trials may train them.
-    with trial.rehearsal(job, device, limits, parameters=False, say=lambda phase, index: tell({"phase": phase, "index": index})) as rehearsal:
+    with trial.rehearsal(jobs, device, limits, parameters=False, say=lambda phase, index: tell({"phase": phase, "index": index})) as rehearsal:
         tell({"answer": {"subject": rehearsal.subject().as_dict(), "enforces": rehearsal.enforces}})
         for line in requests:
             asked = json.loads(line)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -69,17 +70,24 @@ class Job:
         stepped = {id(parameter) for group in self._groups() for parameter in group["params"]}
         if trains and not trains & stepped:
             raise JobError("the optimizer holds none of the model's parameters: make it from model.parameters(), after the model is as it will train")
-        for each in self.optimizers:
-            closure = inspect.signature(each.step).parameters.get("closure")
-            if closure is not None and closure.default is inspect.Parameter.empty:
-                raise JobError(
-                    f"{type(each).__name__} needs a closure that recomputes the loss inside step(), which cannot be accumulated yet: use another optimizer"
-                )
+        if self.wants_closure and len(self.optimizers) > 1:
+            raise JobError(f"{self.wants_closure} evaluates the loss inside step(), so it cannot be stepped together with others: give it alone")
+        if self.wants_closure and self.scaler is not None:
+            raise JobError(f"{self.wants_closure} evaluates the loss inside step(), where a GradScaler cannot unscale: train in bfloat16 or float32")
 
-    @property
+    @cached_property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
         """The optimizers as a tuple, also where there is one."""
         return tuple(self.optimizer) if isinstance(self.optimizer, Sequence) else (self.optimizer,)
+
+    @cached_property
+    def wants_closure(self) -> str:
+        """Name of an optimizer that evaluates the loss itself, inside `step(closure)`, as LBFGS does; "" without one."""
+        for each in self.optimizers:
+            closure = inspect.signature(each.step).parameters.get("closure")
+            if closure is not None and closure.default is inspect.Parameter.empty:
+                return type(each).__name__
+        return ""
 
     @property
     def device(self) -> torch.device:
@@ -124,12 +132,28 @@ class Job:
         """Bytes of all gradients at once: what stays resident between micro-batches."""
         return sum(p.nbytes for p in self.trained())
 
-    def fingerprint(self) -> str:
-        """Sixteen hex digits that change with the parameters' shapes and types, the optimizers, autocast, clipping and scaler."""
-        told = [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in self.model.named_parameters()]
-        told += [type(each).__name__ for each in self.optimizers]
-        told += [str(self.autocast), str(self.max_grad_norm), str(self.scaler is not None)]
-        return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+
+def in_turn(jobs: Job | Sequence[Job]) -> tuple[Job, ...]:
+    """One job, or several that run one after the other in every window (a GAN's two), as a tuple.
+
+    Raises `JobError` for anything else, and for jobs on different devices.
+    """
+    found = (jobs,) if isinstance(jobs, Job) else tuple(jobs) if isinstance(jobs, (list, tuple)) else ()
+    if not found or not all(isinstance(each, Job) for each in found):
+        raise JobError(f"a Job or a list of Jobs is needed, not {type(jobs).__name__}")
+    if len({each.device for each in found}) > 1:
+        raise JobError(f"jobs that run in turn must be on one device, not on {' and '.join(str(each.device) for each in found)}")
+    return found
+
+
+def fingerprint(jobs: Sequence[Job]) -> str:
+    """Sixteen hex digits that change with the parameters' shapes and types, the optimizers, autocast, clipping and scaler."""
+    told = []
+    for job in jobs:
+        told += [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in job.model.named_parameters()]
+        told += [type(each).__name__ for each in job.optimizers]
+        told += [str(job.autocast), str(job.max_grad_norm), str(job.scaler is not None)]
+    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -184,8 +208,8 @@ def source(where: str | None, settings: Iterable[str] = (), argv: Iterable[str] 
     return found
 
 
-def load(where: Source | str, *, device: str | None = None) -> Job:
-    """Imports the file, calls its function and returns the `Job`, on `device` if one is given.
+def load(where: Source | str, *, device: str | None = None) -> Job | Sequence[Job]:
+    """Imports the file, calls its function and returns the `Job` (or the list of jobs that run in turn), on `device` if one is given.
 
     A function with a parameter `device` gets it; else model and optimizer are moved.
     Raises `UsageError` where there is no such module or function, `JobError` where importing the file trains
@@ -201,10 +225,13 @@ def load(where: Source | str, *, device: str | None = None) -> Job:
         hint = f"; it has {', '.join(near[:5])}" if near else f": add `def {name}(): return autoaccum.Job(model, optimizer, loss, batch)`"
         raise UsageError(f"{place} has no function {name}(){hint}")
     arguments = _arguments(make, name, origin, device)
-    job = make(**arguments)
-    if not isinstance(job, Job):
-        raise JobError(f"{place}:{name}() returned {type(job).__name__}: return autoaccum.Job(model, optimizer, loss, batch)")
-    return job.moved(device) if device is not None and str(job.device) != device else job
+    made: Job | Sequence[Job] = make(**arguments)
+    if not isinstance(made, (Job, list, tuple)):
+        raise JobError(f"{place}:{name}() returned {type(made).__name__}: return autoaccum.Job(model, optimizer, loss, batch)")
+    for job in in_turn(made):
+        if device is not None and str(job.device) != device:
+            job.moved(device)
+    return made
 
 
 def _arguments(make: Callable[..., Any], name: str, origin: Source, device: str | None) -> dict[str, Any]:

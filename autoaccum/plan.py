@@ -6,13 +6,16 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from autoaccum import explaining
 from autoaccum.errors import NoSuchDevice, PlanError
+
+if TYPE_CHECKING:
+    from autoaccum.regrouping import MicroBatchSampler, Windows
 
 SCHEMA = "autoaccum.plan/1"
 
@@ -132,29 +135,61 @@ class Plan:
         """What the micro-batches of all ranks sum to: the target."""
         return sum(self.shares)
 
-    def sizes(self, samples: int) -> tuple[int, ...]:
-        """Micro-batches for a window of `samples`, none larger than this plan's. Raises `PlanError` for none."""
+    def sizes(self, samples: int, most: int | None = None) -> tuple[int, ...]:
+        """Micro-batches for a window of `samples`, none larger than this plan's, or than `most`. Raises `PlanError` for no samples."""
         if samples < 1:
             raise PlanError("a window of no samples: give a batch with at least one")
-        return micro_batches(samples, math.ceil(samples / self.micro_batch))
+        return micro_batches(samples, math.ceil(samples / (most or self.micro_batch)))
 
     def split(self, batch: Any, count: Callable[[Any], float] | None = None) -> Iterator[MicroBatch]:
-        """Cuts a batch of a whole window into micro-batches with their weights, which sum to 1.
+        """Cuts a batch of a whole window, or a `Window`, into micro-batches with their weights, which sum to 1.
 
         Only the piece in hand is moved to this plan's device. count: weights by `count(piece)`, e.g. label
         tokens, instead of samples. A batch smaller than the share (the last of an epoch) is weighted by its
-        own samples. Raises `PlanError` for a batch that cannot be cut.
+        own samples. Raises `PlanError` for a batch that cannot be cut, and for one of more samples than the share.
         """
         import torch
 
-        from autoaccum import batches
+        from autoaccum import batches, feeding
+        from autoaccum.regrouping import Window
 
-        sizes = self.sizes(batches.count(batch))
-        pieces = batches.split(batch, sizes)
-        counts = [float(size if count is None else count(piece)) for piece, size in zip(pieces, sizes)]
-        for index, piece in enumerate(pieces):
-            on_device = batches.move(piece, torch.device(self.device.label), non_blocking=True)
-            yield MicroBatch(on_device, counts[index] / sum(counts), sizes[index], index == len(pieces) - 1)
+        whole = batch if isinstance(batch, Window) else Window.of([batch])
+        if whole.samples > self.share:
+            raise PlanError(
+                f"a batch of {whole.samples} samples is more than this plan's {self.share} for one step: loop over plan.windows(loader), "
+                f"or DataLoader(batch_size={self.share})"
+            )
+        cut = whole.cut(self.sizes(whole.samples))
+        owed = [float(samples if count is None else count(piece)) for piece, samples in cut]
+        device = torch.device(self.device.label)
+        for index, (piece, samples) in enumerate(feeding.feed(cut, device)):
+            moved = batches.move(piece, device, non_blocking=True)
+            yield MicroBatch(moved, owed[index] / sum(owed) if any(owed) else 0.0, samples, last=index == len(owed) - 1)
+
+    def windows(
+        self, loader: Iterable[Any], *, samples: Callable[[Any], int] | None = None, split: Callable[[Any, Sequence[int]], Any] | None = None
+    ) -> Windows:
+        """A loader of any batch size, regrouped into windows of exactly the share; the last one of an epoch is smaller.
+
+        Loader batches are cut where a window or a micro-batch ends, and joined where a micro-batch spans several
+        (unless their shapes differ, as when each is padded to its own longest sample). For batches that cannot be cut, such as
+        graphs: samples says how many one holds, split cuts it if need be, and `batch_sampler` makes them fit.
+        Raises `PlanError` where a batch's samples cannot be counted, or it would have to be cut and cannot be.
+        """
+        from autoaccum.regrouping import Windows
+
+        return Windows(loader, self.share, samples=samples, split=split)
+
+    def batch_sampler(self, dataset: Sized, shuffle: bool = True, seed: int = 0) -> MicroBatchSampler:
+        """For `DataLoader(dataset, batch_sampler=...)`: one micro-batch after another, collated one by one, in whole windows.
+
+        The order of an epoch depends on `seed` and the epoch's number alone. Give the loader to `windows`.
+        """
+        from autoaccum.regrouping import MicroBatchSampler
+
+        if not hasattr(dataset, "__len__"):
+            raise PlanError(f"a {type(dataset).__name__} has no length to draw from: for an iterable dataset use plan.windows(DataLoader(dataset, ...))")
+        return MicroBatchSampler(len(dataset), self.share, self.sizes, shuffle=shuffle, seed=seed)
 
     def explain(self) -> str:
         """The whole report: the plan, why not fewer steps, where the budget comes from, what to know."""

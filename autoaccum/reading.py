@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 from autoaccum.devices.base import Budget, Facts
 
 Outcome = Literal["fits", "over-budget", "oom", "killed", "timeout"]
-# Called with the phase that begins ("batch", "forward", "backward", "step") and the micro-batch's index.
+# Called with the phase that begins ("batch", "forward", "backward", "clip", "step") and the micro-batch's index.
 Say = Callable[[str, int], None]
 
 
@@ -31,7 +31,7 @@ class Reading:
     """What one trial showed.
 
     micro_batch, accumulation_steps: the size that was tried and the window it stands for.
-    phase: the last phase that was reached: "batch", "forward", "backward", "step".
+    phase: the last phase that was reached: "batch", "forward", "backward", "clip" (unscaling and clipping), "step".
     peak_bytes: the most held, None where the process did not live to tell; base_bytes: what is held between
     micro-batches (parameters, optimizer state, resident gradients), as far as known.
     activation_bytes: the most that was live in forward and backward, which is what grows with the micro-batch;

@@ -14,7 +14,7 @@ import sys
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from types import FrameType, FunctionType, MethodType, ModuleType
@@ -24,14 +24,14 @@ import torch
 
 from autoaccum.devices.cpu import Cpu
 from autoaccum.errors import DeviceError
-from autoaccum.job import Job
+from autoaccum.job import Job, in_turn
 from autoaccum.units import in_words
 
 Undo = Callable[[], object]
 
 
 class Snapshot:
-    """The state of a job at one moment.
+    """The state of a job, or of several that run in turn, at one moment.
 
     host_bytes: what the copies take in host memory. gradient_bytes: gradients that were there already; they
     stay where they are, beside those of the trials, and come back as the very same objects.
@@ -39,7 +39,8 @@ class Snapshot:
     needs afterwards. Raises `DeviceError` with the figures when host memory is too short for the copies.
     """
 
-    def __init__(self, job: Job, *, parameters: bool = True) -> None:
+    def __init__(self, jobs: Job | Sequence[Job], *, parameters: bool = True) -> None:
+        jobs = in_turn(jobs)
         self._parameters = parameters
         self._seen: dict[int, Any] = {}  # holds the objects too, so that no id is used twice
         self._undo: list[Undo] = []
@@ -47,12 +48,13 @@ class Snapshot:
         self._leaves: list[torch.Tensor] = []
         self._frozen: list[tuple[torch.Tensor, int]] = []
         self.host_bytes = 0
-        for each in job.keep:  # first: what is given to keep is kept whole, also where the model holds it too
+        for each in (kept for job in jobs for kept in job.keep):  # first: what is given to keep is kept whole, also where a model holds it too
             self._visit(each, deep=True)
-        for each in (job.model, *job.optimizers, job.scaler, job.scheduler, job.loss):
-            self._visit(each)
-        for each in (*job.model.parameters(), *job.model.buffers()):  # of TorchScript modules, which have no __dict__
-            self._visit(each)
+        for job in jobs:
+            for each in (job.model, *job.optimizers, job.scaler, job.scheduler, job.loss):
+                self._visit(each)
+            for each in (*job.model.parameters(), *job.model.buffers()):  # of TorchScript modules, which have no __dict__
+                self._visit(each)
         self.host_bytes += sum(storage.nbytes() for storage in self._storages.values())
         free = Cpu().memory(who=False).free_bytes
         if self.host_bytes > free:
@@ -156,14 +158,14 @@ class Snapshot:
 
 
 @contextmanager
-def preserved(job: Job, *, parameters: bool = True) -> Iterator[tuple[Snapshot, Interrupts]]:
-    """Whatever happens inside, the job's state is afterwards what it was before.
+def preserved(jobs: Job | Sequence[Job], *, parameters: bool = True) -> Iterator[tuple[Snapshot, Interrupts]]:
+    """Whatever happens inside, the jobs' state is afterwards what it was before.
 
     Ctrl-C takes effect where the second value is `allowed()`, which is while a trial runs; anywhere else it
     waits until the state is back: half a restored model is worse than a second's patience. Outside the main
     thread no signal arrives here.
     """
-    kept = Snapshot(job, parameters=parameters)
+    kept = Snapshot(jobs, parameters=parameters)
     with _deferred_interrupts() as interrupts:
         try:
             kept.rewind()

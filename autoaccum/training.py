@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from autoaccum import batches, devices
+from autoaccum import devices
 from autoaccum.errors import PlanError
-from autoaccum.job import Source, load
+from autoaccum.job import Job, Source, in_turn, load
 from autoaccum.loop import Accumulator
 from autoaccum.plan import Plan
 from autoaccum.units import parse_size
@@ -38,8 +38,8 @@ def train(where: Source, plan: Plan, *, epochs: int, memory_limit: int | str | N
     """
     device = devices.get(plan.device.label)
     device.prepare()
-    job = load(where, device=plan.device.label)
-    loop = Accumulator(job, plan)
+    jobs = load(where, device=plan.device.label)
+    loop, job = Accumulator(jobs, plan), in_turn(jobs)[0]
     if job.data is None:
         say(f"the job has no data=...: training on its batch alone, {plan.share} samples a step\n")
     elif _is_dataset(job.data) and len(job.data) < plan.share:
@@ -47,27 +47,25 @@ def train(where: Source, plan: Plan, *, epochs: int, memory_limit: int | str | N
     limit = parse_size(memory_limit) if memory_limit is not None else None
     with device.capped(limit) if limit is not None else nullcontext():
         for number in range(1, epochs + 1):
-            started, steps, samples, total = time.perf_counter(), 0, 0, torch.zeros((), dtype=torch.float64)
-            for batch in _windows(job.data if job.data is not None else [job.batch_of(plan.share)], plan.share, number):
-                result = loop.step(batch)
-                total += result.loss * result.samples
-                steps, samples = steps + 1, samples + result.samples
+            started, steps, samples, total = time.perf_counter(), 0, 0, 0.0
+            for window in plan.windows(_loader(job, plan, number), split=job.split):
+                results = loop.step(window)
+                last = results[-1] if isinstance(results, tuple) else results
+                total += last.loss * last.samples
+                steps, samples = steps + 1, samples + last.samples
             device.synchronize()
-            yield Epoch(number, float(total) / max(samples, 1), steps, samples, time.perf_counter() - started)
+            yield Epoch(number, total / max(samples, 1), steps, samples, time.perf_counter() - started)
 
 
-def _windows(data: Any, share: int, epoch: int) -> Iterable[Any]:
-    if _is_dataset(data):
-        order = torch.Generator().manual_seed(epoch)
-        return torch.utils.data.DataLoader(data, batch_size=share, shuffle=True, generator=order)
-    return (piece for batch in data for piece in _cut(batch, share))
+def _loader(job: Job, plan: Plan, epoch: int) -> Iterable[Any]:
+    if job.data is None:
+        return [job.batch_of(plan.share)]
+    if not _is_dataset(job.data):
+        return job.data  # type: ignore[no-any-return]
+    order = torch.Generator().manual_seed(epoch)
+    return torch.utils.data.DataLoader(job.data, batch_size=plan.share, shuffle=True, generator=order)
 
 
 def _is_dataset(data: Any) -> bool:
     """A map-style dataset, or a tensor of samples; a list is one of batches."""
     return hasattr(data, "__getitem__") and isinstance(data, Sized) and not isinstance(data, (list, tuple))
-
-
-def _cut(batch: Any, share: int) -> list[Any]:
-    samples = batches.count(batch)
-    return batches.split(batch, [min(share, samples - start) for start in range(0, samples, share)])

@@ -7,22 +7,20 @@ there are none then, which is a different peak. The confirming run is the whole 
 
 from __future__ import annotations
 
-import gc
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from autoaccum import batches, oom, snapshot, window
+from autoaccum import batches, oom, rescue, snapshot, window
 from autoaccum.devices.base import Budget, Device, Watch, budget
 from autoaccum.errors import AutoaccumError, JobError, noted
-from autoaccum.job import Job
+from autoaccum.job import Job, fingerprint, in_turn
 from autoaccum.reading import Limits, Outcome, Reading, Say, Subject
+from autoaccum.running_stats import batch_norms
 
 
 class _TimedOut(Exception):
@@ -44,7 +42,7 @@ class _Tell:
 
     def __call__(self, phase: str, index: int) -> None:
         self.phase = phase
-        if phase == "step":
+        if phase == "clip":
             self.activation_bytes = self._watch.lap_bytes()
         if self._say is not None:
             self._say(phase, index)
@@ -53,7 +51,7 @@ class _Tell:
 
 
 def measure(
-    job: Job,
+    jobs: Sequence[Job],
     device: Device,
     micro_batches: Sequence[int],
     *,
@@ -66,7 +64,7 @@ def measure(
 ) -> Reading:
     """Runs one trial of the window `micro_batches` (largest first) and says how it went.
 
-    allowed: what it may peak at. full: the whole window twice, instead of its two telling parts.
+    jobs: run one after the other in every window. allowed: what it may peak at. full: the whole window twice, instead of its two telling parts.
     aside_bytes: held in the measured memory for the trial's own sake (a snapshot): allowed on top of the
     budget and left out of the peak.
     Leaves gradients empty and the job's state changed; `snapshot.preserved` is around this.
@@ -74,12 +72,12 @@ def measure(
     """
     largest, steps = micro_batches[0], len(micro_batches)
     windows = [micro_batches, micro_batches] if full else [micro_batches[:1], micro_batches[:2]]
-    scaler = _scaler_of_our_own(job, device)
+    scalers = [_scaler_of_our_own(job, device) for job in jobs]
     device.release()
     held_before = device.live_bytes()
     base_bytes = seconds = shapes = None
     remarks: tuple[str, ...] = ()
-    stepped = doubtful = False
+    stepped, doubtful = [False] * len(jobs), False
     outcome: Outcome = "fits"
     started = time.perf_counter()
     with device.watch() as watch:
@@ -87,17 +85,20 @@ def measure(
         try:
             with device.capped(allowed.budget_bytes + aside_bytes) if enforce else nullcontext():
                 tell("batch", 0)
-                batch, ballast = _batch(job, device, largest, sum(micro_batches))
-                shapes = batches.shapes(batch) if job.split is None else {}
+                batch, ballast = _batch(jobs[0], device, largest, sum(micro_batches))
+                history = _history_to_come(jobs)
+                shapes = batches.shapes(batch) if jobs[0].split is None else {}
+                start = rescue.WindowStart(jobs)  # training holds one, too
                 for sizes in windows:
                     watch.lap_bytes()
-                    ran, seconds = _window(job, device, batch, sizes, scaler, tell)
-                    stepped = stepped or not ran.skipped
+                    start.note()
+                    ran, seconds = _window(jobs, device, batch, sizes, scalers, tell)
+                    stepped = [before or not each.skipped for before, each in zip(stepped, ran)]
                     if base_bytes is None:
-                        base_bytes = device.live_bytes() - aside_bytes + (job.gradient_bytes() if steps > 1 else 0)
+                        base_bytes = device.live_bytes() - aside_bytes + (gradient_bytes(jobs) if steps > 1 else 0)
                         remarks = _remarks(ran, largest)
                     del ran
-                del batch, ballast
+                del batch, ballast, start, history
         except Exception as error:
             # First of all, and with the cap lifted by now: what is left, before anything else is allocated.
             left = allowed.budget_bytes + aside_bytes - device.live_bytes()
@@ -110,12 +111,12 @@ def measure(
                 if not isinstance(error, AutoaccumError):
                     noted(error, f"autoaccum: raised in {tell.phase}, at a micro-batch of {largest}")
                 raise
-            _forget(job, error)
-        batch = ballast = None  # noqa: F841 - lets go of what an out-of-memory left in this frame
+            rescue.forget(error, jobs)
+        batch = ballast = start = history = None  # type: ignore[assignment]  # noqa: F841 - lets go of what an out-of-memory left in this frame
         peak_bytes = watch.peak_bytes() - aside_bytes
         crawled = watch.retries() > 0
     device.release()
-    if outcome == "fits" and not stepped:
+    if outcome == "fits" and not all(stepped):
         raise JobError(
             f"the gradients are inf or nan at a micro-batch of {largest}: the scaler skipped every optimizer step, so the optimizer's memory "
             "could not be measured; give a batch with usual values"
@@ -139,28 +140,43 @@ def measure(
     )
 
 
-def _window(job: Job, device: Device, batch: Any, sizes: Sequence[int], scaler: Any, tell: _Tell) -> tuple[window.Ran, float]:
-    """One window, and its seconds with the device idle before and after."""
+def _window(jobs: Sequence[Job], device: Device, batch: Any, sizes: Sequence[int], scalers: Sequence[Any], tell: _Tell) -> tuple[list[window.Ran], float]:
+    """One window of every job, and the seconds with the device idle before and after."""
     device.synchronize()
     started = time.perf_counter()
-    ran = window.run(
-        job,
-        job.loss,
-        _pieces(job, batch, sizes),
-        samples=sum(sizes),
-        count=_count(job, batch, sizes),
-        device=job.device,
-        scaler=scaler,
-        say=tell,
-    )
+    with window.only_we_step() as watched:
+
+        def say(phase: str, index: int) -> None:
+            watched(phase, index)
+            tell(phase, index)
+
+        ran = [
+            window.run(
+                job,
+                job.loss,
+                _Pieces(jobs[0], batch, sizes),
+                samples=sum(sizes),
+                device=job.device,
+                scaler=scaler,
+                say=say,
+            )
+            for job, scaler in zip(jobs, scalers)
+        ]
     device.synchronize()
     return ran, time.perf_counter() - started
 
 
-def _remarks(ran: window.Ran, micro_batch: int) -> tuple[str, ...]:
-    if torch.isfinite(ran.loss):
-        return ()
-    return (f"the loss is {ran.loss.item()} at a micro-batch of {micro_batch}: memory is measured all the same, but training would go nowhere",)
+def _remarks(ran: Sequence[window.Ran], micro_batch: int) -> tuple[str, ...]:
+    return tuple(
+        f"the loss is {each.loss.item()} at a micro-batch of {micro_batch}: memory is measured all the same, but training would go nowhere"
+        for each in ran
+        if not torch.isfinite(each.loss)
+    )
+
+
+def gradient_bytes(jobs: Sequence[Job]) -> int:
+    """What stays resident between micro-batches: the gradients of the job that has most."""
+    return max(job.gradient_bytes() for job in jobs)
 
 
 def _batch(job: Job, device: Device, samples: int, share: int) -> tuple[Any, torch.Tensor | None]:
@@ -175,13 +191,33 @@ def _batch(job: Job, device: Device, samples: int, share: int) -> tuple[Any, tor
     return batch, torch.ones(rest, dtype=torch.uint8)
 
 
-def _pieces(job: Job, batch: Any, sizes: Sequence[int]) -> Any:
-    for size in sizes:
-        yield (batch if size == sizes[0] else job.split(batch, [size, sizes[0] - size])[0] if job.split else batches.resize(batch, size)), size
+def _history_to_come(jobs: Sequence[Job]) -> list[torch.Tensor]:
+    """The weight of what an optimizer with a history (LBFGS) has not gathered yet: two vectors as long as all
+    parameters, `history_size` times. The steps of a trial fill but a part of it."""
+    held = []
+    for job in jobs:
+        for optimizer in job.optimizers:
+            past = sum(len(state.get("old_dirs") or ()) for state in optimizer.state.values())
+            missing = max(optimizer.defaults.get("history_size", 0) - past, 0)
+            held.append(torch.ones(2 * missing * job.gradient_bytes(), dtype=torch.uint8, device=job.device))
+    return held
 
 
-def _count(job: Job, batch: Any, sizes: Sequence[int]) -> float | None:
-    return None if job.count is None else sum(float(job.count(piece)) for piece, _ in _pieces(job, batch, sizes))
+class _Pieces:
+    """Pieces of the window, all cut from one batch of the largest; made when their turn comes."""
+
+    def __init__(self, job: Job, batch: Any, sizes: Sequence[int]) -> None:
+        self._job, self._batch, self._sizes = job, batch, sizes
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        largest = self._sizes[0]
+        for size in self._sizes:
+            if size == largest:
+                yield self._batch, size
+            elif self._job.split is not None:
+                yield self._job.split(self._batch, [size, largest - size])[0], size
+            else:
+                yield batches.resize(self._batch, size), size
 
 
 def _scaler_of_our_own(job: Job, device: Device) -> Any:
@@ -195,26 +231,16 @@ def _scaler_of_our_own(job: Job, device: Device) -> Any:
     return torch.amp.GradScaler(device.facts.kind, init_scale=1.0, growth_interval=10**9)
 
 
-def _forget(job: Job, error: BaseException) -> None:
-    """Lets go of what a failed trial still holds: frames of the exceptions, gradients, cycles."""
-    for link in oom.chain(error):
-        traceback.clear_frames(link.__traceback__)
-        link.__traceback__ = None
-    for parameter in job.trained():
-        parameter.grad = None
-    gc.collect()
-
-
 class Rehearsal:
-    """Trials of one job on one device, in this process. Made by `rehearsal`.
+    """Trials of one job, or of several that run in turn, on one device, in this process. Made by `rehearsal`.
 
     A `reading.Rehearser`, as `child.Child` is: the line does not know where its trials run.
     """
 
     def __init__(
-        self, job: Job, device: Device, kept: snapshot.Snapshot, interrupts: snapshot.Interrupts, limits: Limits, *, enforce: bool, say: Say | None
+        self, jobs: Sequence[Job], device: Device, kept: snapshot.Snapshot, interrupts: snapshot.Interrupts, limits: Limits, *, enforce: bool, say: Say | None
     ) -> None:
-        self._job, self._device, self._kept, self._interrupts, self._limits, self._say = job, device, kept, interrupts, limits, say
+        self._jobs, self._device, self._kept, self._interrupts, self._limits, self._say = jobs, device, kept, interrupts, limits, say
         # Held for the trials' own sake: copies, where they sit in the measured memory, and earlier gradients.
         self._aside_bytes = kept.gradient_bytes + (kept.host_bytes if device.shared_with_host else 0)
         # False where nothing stops a trial that is too big: then only what is predicted to fit may run.
@@ -222,17 +248,22 @@ class Rehearsal:
 
     def subject(self) -> Subject:
         """What is rehearsed."""
-        model = self._job.model
-        normed = tuple(name for name, module in model.named_modules() if _is_batch_norm(module) and module.training)
+        normed = tuple(dict.fromkeys(name for job in self._jobs for name in batch_norms(job.model)))
         remarks = []
-        if not model.training:
+        if not all(job.model.training for job in self._jobs):
             remarks.append("the model is in eval mode and was measured so: call model.train() before tuning if that is how it trains")
-        if len({parameter.device for parameter in self._job.trained()}) > 1:
-            remarks.append(f"the parameters are on several devices; only {self._job.device} was measured")
+        if len({parameter.device for job in self._jobs for parameter in job.trained()}) > 1:
+            remarks.append(f"the parameters are on several devices; only {self._jobs[0].device} was measured")
         if not self._device.exact_peak:
             remarks.append("the peak is sampled on this system, not exact: leave some headroom")
         return Subject(
-            self._device.facts, self._job.gradient_bytes(), self._job.fingerprint(), normed, self._kept.host_bytes, self._device.allocator, tuple(remarks)
+            self._device.facts,
+            gradient_bytes(self._jobs),
+            fingerprint(self._jobs),
+            normed,
+            self._kept.host_bytes,
+            self._device.allocator,
+            tuple(remarks),
         )
 
     def budget(self, *, limited: bool = True) -> Budget:
@@ -247,7 +278,7 @@ class Rehearsal:
         try:
             with self._interrupts.allowed():
                 return measure(
-                    self._job,
+                    self._jobs,
                     self._device,
                     micro_batches,
                     allowed=self.budget(limited=limited),
@@ -264,14 +295,9 @@ class Rehearsal:
         """Where trials have a process of their own, the next one gets a new one. Here there is none."""
 
 
-def _is_batch_norm(module: torch.nn.Module) -> bool:
-    # A scripted module keeps its class in `original_name` alone.
-    return isinstance(module, _BatchNorm) or str(getattr(module, "original_name", "")).startswith(("BatchNorm", "SyncBatchNorm"))
-
-
 @contextmanager
 def rehearsal(
-    job: Job,
+    jobs: Job | Sequence[Job],
     device: Device,
     limits: Limits,
     *,
@@ -286,7 +312,8 @@ def rehearsal(
     """
     device.prepare()
     try:
-        with snapshot.preserved(job, parameters=parameters) as (kept, interrupts):
-            yield Rehearsal(job, device, kept, interrupts, limits, enforce=enforce, say=say)
+        jobs = in_turn(jobs)
+        with snapshot.preserved(jobs, parameters=parameters) as (kept, interrupts):
+            yield Rehearsal(jobs, device, kept, interrupts, limits, enforce=enforce, say=say)
     finally:
         device.release()

@@ -21,7 +21,7 @@ from autoaccum.child import Child
 from autoaccum.command import Command, Template
 from autoaccum.devices.base import ASSUMED_OUTSIDE, Budget
 from autoaccum.errors import AutoaccumError, JobError, NoSuchDevice, UsageError, noted
-from autoaccum.job import Job, Source, source
+from autoaccum.job import Job, Source, in_turn, source
 from autoaccum.plan import Plan, PlannedDevice, Tried
 from autoaccum.reading import Limits, Progress, Reading, Rehearser, Trying
 from autoaccum.units import MIB, in_words, parse_headroom, parse_size
@@ -76,8 +76,9 @@ def tune(
 ) -> Plan:
     """The plan with the fewest accumulation steps that fits `target_batch` on the device at hand.
 
-    model, optimizer, loss, batch: as in `Job`, with its keywords; or a `Job` alone. It is rehearsed in place
-    and comes back bit-identical, random number generators included.
+    model, optimizer, loss, batch: as in `Job`, with its keywords; or a `Job` alone; or a list of jobs that run one
+    after the other in every window, all resident, on the first one's batch (a GAN's discriminator and generator).
+    All is rehearsed in place and comes back bit-identical, random number generators included.
     device: where the parameters are; another one is refused. memory_limit: bytes or `"2GiB"`, enforced.
     headroom: kept aside, a size or a percentage of the budget. max_micro_batch: no larger one is tried.
     equal: equal micro-batches only. largest: search the exact largest micro-batch, not only those that save
@@ -88,14 +89,14 @@ def tune(
     """
     from autoaccum import trial  # torch: the command line, which imports this file, does without
 
-    if isinstance(model, Job):
+    if isinstance(model, (Job, list, tuple)):
         if optimizer is not None or loss is not None or batch is not None or job:
             raise UsageError("tune(job, ...) takes everything from the job: give either a Job or model, optimizer, loss and batch")
-        rehearsed = model
+        rehearsed = in_turn(model)
     else:
-        rehearsed = Job(model, optimizer, loss, batch, **job)
+        rehearsed = (Job(model, optimizer, loss, batch, **job),)
     wish = Wish(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout_s)
-    where = _where(rehearsed, device)
+    where = _where(rehearsed[0], device)
     # In place, on a CPU, an enforced limit is also in the way of threads that other code starts meanwhile:
     # only who asked for one gets it. Without, only sizes that are predicted to fit are run.
     enforce = where.facts.kind != "cpu" or wish.memory_limit is not None

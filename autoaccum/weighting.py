@@ -7,7 +7,6 @@ Step counts do not appear: an uneven or a smaller window is right without specia
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,32 +14,28 @@ import torch
 from autoaccum.errors import JobError
 
 
-@dataclass(frozen=True)
-class Contribution:
-    """One micro-batch's part: `term` is what backward runs on, `count` what it was summed over.
-
-    count is None for a loss that is a mean over samples; its term is weighted in full already. For a loss
-    given as a sum the term is divided by `samples` of the window for now and rescaled by `late_factor`,
-    because the window's count is unknown before its last forward; a raw sum would overflow in fp16.
-    """
-
-    term: torch.Tensor
-    count: torch.Tensor | float | None
-
-
-def contribution(returned: Any, *, samples: int, of_samples: int, of_count: float | None = None) -> Contribution:
-    """What the loss function returned for `samples` of the window's `of_samples`, weighted.
+def contribution(
+    returned: Any, *, samples: int, of_samples: int, count: float | None = None, of_count: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor | float | None]:
+    """What the loss function returned for `samples` of the window's `of_samples`: the term that backward runs on, and a count.
 
     returned: a scalar mean over the samples, or `(loss_sum, count)`.
-    of_count: the window's whole count, where `count(batch)` told it beforehand.
+    count, of_count: of this micro-batch and of the whole window, where `count(batch)` told them beforehand; a
+    scalar is then taken for the mean over what was counted.
+    The count that comes back is None where the term is weighted in full. Else the term is a sum divided by `samples`
+    of the window for now, to be rescaled by `late_factor`, because the window's count is unknown before its last
+    forward; a raw sum would overflow in fp16.
     Raises `JobError` for anything else, for a loss that is not a scalar and for one without a graph.
     """
     if isinstance(returned, tuple) and len(returned) == 2:
-        loss_sum, count = returned
+        loss_sum, counted = returned
         _check(loss_sum)
-        return Contribution(loss_sum / (of_count or of_samples), None if of_count else count)
+        return loss_sum / (of_count or of_samples), None if of_count else counted
     _check(returned)
-    return Contribution(returned * (samples / of_samples), None)
+    if of_count is not None and count is not None:
+        # In a window in which nothing counts no micro-batch owes anything.
+        return returned * (count / of_count if of_count else 0.0), None
+    return returned * (samples / of_samples), None
 
 
 def late_factor(counts: list[torch.Tensor | float], of_samples: int) -> torch.Tensor:
@@ -51,6 +46,8 @@ def late_factor(counts: list[torch.Tensor | float], of_samples: int) -> torch.Te
 
 
 def _check(loss: Any) -> None:
+    if isinstance(loss, torch.Tensor) and loss.requires_grad and loss.dim() == 0:
+        return
     if not isinstance(loss, torch.Tensor):
         raise JobError(f"loss(model, batch) returned a {type(loss).__name__}: return a scalar tensor, the mean over the batch's samples, or (loss_sum, count)")
     if loss.dim() != 0:

@@ -5,32 +5,42 @@ Trials and training both run this, so that what was rehearsed is what is trained
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-from autoaccum import batches, weighting
+from autoaccum import batches, feeding, weighting
+from autoaccum.errors import JobError
 from autoaccum.job import Job
 from autoaccum.reading import Say
+from autoaccum.running_stats import RunningStats
 
 
-@dataclass(frozen=True)
-class Ran:
+class Ran(NamedTuple):
     """One window that ran. Tensors stay on their device; reading them is the caller's choice to wait.
 
-    loss: the window's mean, 0-d. count: what sums were divided by, None for means over samples.
-    skipped: True if the scaler found inf or nan in a gradient and the optimizers did not step.
+    loss: the window's mean, 0-d. counted: what sums were divided by, None for means over samples.
+    infs: of several optimizers and devices, more than 0 where the scaler found inf or nan in a gradient, and no
+    optimizer stepped then; empty without a scaler.
     """
 
     loss: torch.Tensor
     samples: int
     micro_batches: int
-    count: torch.Tensor | float | None
+    counted: torch.Tensor | float | None
     grad_norm: torch.Tensor | None
-    skipped: bool
+    infs: tuple[torch.Tensor, ...]
+
+    @property
+    def skipped(self) -> bool:
+        """True if the optimizers did not step, because of inf or nan in a gradient. Waits for the device."""
+        return any(bool(inf > 0) for inf in self.infs)
+
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 def _silent(phase: str, index: int) -> None: ...
@@ -39,63 +49,171 @@ def _silent(phase: str, index: int) -> None: ...
 def run(
     job: Job,
     loss: Callable[[Any, Any], Any],
-    pieces: Iterable[tuple[Any, int]],
+    pieces: Iterable[feeding.Piece],
     *,
     samples: int,
     device: torch.device,
-    count: float | None = None,
     scaler: Any = None,
+    stats: RunningStats | None = None,
     say: Say = _silent,
 ) -> Ran:
     """Forward and backward for every piece, then one optimizer step.
 
-    loss: `loss(model, batch)`, as in `Job`. pieces: (micro-batch, its samples), on the host; each is moved when its turn comes and dropped after.
-    samples: of the whole window. count: what sums of the whole window are divided by, where it is known
-    beforehand. scaler: a GradScaler, or None.
+    loss: `loss(model, batch)`, as in `Job`. pieces: (micro-batch, its samples), on the host; each is moved when
+    its turn comes and dropped after. With a closure or a `count`, they are gone through more than once.
+    samples: of the whole window.
+    scaler: a GradScaler, or None. stats: corrects BatchNorm's running statistics, where that was asked for. say: told of each phase: forward, backward, clip (all between the last
+    backward and the first optimizer's step), step.
     Raises `JobError` for a loss of the wrong kind; what the job's own code raises comes through.
     """
-    autocast = torch.autocast(device.type, dtype=job.autocast) if job.autocast is not None else nullcontext()
-    for optimizer in job.optimizers:
-        optimizer.zero_grad(set_to_none=True)  # gradients that someone left would be added to the first window
-    total: torch.Tensor | None = None
-    counts: list[torch.Tensor | float] = []
-    ran = 0
-    for index, (batch, size) in enumerate(pieces):
-        say("forward", index)
-        with autocast:
-            returned = loss(job.model, batches.move(batch, device, non_blocking=True))
-        part = weighting.contribution(returned, samples=size, of_samples=samples, of_count=count)
-        say("backward", index)
-        (part.term if scaler is None else scaler.scale(part.term)).backward()
-        total = part.term.detach() if total is None else total + part.term.detach()
-        if part.count is not None:
-            counts.append(part.count)
-        del returned, part, batch  # no graph and no activation outlives its micro-batch
-        ran += 1
-    assert total is not None  # a window has at least one micro-batch
+
+    def evaluated(say: Say) -> _Gradients:
+        with stats.corrected() if stats is not None else nullcontext():
+            return _gradients(job, loss, pieces, samples, device, scaler, stats, say)
+
+    gradients = evaluated(say)
     # Gradients of several ranks would cross here: after the last backward, before anything reads them.
-    say("step", ran - 1)
+    grad_norm = _clipped(job, scaler, gradients.micro_batches, say)
+    say("step", gradients.micro_batches - 1)
+    infs: tuple[torch.Tensor, ...] = ()
+    if scaler is not None:
+        infs = _scaled_step(job, scaler)
+    elif job.wants_closure:
+        _step_with_closure(job, gradients, evaluated, say)
+    else:
+        for optimizer in job.optimizers:
+            optimizer.step()
+    for optimizer in job.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return Ran(gradients.loss, samples, gradients.micro_batches, gradients.counted, grad_norm, infs)
+
+
+class _Gradients(NamedTuple):
+    """The window's gradient is in `.grad`; this is what is known of it."""
+
+    loss: torch.Tensor
+    counted: torch.Tensor | float | None
+    micro_batches: int
+
+
+def _gradients(
+    job: Job,
+    loss: Callable[[Any, Any], Any],
+    pieces: Iterable[feeding.Piece],
+    samples: int,
+    device: torch.device,
+    scaler: Any,
+    stats: RunningStats | None,
+    say: Say,
+) -> _Gradients:
+    autocast = torch.autocast(device.type, dtype=job.autocast) if job.autocast is not None else None
+    # On the host, beforehand: weights by count need the whole window's.
+    counted = [float(job.count(piece)) for piece, _ in pieces] if job.count is not None else []
+    of_count = sum(counted) if counted else None
+    for optimizer in job.optimizers:  # gradients that someone left would be added; `zero_grad` itself costs more
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
+    terms: list[torch.Tensor] = []
+    counts: list[torch.Tensor | float] = []
+    index = -1
+    for piece, size in feeding.feed(pieces, device):
+        index += 1
+        say("forward", index)
+        if stats is not None:
+            stats.share(size / samples)
+        batch = batches.move(piece, device, non_blocking=True)
+        if autocast is None:
+            returned = loss(job.model, batch)
+        else:
+            with autocast:
+                returned = loss(job.model, batch)
+        term, count = weighting.contribution(returned, samples=size, of_samples=samples, count=counted[index] if counted else None, of_count=of_count)
+        say("backward", index)
+        (term if scaler is None else scaler.scale(term)).backward()
+        terms.append(term.detach())
+        if count is not None:
+            counts.append(count)
+        del returned, term, batch, piece  # no graph and no activation outlives its micro-batch
+    if not terms:
+        raise JobError("a window of no micro-batches: give at least one")
+    # Added up on the device: reading a number there would wait for every kernel before it.
+    total = torch.stack([term.float() for term in terms] if terms[0].dtype in _HALVES else terms).sum()
     if counts:
         factor = weighting.late_factor(counts, samples)
         total = total * factor
         # One call per dtype and device; under a scaler the gradients are still scaled, which a factor keeps.
         torch._foreach_mul_([p.grad for p in job.trained() if p.grad is not None], factor)
-    grad_norm = None
-    if job.max_grad_norm is not None:
-        if scaler is not None:
-            for optimizer in job.optimizers:
-                scaler.unscale_(optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(job.trained(), job.max_grad_norm)
-    skipped = False
+    return _Gradients(total, sum(counts) if counts else of_count, index + 1)
+
+
+def _clipped(job: Job, scaler: Any, micro_batches: int, say: Say) -> torch.Tensor | None:
+    """Unscales and clips once, on the gradient of the whole window; its norm before, if clipping was asked for."""
+    say("clip", micro_batches - 1)
+    # Several optimizers step together or not at all, so all must have looked for inf before the first steps.
+    if scaler is not None and (job.max_grad_norm is not None or len(job.optimizers) > 1):
+        for optimizer in job.optimizers:
+            scaler.unscale_(optimizer)
+    return None if job.max_grad_norm is None else torch.nn.utils.clip_grad_norm_(job.trained(), job.max_grad_norm)
+
+
+def _scaled_step(job: Job, scaler: Any) -> tuple[torch.Tensor, ...]:
+    """An inf in any gradient skips the step of every optimizer. Returns the device's marks of what was found."""
+    together = len(job.optimizers) == 1 or not any(bool(inf > 0) for optimizer in job.optimizers for inf in _infs(scaler, optimizer))
     for optimizer in job.optimizers:
-        if scaler is None:
-            optimizer.step()
-        else:
+        if together:
             scaler.step(optimizer)
-    if scaler is not None:
-        before = scaler.get_scale()
-        scaler.update()
-        skipped = scaler.get_scale() < before
-    for optimizer in job.optimizers:
-        optimizer.zero_grad(set_to_none=True)
-    return Ran(total, samples, ran, sum(counts) if counts else None, grad_norm, skipped)
+    infs = tuple(inf for optimizer in job.optimizers for inf in _infs(scaler, optimizer))
+    scaler.update()
+    return infs
+
+
+def _infs(scaler: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    if not scaler.is_enabled():
+        return []
+    # No public way to ask without waiting for the device; `get_scale()` before and after waits twice.
+    return list(scaler._found_inf_per_device(optimizer).values())
+
+
+def _step_with_closure(job: Job, first: _Gradients, evaluated: Callable[[Say], _Gradients], say: Say) -> None:
+    """The optimizer's first evaluation is the one that has been made; what it asks for later runs the window again.
+
+    Made before `step`, the first evaluation can still run out of memory harmlessly: inside, weights may have moved.
+    """
+    made: list[_Gradients] = [first]
+
+    def closure() -> torch.Tensor:
+        if made:
+            return made.pop().loss
+        found = evaluated(lambda _, index: say("step", index))
+        _clipped(job, None, found.micro_batches, _silent)
+        return found.loss
+
+    (optimizer,) = job.optimizers
+    optimizer.step(closure)  # type: ignore[arg-type] # a closure may return a tensor: https://docs.pytorch.org/docs/stable/optim.html
+
+
+@contextmanager
+def only_we_step() -> Iterator[Say]:
+    """Refuses an optimizer that steps inside backward, where each micro-batch would be a step of its own.
+
+    Gives a `say` for `run`. Costs 36 microseconds a window, so training has it around its first window only.
+    """
+    now = ""
+
+    def say(phase: str, index: int) -> None:
+        nonlocal now
+        now = phase
+
+    def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if now == "backward":
+            raise JobError(
+                f"{type(optimizer).__name__} steps in a backward hook, so every micro-batch would change the weights: "
+                "gradients cannot be accumulated; step it after the window, or train without accumulation"
+            )
+
+    hook = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield say
+    finally:
+        hook.remove()

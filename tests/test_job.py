@@ -4,6 +4,7 @@ from torch import nn
 
 import autoaccum
 from autoaccum import job
+from autoaccum.job import fingerprint, in_turn
 from tests import jobs
 
 
@@ -38,13 +39,28 @@ def test_moving_a_job_keeps_its_parameters_and_takes_its_optimizer_state_along()
 
 
 def test_the_fingerprint_changes_with_what_changes_the_answer():
-    def fingerprint(width=16, optimizer=torch.optim.Adam, **given):
+    def of(width=16, optimizer=torch.optim.Adam, **given):
         model = nn.Linear(8, width)
-        return autoaccum.Job(model, optimizer(model.parameters()), jobs.mse, jobs.pairs(2), **given).fingerprint()
+        return fingerprint([autoaccum.Job(model, optimizer(model.parameters()), jobs.mse, jobs.pairs(2), **given)])
 
-    assert fingerprint() == fingerprint()
-    others = [fingerprint(width=17), fingerprint(optimizer=torch.optim.SGD), fingerprint(autocast=torch.bfloat16), fingerprint(max_grad_norm=1.0)]
-    assert len({fingerprint(), *others}) == 5
+    assert of() == of()
+    others = [of(width=17), of(optimizer=torch.optim.SGD), of(autocast=torch.bfloat16), of(max_grad_norm=1.0)]
+    assert len({of(), *others}) == 5
+
+
+def test_lbfgs_stands_alone_and_without_a_scaler():
+    model = nn.Linear(8, 1)
+    lbfgs, adam = torch.optim.LBFGS(model.parameters()), torch.optim.Adam(model.parameters())
+    with pytest.raises(autoaccum.JobError, match=r"LBFGS evaluates the loss inside step.* give it alone"):
+        autoaccum.Job(model, [adam, lbfgs], jobs.mse, jobs.pairs(4))
+    with pytest.raises(autoaccum.JobError, match="GradScaler cannot unscale"):
+        autoaccum.Job(model, lbfgs, jobs.mse, jobs.pairs(4), scaler=torch.amp.GradScaler("cpu"))
+
+
+@pytest.mark.parametrize("wrong", [42, [], [42]])
+def test_jobs_in_turn_are_jobs(wrong):
+    with pytest.raises(autoaccum.JobError, match="a Job or a list of Jobs"):
+        in_turn(wrong)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,9 @@ devices.cgroup devices.nvml
 devices.cpu devices.cuda devices.mps devices.xpu
 devices
 reading weighting explaining
-job search
+job search regrouping feeding running_stats generators
 snapshot plan window refusing
-hints
+rescue hints
 trial command
 child
 tuning

@@ -11,6 +11,7 @@ import autoaccum
 from autoaccum import trial, tuning
 from autoaccum.devices.cpu import Cpu
 from tests import jobs
+from tests.digest import digest
 
 MIB = 2**20
 
@@ -170,7 +171,7 @@ def test_progress_tells_every_phase_and_every_reading():
     plan = autoaccum.tune(jobs.small(), target_batch=12, max_micro_batch=4, progress=events.append)
     readings = [event for event in events if isinstance(event, Reading)]
     assert [each.micro_batch for each in readings] == [each.micro_batch for each in plan.trials]
-    assert {event.phase for event in events if isinstance(event, Trying)} == {"batch", "forward", "backward", "step"}
+    assert {event.phase for event in events if isinstance(event, Trying)} == {"batch", "forward", "backward", "clip", "step"}
 
 
 @pytest.mark.parametrize(
@@ -207,10 +208,32 @@ def test_several_optimizers_are_stepped_together():
     assert plan.effective_batch == 12 and all(not each.state for each in optimizers)
 
 
-def test_an_optimizer_that_needs_a_closure_is_refused_in_a_sentence():
-    model = nn.Linear(8, 1)
-    with pytest.raises(autoaccum.JobError, match="LBFGS needs a closure"):
-        autoaccum.Job(model, torch.optim.LBFGS(model.parameters()), jobs.mse, jobs.pairs(4))
+def test_an_optimizer_with_a_closure_is_rehearsed_with_the_history_it_will_gather():
+    """LBFGS keeps up to 100 pairs of vectors; a trial's two steps make but a few."""
+    model = nn.Linear(50_000, 2)
+
+    def peak(history_size):
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2, history_size=history_size)
+        plan = autoaccum.tune(model, optimizer, jobs.mse, jobs.pairs(4, 50_000), target_batch=4)
+        assert not optimizer.state
+        return plan.peak_bytes
+
+    whole = 2 * 100 * 400_000  # bytes of two vectors as long as the parameters, a hundred times
+    assert peak(200) - peak(100) == pytest.approx(whole, rel=0.1)
+
+
+def test_several_jobs_run_in_turn_and_come_back_as_they_were():
+    first, second = jobs.small(), jobs.hungry(mib=1)
+    second = autoaccum.Job(second.model, second.optimizer, lambda model, batch: model(len(batch[0])), first.batch)
+    before = digest(first.model, first.optimizer), digest(second.model, second.optimizer)
+    plan = autoaccum.tune([first, second], target_batch=60, max_micro_batch=20)
+    assert (digest(first.model, first.optimizer), digest(second.model, second.optimizer)) == before
+    one_mib_more = autoaccum.tune([first, second], target_batch=60, max_micro_batch=30).peak_bytes - plan.peak_bytes
+    assert one_mib_more > 15 * MIB  # the second job's activations count, too
+    results = autoaccum.Accumulator([first, second], plan).step(jobs.pairs(60))
+    assert [each.micro_batches for each in results] == [3, 3]
+    with pytest.raises(autoaccum.UsageError, match="each with its own loss"):
+        autoaccum.Accumulator([first, second], plan).step(jobs.pairs(60), jobs.mse)
 
 
 def test_the_knobs_of_tune_are_these():

@@ -43,9 +43,8 @@ def data(samples):
 def gradients(loss, batch, sizes, **given):
     model = network()
     optimizer = Recorder(model.parameters(), lr=0.1)
-    count = given.pop("count", None)
     job = Job(model, optimizer, loss, batch, **given)
-    ran = window.run(job, loss, zip(batches.split(batch, sizes), sizes), samples=sum(sizes), device=CPU, count=count)
+    ran = window.run(job, loss, list(zip(batches.split(batch, sizes), sizes)), samples=sum(sizes), device=CPU)
     return optimizer.stepped, ran, model
 
 
@@ -64,7 +63,7 @@ def test_every_split_gives_the_gradient_of_the_whole_batch():
 def test_a_wrong_weight_would_be_seen(monkeypatch):
     """Weighting by steps instead of samples, as most loops do, fails the test above."""
     right = weighting.contribution
-    monkeypatch.setattr(weighting, "contribution", lambda returned, *, samples, of_samples, of_count=None: right(returned, samples=1, of_samples=3))
+    monkeypatch.setattr(weighting, "contribution", lambda returned, **_: right(returned, samples=1, of_samples=3))
     batch = data(120)
     whole, split = gradients(mean_loss, batch, (50, 50, 20))[0], torch.autograd.grad(mean_loss(model := network(), batch), model.parameters())
     assert not torch.allclose(whole[0], split[0], rtol=1e-3)
@@ -76,8 +75,7 @@ def test_sums_are_divided_by_the_count_of_the_whole_window(sizes, known_beforeha
     samples = sum(sizes)
     counts = torch.randint(1, 30, (samples,)).double()
     batch = (*data(samples), counts)
-    count = float(counts.sum()) if known_beforehand else None
-    stepped, ran, _ = gradients(token_loss, batch, sizes, count=count)
+    stepped, ran, _ = gradients(token_loss, batch, sizes, count=(lambda piece: piece[2].sum()) if known_beforehand else None)
     model = network()
     loss_sum, total = token_loss(model, batch)
     expected = torch.autograd.grad(loss_sum / total, model.parameters())

@@ -1,0 +1,174 @@
+"""A loader of any batch size, regrouped into windows; and a window, cut into micro-batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Sampler
+
+from autoaccum import batches
+from autoaccum.errors import PlanError
+
+Cut = Iterable[tuple[Any, int]]  # micro-batches and their samples; may be gone through again
+Splitter = Callable[[Any, Sequence[int]], Sequence[Any]]
+
+
+class Window:
+    """The samples of one optimizer step on one rank, as the loader gave them; on the host until they run.
+
+    parts: batches, or the pieces of batches, in order. sizes: samples of each. samples: of all.
+    """
+
+    def __init__(self, parts: Sequence[Any], sizes: Sequence[int], split: Splitter | None = None) -> None:
+        self.parts, self.sizes, self.samples = tuple(parts), tuple(sizes), sum(sizes)
+        self._split = split
+
+    @classmethod
+    def of(cls, parts: Iterable[Any], split: Splitter | None = None, samples: Callable[[Any], int] | None = None) -> Window:
+        """A window of batches that are at hand. Raises `PlanError` for one whose samples cannot be counted."""
+        held = list(parts)
+        return cls(held, [_counted(part, samples) for part in held], split)
+
+    def cut(self, sizes: Sequence[int]) -> Cut:
+        """The window in micro-batches of `sizes`, which must sum to its samples.
+
+        Parts are cut where a micro-batch ends and joined where one spans them; parts that cannot be joined
+        (each padded to its own longest sample) come as smaller micro-batches. Raises `PlanError` for a part that would
+        have to be cut and cannot be.
+        """
+        if sum(sizes) != self.samples:
+            raise PlanError(f"cannot cut {self.samples} samples into {list(sizes)}: that is {sum(sizes)}")
+        if len(self.parts) == 1:
+            return list(zip(self._pieces(self.parts[0], sizes, self.samples), sizes))
+        groups: list[list[tuple[Any, int]]] = []
+        ends = iter(sizes)
+        room = 0  # in the group that is being filled
+        for part, have in zip(self.parts, self.sizes):
+            lengths = []
+            starts_group = []
+            while have:
+                fresh = room == 0
+                room = room or next(ends)
+                lengths.append(min(room, have))
+                starts_group.append(fresh)
+                room -= lengths[-1]
+                have -= lengths[-1]
+            for piece, length, fresh in zip(self._pieces(part, lengths, sum(lengths)), lengths, starts_group):
+                if fresh:
+                    groups.append([])
+                groups[-1].append((piece, length))
+        return _Joined(groups)
+
+    def _pieces(self, part: Any, sizes: Sequence[int], samples: int) -> Sequence[Any]:
+        if len(sizes) == 1:
+            return [part]
+        return self._split(part, sizes) if self._split is not None else batches.split(part, sizes, samples=samples)
+
+
+class _Joined:
+    """Micro-batches that are joined when their turn comes; may be gone through again."""
+
+    def __init__(self, groups: list[list[tuple[Any, int]]]) -> None:
+        self._groups = groups
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        for group in self._groups:
+            joined = batches.join([batch for batch, _ in group]) if len(group) > 1 else None
+            if joined is None:
+                yield from group
+            else:
+                yield joined, sum(samples for _, samples in group)
+
+
+class Windows:
+    """What `Plan.windows` returns: iterates a loader as windows of exactly `share` samples, the last one smaller.
+
+    Each iteration is one epoch. It has a length where the loader's number of samples is known.
+    """
+
+    def __init__(self, loader: Iterable[Any], share: int, *, samples: Callable[[Any], int] | None = None, split: Splitter | None = None) -> None:
+        if isinstance(loader, (torch.Tensor, str, bytes)) or hasattr(loader, "keys"):
+            raise PlanError(f"windows takes a loader of batches, not one batch (a {type(loader).__name__}): give the DataLoader itself")
+        self._loader, self._share, self._samples, self._split = loader, share, samples, split
+
+    def __iter__(self) -> Iterator[Window]:
+        parts: list[Any] = []
+        sizes: list[int] = []
+        for batch in self._loader:
+            have = _counted(batch, self._samples)
+            while have:
+                room = self._share - sum(sizes)
+                piece, taken = batch, have
+                if have > room:
+                    taken = room
+                    piece, batch = self._halves(batch, room, have - room)
+                parts.append(piece)
+                sizes.append(taken)
+                have -= taken
+                if taken == room:
+                    yield Window(parts, sizes, self._split)
+                    parts, sizes = [], []
+        if parts:
+            yield Window(parts, sizes, self._split)
+
+    def __len__(self) -> int:
+        """Windows in an epoch. Raises `TypeError` where the loader does not tell its samples."""
+        return math.ceil(_samples_in(self._loader) / self._share)
+
+    def _halves(self, batch: Any, first: int, rest: int) -> Sequence[Any]:
+        try:
+            return (self._split or batches.split)(batch, [first, rest])
+        except PlanError as error:
+            raise PlanError(
+                f"a loader batch of {first + rest} samples does not end where a window of {self._share} does, and cannot be cut: "
+                "use DataLoader(batch_sampler=plan.batch_sampler(dataset)), or give split="
+            ) from error
+
+
+class MicroBatchSampler(Sampler[list[int]]):
+    """Indices of one micro-batch after another, in windows of exactly the share: for `DataLoader(batch_sampler=...)`.
+
+    Each iteration is an epoch with an order of its own, given by seed and epoch alone; `set_epoch` chooses one,
+    for instance after a restart.
+    """
+
+    def __init__(self, length: int, share: int, sizes: Callable[[int], Sequence[int]], *, shuffle: bool, seed: int) -> None:
+        self.length, self.share, self.shuffle, self.seed, self.epoch = length, share, shuffle, seed, 0
+        self._sizes = sizes
+
+    def __iter__(self) -> Iterator[list[int]]:
+        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist() if self.shuffle else range(self.length)
+        self.epoch += 1
+        start = 0
+        while start < self.length:
+            for size in self._sizes(min(self.share, self.length - start)):
+                yield list(order[start : start + size])
+                start += size
+
+    def __len__(self) -> int:
+        whole, tail = divmod(self.length, self.share)
+        return whole * len(self._sizes(self.share)) + (len(self._sizes(tail)) if tail else 0)
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+
+def _counted(batch: Any, samples: Callable[[Any], int] | None) -> int:
+    if samples is not None:
+        return int(samples(batch))
+    try:
+        return batches.count(batch)
+    except PlanError as error:
+        raise PlanError(f"{error}; for batches that cannot be cut, plan.windows(loader, samples=...) with a function that says how many they hold") from error
+
+
+def _samples_in(loader: Any) -> int:
+    if isinstance(loader, DataLoader):
+        if isinstance(loader.batch_sampler, MicroBatchSampler):
+            return loader.batch_sampler.length
+        if loader.batch_size is not None and isinstance(loader.sampler, Sized):
+            return len(loader) * loader.batch_size if loader.drop_last else len(loader.sampler)
+    raise TypeError(f"a {type(loader).__name__} does not say how many samples it has, so its windows cannot be counted beforehand")
