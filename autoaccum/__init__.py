@@ -24,10 +24,13 @@ from autoaccum.version import __version__
 
 if TYPE_CHECKING:
     from autoaccum import devices
+    from autoaccum.comparing import equivalence
     from autoaccum.devices.base import Memory
     from autoaccum.job import Job
     from autoaccum.loop import Accumulator, StepResult
+    from autoaccum.losses import token_mean
     from autoaccum.plan import MicroBatch, Plan
+    from autoaccum.rates import scale_lr
     from autoaccum.reading import Reading
     from autoaccum.regrouping import Window
     from autoaccum.tuning import tune
@@ -42,6 +45,9 @@ _WHERE = {
     "Accumulator": "loop",
     "StepResult": "loop",
     "Window": "regrouping",
+    "equivalence": "comparing",
+    "token_mean": "losses",
+    "scale_lr": "rates",
     "Memory": "devices.base",
 }
 
@@ -69,6 +75,9 @@ __all__ = [
     "Window",
     "__version__",
     "devices",
+    "equivalence",
+    "scale_lr",
+    "token_mean",
     "tune",
 ]
 

@@ -85,6 +85,11 @@ def move(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any
     return changed(batch, lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
 
+def tensors(batch: Any) -> list[tuple[str, torch.Tensor]]:
+    """Every tensor that can be cut along its first dimension, by its path as in `shapes`."""
+    return [(path, leaf) for path, leaf in _leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()]
+
+
 def changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     """`batch` with `change` applied to every tensor, those in lists of samples too."""
     return _mapped(batch, lambda leaf: _changed(leaf, change))

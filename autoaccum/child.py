@@ -26,7 +26,7 @@ from typing import Any
 from autoaccum import errors, oom
 from autoaccum.devices.base import Budget, Memory
 from autoaccum.job import Source, load
-from autoaccum.reading import Limits, Reading, Say, Subject
+from autoaccum.reading import Equivalence, Limits, Reading, Say, Subject
 from autoaccum.units import MIB
 
 
@@ -84,6 +84,15 @@ class Child:
             self._end()
             self._start()
         return Reading.from_dict(answer)
+
+    def compare(self, samples: int) -> Equivalence | None:
+        self._phase = "compare"
+        try:
+            answer = self._ask("compare", timeout_s=self._limits.timeout_s, samples=samples)
+        except _Died:
+            self._start()
+            return None
+        return Equivalence.from_dict(answer)
 
     def fresh(self) -> None:
         self._end()
@@ -245,8 +254,12 @@ def _serve(opened: dict[str, Any], requests: Any, tell: Callable[[dict[str, Any]
         tell({"answer": {"subject": rehearsal.subject().as_dict(), "enforces": rehearsal.enforces}})
         for line in requests:
             asked = json.loads(line)
-            if asked.pop("do") == "budget":
+            verb = asked.pop("do")
+            if verb == "budget":
                 tell({"answer": asdict(rehearsal.budget(**asked))})
+                continue
+            if verb == "compare":
+                tell({"answer": rehearsal.compare(**asked).as_dict()})
                 continue
             held_before = device.live_bytes()
             reading = rehearsal.measure(**asked)

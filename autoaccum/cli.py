@@ -17,6 +17,7 @@ from autoaccum import oom, progress, report, tuning
 from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short
 from autoaccum.job import Source, source
 from autoaccum.plan import Plan
+from autoaccum.reading import Equivalence
 from autoaccum.version import __version__
 
 _EPILOG = "Exit codes: 0 done, 2 wrong usage or bad input, 3 does not fit, 4 device trouble, 5 the job itself failed, 130 interrupted."
@@ -35,7 +36,7 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that tune, check and train have in common."""
     options = [
         click.argument("job", required=False),
-        click.option("-b", "--target-batch", type=int, required=True, help="The effective batch: samples that one optimizer step sees."),
+        click.option("-b", "--target-batch", type=int, help="The effective batch: samples that one optimizer step sees."),
         click.option("-d", "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:INDEX, mps or xpu."),
         click.option("--memory-limit", metavar="SIZE", help="Use no more than this (512MiB, 2GiB); enforced while probing, on the CPU too."),
         click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of the budget free."),
@@ -82,12 +83,18 @@ def tune(rest: list[str] | None, /, **given: Any) -> None:
 
 @cli.command(epilog=_EPILOG)
 @_shared
-@click.option("-m", "--micro-batch", type=int, required=True, help="The size to rehearse.")
+@click.option("-m", "--micro-batch", type=int, help="The size to rehearse.")
+@click.option("--equivalence", is_flag=True, help="Compare a split batch's gradient with the whole one's; needs neither -b nor -m.")
 @click.pass_obj
-def check(rest: list[str] | None, /, micro_batch: int, **given: Any) -> None:
-    """Rehearse one given micro-batch; say by how much it fits or not."""
+def check(rest: list[str] | None, /, micro_batch: int | None, equivalence: bool, **given: Any) -> None:
+    """Rehearse one given micro-batch; say by how much it fits or not. Or say whether splitting changes the gradient."""
+    if equivalence and micro_batch is None:
+        _Asked(rest, **{**given, "target_batch": given["target_batch"] or 1}).compared()
+        return
+    if micro_batch is None:
+        raise UsageError("Missing option '-m' / '--micro-batch': the size to rehearse")
     asked = _Asked(rest, **given)
-    asked.answer(asked.checked(micro_batch))
+    asked.answer(asked.checked(micro_batch), asked.equivalence() if equivalence else None)
 
 
 @cli.command(epilog=_EPILOG)
@@ -113,7 +120,7 @@ class _Asked:
         rest: list[str] | None,
         *,
         job: str | None,
-        target_batch: int,
+        target_batch: int | None,
         device: str,
         memory_limit: str | None,
         headroom: str,
@@ -128,6 +135,8 @@ class _Asked:
         quiet: bool,
         traceback: bool,
     ) -> None:
+        if target_batch is None:
+            raise UsageError("Missing option '-b' / '--target-batch': the effective batch")
         self.form, self.output, self.quiet, self.device = "json" if as_json else form, output, quiet, device
         if as_json and form == "env":
             raise UsageError("--json and --format env both say how to print: give one")
@@ -158,11 +167,26 @@ class _Asked:
                 return tuning.check_command(self.command, micro_batch, self.wish, **talk)
             return tuning.check_source(self.source, micro_batch, self.wish, **talk)
 
-    def answer(self, planned: Plan) -> None:
+    def answer(self, planned: Plan, found: Equivalence | None = None) -> None:
         if self.output is not None:
             planned.save(self.output)
-        written = {"text": report.text, "json": lambda each: report.as_json(each.as_dict()), "env": report.env}
-        click.echo(written[self.form](planned))
+        if self.form == "json":
+            click.echo(report.as_json({**planned.as_dict(), **({"equivalence": found.as_dict()} if found is not None else {})}))
+            return
+        click.echo({"text": report.text, "env": report.env}[self.form](planned))
+        if found is not None and self.form == "text":
+            click.echo(f"splitting: {found}")
+
+    def equivalence(self) -> Equivalence:
+        if self.command:
+            raise UsageError("--equivalence needs a JOB that builds the model: a command's loss is out of reach")
+        return tuning.compare_source(self.source, self.wish, device=self.device, said=_said_nothing if self.quiet else _said)
+
+    def compared(self) -> None:
+        if self.output is not None or self.form == "env":
+            raise UsageError("check --equivalence alone makes no plan: leave --output and --format env out, or give -b and -m")
+        found = self.equivalence()
+        click.echo(report.as_json(found.as_dict()) if self.form == "json" else str(found))
 
     def trained(self, planned: Plan, epochs: int) -> None:
         from autoaccum import training  # torch, which only training needs in this process

@@ -26,7 +26,7 @@ from autoaccum import devices, oom
 from autoaccum.devices.base import Budget, Facts, Memory, budget
 from autoaccum.devices.cpu import LINUX, STEADY_MALLOC, Cpu, steady_wanted
 from autoaccum.errors import DeviceError, JobFailed, NoSuchDevice, UsageError
-from autoaccum.reading import Limits, Outcome, Reading, Subject
+from autoaccum.reading import Equivalence, Limits, Outcome, Reading, Subject
 from autoaccum.units import KIB
 
 _KEPT_OUTPUT = 64 * KIB
@@ -141,6 +141,9 @@ class Command:
             self._peaks[size] = peak
         # What a command takes on a GPU cannot be seen from outside.
         return Reading(size, steps, outcome, "command", peak, seconds, remarks=remarks)
+
+    def compare(self, samples: int) -> Equivalence | None:
+        return None  # its loss is out of reach
 
     def fresh(self) -> None:
         """Every run has a process of its own."""

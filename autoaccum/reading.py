@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 from autoaccum.devices.base import Budget, Facts
 
 Outcome = Literal["fits", "over-budget", "oom", "killed", "timeout"]
+COMPARED_SAMPLES = 8  # enough to tell weights apart, few enough to cost nothing
 # Called with the phase that begins ("batch", "forward", "backward", "clip", "step") and the micro-batch's index.
 Say = Callable[[str, int], None]
 
@@ -73,6 +74,40 @@ class Reading:
 
 
 @dataclass(frozen=True)
+class Equivalence:
+    """Does the gradient of a split batch equal that of the whole one? Compared on a few samples, dropout turned off.
+
+    exact: True or False; None where it could not be compared, and `message` says why.
+    sizes: the pieces compared, of `samples` at once. relative_error: of their gradient, BatchNorm in eval mode.
+    cause: "sum", "token-mean", "weights", "mixed" (a layer or the loss looks at several samples), "batch-norm", "random",
+    "" where it is exact. layers: names of those that break it. batch_norm_error: as relative_error, with
+    BatchNorm as it trains.
+    message: one sentence, with the cure.
+    """
+
+    exact: bool | None
+    samples: int
+    sizes: tuple[int, ...]
+    relative_error: float | None
+    cause: str
+    layers: tuple[str, ...]
+    message: str
+    batch_norm_error: float | None = None
+
+    def __str__(self) -> str:
+        return self.message
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document that `check --equivalence --json` prints, schema autoaccum.equivalence/1."""
+        return {"schema": "autoaccum.equivalence/1", **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, fields: dict[str, Any]) -> Equivalence:
+        told = {name: value for name, value in fields.items() if name != "schema"}
+        return cls(**{**told, "sizes": tuple(told["sizes"]), "layers": tuple(told["layers"])})
+
+
+@dataclass(frozen=True)
 class Trying:
     """Progress: a trial is under way. `phase` and `index` say where in its window it is."""
 
@@ -127,6 +162,9 @@ class Rehearser(Protocol):
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
         """One trial of the window `micro_batches`, undone. `full`: the whole window, twice."""
+
+    def compare(self, samples: int) -> Equivalence | None:
+        """Whether splitting `samples` of the job's own changes the gradient, undone; None where it cannot be asked here."""
 
     def fresh(self) -> None:
         """Makes the next trial start as training will: in a new process, where trials have one."""

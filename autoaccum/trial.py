@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 
-from autoaccum import batches, oom, rescue, snapshot, window
+from autoaccum import batches, comparing, oom, rescue, snapshot, window
 from autoaccum.devices.base import Budget, Device, Watch, budget
 from autoaccum.errors import AutoaccumError, JobError, noted
 from autoaccum.job import Job, fingerprint, in_turn
-from autoaccum.reading import Limits, Outcome, Reading, Say, Subject
+from autoaccum.reading import Equivalence, Limits, Outcome, Reading, Say, Subject
 from autoaccum.running_stats import batch_norms
 
 
@@ -288,6 +288,14 @@ class Rehearsal:
                     timeout_s=self._limits.timeout_of(len(micro_batches), full=full),
                     say=self._say,
                 )
+        finally:
+            self._kept.rewind()
+
+    def compare(self, samples: int) -> Equivalence:
+        """Whether splitting a few of the job's own samples changes the gradient, and the job's state put back."""
+        try:
+            with self._interrupts.allowed(), self._device.capped(self.budget().budget_bytes + self._aside_bytes) if self.enforces else nullcontext():
+                return comparing.compare(self._jobs, samples)
         finally:
             self._kept.rewind()
 

@@ -20,10 +20,10 @@ from autoaccum import devices, explaining, hints, plan, refusing, search
 from autoaccum.child import Child
 from autoaccum.command import Command, Template
 from autoaccum.devices.base import ASSUMED_OUTSIDE, Budget
-from autoaccum.errors import AutoaccumError, JobError, NoSuchDevice, UsageError, noted
+from autoaccum.errors import AutoaccumError, JobError, JobFailed, NoSuchDevice, UsageError, noted
 from autoaccum.job import Job, Source, in_turn, source
 from autoaccum.plan import Plan, PlannedDevice, Tried
-from autoaccum.reading import Limits, Progress, Reading, Rehearser, Trying
+from autoaccum.reading import COMPARED_SAMPLES, Equivalence, Limits, Progress, Reading, Rehearser, Trying
 from autoaccum.units import MIB, in_words, parse_headroom, parse_size
 from autoaccum.version import __version__
 
@@ -142,6 +142,15 @@ def check_source(
             raise refusing.too_big(reading, sizes, _unlimited(child, tell, reading, sizes, budget), budget)
         found = search.Found(micro_batch, len(sizes), micro_batch, None)
         return _plan(child, wish, tell, label, found, reading, sizes, budget, started, (), searched=False)
+
+
+def compare_source(where: Source | str | None, wish: Wish, *, device: str = "auto", said: Callable[[str], None] | None = None) -> Equivalence:
+    """Whether splitting a batch of the job changes its gradient, in a child process. Raises `JobFailed` where the job fails."""
+    with _child(where, wish, device, None, said) as (child, _, _):
+        found = child.compare(COMPARED_SAMPLES)
+        if found is None:
+            raise JobFailed("the job's process ended, or took longer than --timeout, while a few samples were compared")
+        return found
 
 
 def tune_command(words: Sequence[str], wish: Wish, *, device: str = "auto", progress: Progress | None = None, said: Callable[[str], None]) -> Plan:
@@ -288,6 +297,7 @@ def _plan(
 ) -> Plan:
     subject = rehearsal.subject()
     memory = budget.memory
+    equal = _compared(rehearsal, sizes[0])
     remarks = dict.fromkeys(remark for reading in tell.tried for remark in reading.remarks)
     said = [*subject.remarks, *warnings, *remarks]
     if subject.batch_norms and len(sizes) > 1:
@@ -295,6 +305,8 @@ def _plan(
         said.append(
             f"BatchNorm ({shown}) sees micro-batches of {sizes[0]}, not the whole batch of {wish.target_batch}: its statistics differ from one big batch"
         )
+    if equal is not None and equal.exact is False and equal.cause != "batch-norm":
+        said.append(equal.message)
     if memory.outside_bytes is None and budget.cap_bytes is not None:
         said.append(f"nobody said what the driver's context takes of the limit: {in_words(ASSUMED_OUTSIDE)} were assumed")
     return Plan(
@@ -341,6 +353,14 @@ def _plan(
             else ()
         ),
     )
+
+
+def _compared(rehearsal: Rehearser, largest: int) -> Equivalence | None:
+    """A short look at whether accumulation is exact for this job. What fails here says nothing about the plan."""
+    try:
+        return rehearsal.compare(min(COMPARED_SAMPLES, largest)) if largest > 1 else None
+    except Exception:
+        return None
 
 
 def _window(target: int, micro_batch: int) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ Step counts do not appear: an uneven or a smaller window is right without specia
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -38,9 +39,11 @@ def contribution(
     return returned * (samples / of_samples), None
 
 
-def late_factor(counts: list[torch.Tensor | float], of_samples: int) -> torch.Tensor:
-    """What gradients of sums divided by samples are multiplied with, once every count is known."""
+def late_factor(counts: Sequence[torch.Tensor | float], of_samples: int) -> torch.Tensor:
+    """What gradients of sums divided by samples are multiplied with, once every count is known: 0-d, in double precision."""
     total = torch.as_tensor(sum(counts))
+    if total.device.type != "mps":  # which has no double precision
+        total = total.double()
     # A window in which nothing counts has no gradient; dividing by nothing would make it nan.
     return of_samples / torch.where(total == 0, torch.ones_like(total), total)
 

@@ -67,28 +67,28 @@ def run(
     Raises `JobError` for a loss of the wrong kind; what the job's own code raises comes through.
     """
 
-    def evaluated(say: Say) -> _Gradients:
+    def evaluated(say: Say) -> Gradients:
         with stats.corrected() if stats is not None else nullcontext():
-            return _gradients(job, loss, pieces, samples, device, scaler, stats, say)
+            return gradients(job, loss, pieces, samples=samples, device=device, scaler=scaler, stats=stats, say=say)
 
-    gradients = evaluated(say)
+    made = evaluated(say)
     # Gradients of several ranks would cross here: after the last backward, before anything reads them.
-    grad_norm = _clipped(job, scaler, gradients.micro_batches, say)
-    say("step", gradients.micro_batches - 1)
+    grad_norm = _clipped(job, scaler, made.micro_batches, say)
+    say("step", made.micro_batches - 1)
     infs: tuple[torch.Tensor, ...] = ()
     if scaler is not None:
         infs = _scaled_step(job, scaler)
     elif job.wants_closure:
-        _step_with_closure(job, gradients, evaluated, say)
+        _step_with_closure(job, made, evaluated, say)
     else:
         for optimizer in job.optimizers:
             optimizer.step()
     for optimizer in job.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return Ran(gradients.loss, samples, gradients.micro_batches, gradients.counted, grad_norm, infs)
+    return Ran(made.loss, samples, made.micro_batches, made.counted, grad_norm, infs)
 
 
-class _Gradients(NamedTuple):
+class Gradients(NamedTuple):
     """The window's gradient is in `.grad`; this is what is known of it."""
 
     loss: torch.Tensor
@@ -96,16 +96,18 @@ class _Gradients(NamedTuple):
     micro_batches: int
 
 
-def _gradients(
+def gradients(
     job: Job,
     loss: Callable[[Any, Any], Any],
     pieces: Iterable[feeding.Piece],
+    *,
     samples: int,
     device: torch.device,
-    scaler: Any,
-    stats: RunningStats | None,
-    say: Say,
-) -> _Gradients:
+    scaler: Any = None,
+    stats: RunningStats | None = None,
+    say: Say = _silent,
+) -> Gradients:
+    """The first part of `run`, with the same arguments: forward and backward for every piece."""
     autocast = torch.autocast(device.type, dtype=job.autocast) if job.autocast is not None else None
     # On the host, beforehand: weights by count need the whole window's.
     counted = [float(job.count(piece)) for piece, _ in pieces] if job.count is not None else []
@@ -142,9 +144,18 @@ def _gradients(
     if counts:
         factor = weighting.late_factor(counts, samples)
         total = total * factor
-        # One call per dtype and device; under a scaler the gradients are still scaled, which a factor keeps.
-        torch._foreach_mul_([p.grad for p in job.trained() if p.grad is not None], factor)
-    return _Gradients(total, sum(counts) if counts else of_count, index + 1)
+        # Under a scaler the gradients are still scaled, which a factor keeps.
+        _scale([parameter.grad for parameter in job.trained() if parameter.grad is not None], factor)
+    return Gradients(total, sum(counts) if counts else of_count, index + 1)
+
+
+def _scale(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
+    """One call per dtype and device, and a factor of that dtype: mixed ones are multiplied one by one."""
+    alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for grad in grads:
+        alike.setdefault((grad.dtype, grad.device), []).append(grad)
+    for (dtype, device), group in alike.items():
+        torch._foreach_mul_(group, factor.to(device, dtype))
 
 
 def _clipped(job: Job, scaler: Any, micro_batches: int, say: Say) -> torch.Tensor | None:
@@ -175,12 +186,12 @@ def _infs(scaler: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return list(scaler._found_inf_per_device(optimizer).values())
 
 
-def _step_with_closure(job: Job, first: _Gradients, evaluated: Callable[[Say], _Gradients], say: Say) -> None:
+def _step_with_closure(job: Job, first: Gradients, evaluated: Callable[[Say], Gradients], say: Say) -> None:
     """The optimizer's first evaluation is the one that has been made; what it asks for later runs the window again.
 
     Made before `step`, the first evaluation can still run out of memory harmlessly: inside, weights may have moved.
     """
-    made: list[_Gradients] = [first]
+    made: list[Gradients] = [first]
 
     def closure() -> torch.Tensor:
         if made:

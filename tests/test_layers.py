@@ -13,10 +13,10 @@ batches devices.base
 devices.cgroup devices.nvml
 devices.cpu devices.cuda devices.mps devices.xpu
 devices
-reading weighting explaining
+reading weighting explaining losses rates
 job search regrouping feeding running_stats generators
 snapshot plan window refusing
-rescue hints
+rescue hints comparing
 trial command
 child
 tuning

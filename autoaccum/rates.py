@@ -1,0 +1,27 @@
+"""The learning rate that goes with another effective batch. Never applied by anything here: the choice is the user's."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from autoaccum.errors import UsageError
+
+
+def scale_lr(lr: float, from_batch: int, to_batch: int, rule: Literal["linear", "sqrt"] = "linear") -> float:
+    """`lr`, found at an effective batch of `from_batch` samples, for one of `to_batch`.
+
+    rule: "linear" for SGD (Goyal et al. 2017, https://arxiv.org/abs/1706.02677), "sqrt" for Adam and its like
+    (Malladi et al. 2022, https://arxiv.org/abs/2205.10287). Both hold within limits: they are starting points.
+    Accumulation changes no learning rate: with the effective batch kept, there is nothing to scale.
+    Raises `UsageError` for a batch below one, a rate that is not above zero, and an unknown rule.
+    """
+    for name, value in (("from_batch", from_batch), ("to_batch", to_batch)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise UsageError(f"{name} must be a whole number of samples, at least 1, not {value!r}")
+    if not lr > 0:
+        raise UsageError(f"lr must be above 0, not {lr!r}")
+    if rule not in ("linear", "sqrt"):
+        raise UsageError(f'rule must be "linear" or "sqrt", not {rule!r}')
+    ratio = to_batch / from_batch
+    return lr * (ratio if rule == "linear" else math.sqrt(ratio))

@@ -1,0 +1,150 @@
+"""Whether splitting changes the gradient: what breaks it is found and named."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import autoaccum
+from tests import jobs
+from tests.digest import digest
+
+
+def compared(model, loss, batch, **given):
+    return autoaccum.equivalence(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, batch, **given)
+
+
+def dense(*between):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), *between, nn.ReLU(), nn.Linear(12, 1))
+
+
+def contrastive(model, batch):
+    one, other = model(batch[0]), model(batch[0] + 0.1 * batch[1])
+    return nn.functional.cross_entropy(one @ other.T, torch.arange(len(one)))
+
+
+class Centred(nn.Module):
+    def forward(self, inputs):
+        return inputs - inputs.mean(dim=0, keepdim=True)
+
+
+class Speaker(nn.Module):
+    """A language model of its own kind: `.loss` is the mean over labels other than -100."""
+
+    def __init__(self, shifted=False):
+        super().__init__()
+        torch.manual_seed(0)
+        self.shifted = shifted
+        self.embed, self.out = nn.Embedding(20, 8), nn.Linear(8, 20)
+
+    def forward(self, input_ids, labels):
+        logits = self.out(self.embed(input_ids))
+        if self.shifted:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        return type("Output", (), {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())})
+
+
+def ragged(samples=8, length=12):
+    torch.manual_seed(4)
+    ids = torch.randint(0, 20, (samples, length))
+    labels = ids.clone()
+    for row, kept in enumerate(torch.randint(2, length, (samples,)).tolist()):
+        labels[row, kept:] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def test_a_mean_over_samples_is_exact_also_with_dropout():
+    found = compared(dense(nn.Dropout(0.5)), jobs.mse, jobs.pairs(12))
+    assert found.exact is True and found.relative_error < 1e-5 and found.sizes == (5, 3) and found.samples == 8
+    assert "exact: the gradient of 5 + 3 samples is that of 8 at once" in str(found)
+
+
+def test_a_sum_over_samples_is_told():
+    found = compared(dense(), lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1], reduction="sum"), jobs.pairs(12))
+    assert (found.exact, found.cause) == (False, "sum") and "reduction='mean'" in str(found)
+
+
+def test_batch_norm_is_named_and_the_rest_compared_without_it():
+    found = compared(dense(nn.BatchNorm1d(12)), jobs.mse, jobs.pairs(12))
+    assert (found.exact, found.cause, found.layers) == (False, "batch-norm", ("1",))
+    assert found.batch_norm_error > 0.01 and found.relative_error < 1e-4
+    also_a_sum = compared(dense(nn.BatchNorm1d(12)), lambda model, batch: jobs.mse(model, batch) * len(batch[0]), jobs.pairs(12))
+    assert also_a_sum.cause == "sum"
+
+
+def test_a_loss_over_pairs_of_samples_is_told_from_a_layer_that_mixes_them():
+    loss = compared(dense(), contrastive, jobs.pairs(12))
+    assert (loss.exact, loss.cause, loss.layers) == (False, "mixed", ()) and "in-batch negatives" in str(loss)
+    layer = compared(dense(nn.Identity(), Centred()), jobs.mse, jobs.pairs(12))
+    assert (layer.exact, layer.cause, layer.layers) == (False, "mixed", ("2",)) and "layer '2'" in str(layer)
+
+
+def test_a_token_mean_is_recognised_and_token_mean_cures_it():
+    found = compared(Speaker(), lambda model, batch: model(**batch).loss, ragged())
+    assert (found.exact, found.cause) == (False, "token-mean") and "'labels'" in str(found) and "autoaccum.token_mean" in str(found)
+    assert compared(Speaker(), autoaccum.token_mean, ragged()).exact is True
+
+
+def test_a_shift_of_the_labels_matters_and_is_noticed():
+    assert compared(Speaker(shifted=True), partial(autoaccum.token_mean, shifted=True), ragged()).exact is True
+    assert compared(Speaker(shifted=True), autoaccum.token_mean, ragged()).exact is False
+
+
+def test_unequal_weights_are_told_with_their_figures():
+    weights = {"inputs": torch.randn(8, 8), "targets": torch.randn(8, 1)}
+    slope = torch.linspace(1, 3, 8)
+
+    def loss(model, batch):
+        owed = slope[: len(batch["inputs"])].square().sum()  # not in the batch
+        return nn.functional.mse_loss(model(batch["inputs"]), batch["targets"]) * owed / 30
+
+    assert compared(dense(), loss, weights).cause == "weights"
+
+
+def test_a_random_loss_cannot_be_compared_and_says_so():
+    found = compared(dense(), lambda model, batch: jobs.mse(model, (batch[0] + torch.randn_like(batch[0]), batch[1])), jobs.pairs(12))
+    assert (found.exact, found.cause) == (None, "random")
+
+
+def test_one_sample_cannot_be_split():
+    assert compared(dense(), jobs.mse, jobs.pairs(1)).exact is None
+    with pytest.raises(autoaccum.UsageError, match="one sample cannot be split"):
+        compared(dense(), jobs.mse, jobs.pairs(8), samples=1)
+
+
+def test_a_gradient_of_nothing_says_nothing():
+    assert compared(dense(), lambda model, batch: jobs.mse(model, batch) * 0, jobs.pairs(8)).exact is None
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_rounding_is_not_taken_for_a_difference(dtype):
+    assert compared(dense(), jobs.mse, jobs.pairs(12), autocast=dtype).exact is True
+
+
+def test_everything_comes_back_as_it_was():
+    model = dense(nn.BatchNorm1d(12), nn.Dropout(0.3))
+    optimizer = torch.optim.Adam(model.parameters())
+    batch = jobs.pairs(12)
+    before = digest(model, optimizer)
+    assert autoaccum.equivalence(model, optimizer, jobs.mse, batch).exact is False
+    assert digest(model, optimizer) == before
+
+
+def test_tune_warns_of_a_loss_that_is_not_a_mean_and_of_nothing_else():
+    model = dense()
+
+    def warnings(loss):
+        return autoaccum.tune(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, jobs.pairs(12), target_batch=12, max_micro_batch=5).warnings
+
+    assert warnings(jobs.mse) == ()
+    (told,) = warnings(lambda model, batch: jobs.mse(model, batch) * len(batch[0]))
+    assert "sum over the samples" in told
+
+
+def test_of_several_jobs_the_one_that_is_not_exact_is_told():
+    good, bad = jobs.small(), jobs.small(lambda model, batch: jobs.mse(model, batch) * len(batch[0]))
+    assert autoaccum.equivalence([good, copy.copy(good)]).exact is True
+    assert autoaccum.equivalence([good, bad]).cause == "sum"
