@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -116,7 +117,7 @@ class Accumulator:
         self._stats = [RunningStats(job.model) if correct_running_stats else None for job in self._jobs]
         smallest = 2 if any(batch_norms(job.model) for job in self._jobs) else 1
         self._rescuer = Rescuer(self._jobs, device, self._plan, smallest=smallest, enabled=on_oom == "rescue", grow_after=grow_after)
-        self._short = 0
+        self._short, self._begun = 0, False
 
     @property
     def micro_batch(self) -> int:
@@ -150,14 +151,14 @@ class Accumulator:
         for job, stats in zip(self._jobs, self._stats):
 
             def attempt(cut: Cut, say: Say, job: Job = job, stats: RunningStats | None = stats) -> window.Ran:
-                return window.run(
-                    job, loss or job.loss, cut, samples=whole.samples, device=job.device, scaler=job.scaler, stats=stats, say=say
-                )  # fmt: skip
+                with nullcontext(say) if self._begun else window.only_we_step(say) as heard:
+                    return window.run(job, loss or job.loss, cut, samples=whole.samples, device=job.device, scaler=job.scaler, stats=stats, say=heard)
 
             result = StepResult(*self._rescuer.run(whole, sizes, attempt))
             if job.scheduler is not None and not result.skipped:
                 job.scheduler.step()
             results.append(result)
+        self._begun = True
         return results[0] if len(results) == 1 else tuple(results)
 
     def _check(self, samples: int) -> None:
@@ -166,6 +167,7 @@ class Accumulator:
         if samples > share or self._short > 1:
             raise PlanError(
                 f"the loader gives {samples} samples a step, this plan needs {share}: loop over plan.windows(loader), or DataLoader(batch_size={share})"
+                + (f"; data of fewer than {share} samples needs a smaller target batch" if samples < share else "")
             )
 
     def _warn_of_differences(self) -> None:

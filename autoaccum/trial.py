@@ -83,7 +83,13 @@ def measure(
     with device.watch() as watch:
         tell = _Tell(watch, say, timeout_s)
         try:
-            with device.capped(allowed.budget_bytes + aside_bytes) if enforce else nullcontext():
+            # A compiled model would be compiled anew for every size that is tried: the search runs it as it was
+            # written, and only what confirms compiles. Compilers inherit a memory limit, so this comes first.
+            eager = _is_compiled(jobs) and not full and steps > 1
+            with (
+                torch.compiler.set_stance("force_eager" if eager else "default"),
+                device.capped(allowed.budget_bytes + aside_bytes) if enforce else nullcontext(),
+            ):
                 tell("batch", 0)
                 batch, ballast = _batch(jobs[0], device, largest, sum(micro_batches))
                 history = _history_to_come(jobs)
@@ -144,12 +150,7 @@ def _window(jobs: Sequence[Job], device: Device, batch: Any, sizes: Sequence[int
     """One window of every job, and the seconds with the device idle before and after."""
     device.synchronize()
     started = time.perf_counter()
-    with window.only_we_step() as watched:
-
-        def say(phase: str, index: int) -> None:
-            watched(phase, index)
-            tell(phase, index)
-
+    with window.only_we_step(tell) as say:
         ran = [
             window.run(
                 job,
@@ -218,6 +219,12 @@ class _Pieces:
                 yield self._job.split(self._batch, [size, largest - size])[0], size
             else:
                 yield batches.resize(self._batch, size), size
+
+
+def _is_compiled(jobs: Sequence[Job]) -> bool:
+    """True where `torch.compile` wraps a model or a part of it, or `model.compile()` was called."""
+    modules = [module for job in jobs for module in job.model.modules()]
+    return any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None for module in modules)
 
 
 def _scaler_of_our_own(job: Job, device: Device) -> Any:

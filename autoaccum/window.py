@@ -205,16 +205,18 @@ def _step_with_closure(job: Job, first: Gradients, evaluated: Callable[[Say], Gr
 
 
 @contextmanager
-def only_we_step() -> Iterator[Say]:
+def only_we_step(say: Say) -> Iterator[Say]:
     """Refuses an optimizer that steps inside backward, where each micro-batch would be a step of its own.
 
-    Gives a `say` for `run`. Costs 36 microseconds a window, so training has it around its first window only.
+    say: as in `run`, which gets the one that comes back. Costs 36 microseconds a window, so training has it around
+    its first window only.
     """
     now = ""
 
-    def say(phase: str, index: int) -> None:
+    def noted(phase: str, index: int) -> None:
         nonlocal now
         now = phase
+        say(phase, index)
 
     def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if now == "backward":
@@ -225,6 +227,6 @@ def only_we_step() -> Iterator[Say]:
 
     hook = register_optimizer_step_pre_hook(refuse)
     try:
-        yield say
+        yield noted
     finally:
         hook.remove()

@@ -61,7 +61,7 @@ def test_models_that_predict_the_next_token_are_known_by_their_class_also_wrappe
 
 
 def test_what_it_needs_is_told():
-    with pytest.raises(autoaccum.JobError, match="under 'labels', and this one has \\['input_ids'\\]"):
+    with pytest.raises(autoaccum.JobError, match=r"under 'labels', and this one has \['input_ids'\]"):
         autoaccum.token_mean(Speaker(), {"input_ids": torch.zeros(2, 3)})
-    with pytest.raises(autoaccum.JobError, match="returned no .loss"):
+    with pytest.raises(autoaccum.JobError, match="returned no "):
         autoaccum.token_mean(lambda **batch: torch.zeros(1), ragged())

@@ -79,7 +79,7 @@ def test_the_sampler_gives_micro_batches_one_by_one_in_whole_windows(samples, ta
     plan = by_hand(None, target, min(micro_batch, target))
     sampler = plan.batch_sampler(torch.zeros(samples), seed=seed)
     first, second = list(sampler), list(sampler)
-    assert len(first) == len(sampler) and sorted(sum(first, [])) == list(range(samples))
+    assert len(first) == len(sampler) and sorted(index for each in first for index in each) == list(range(samples))
     sizes = [size for start in range(0, samples, target) for size in plan.sizes(min(target, samples - start))]
     assert [len(each) for each in first] == sizes
     sampler.set_epoch(0)
