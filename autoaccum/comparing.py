@@ -158,7 +158,8 @@ def _field_that_weighs(split: Sequence[tuple[Any, int]], shares: torch.Tensor) -
         for count in _COUNTS:
             one, other = float(count(here)), float(count(there))
             if one + other > 0:
-                off[path] = min(off.get(path, 1.0), abs(one / (one + other) - float(shares[0])))
+                marked = bool((here == IGNORED).any() or (there == IGNORED).any())  # of two that explain it alike, the labels
+                off[path] = min(off.get(path, 1.0), abs(one / (one + other) - float(shares[0])) + (0 if marked else 1e-3))
     best = min(off, key=off.__getitem__, default="")
     return best if off.get(best, 1.0) < 0.005 else ""
 

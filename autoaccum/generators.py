@@ -17,6 +17,7 @@ import torch
 
 # Where an object's memory begins is its id in CPython alone.
 _READABLE = sys.implementation.name == "cpython"
+_HEADER = object.__basicsize__  # reference count and type
 
 
 class Generators:
@@ -53,24 +54,29 @@ class Generators:
 
 
 def _python_memory() -> tuple[object, ...] | None:
-    """Bytes that change with every draw; the second number of a pair of Gaussians is kept beside them."""
+    """What changes with every draw: the generator's position and first words, and the second of a pair of Gaussians.
+
+    A position comes again after 624 words, with another state: 15 words of it tell. RandomObject in CPython's
+    Modules/_randommodule.c is a position and 624 words.
+    """
     one = getattr(random, "_inst", None)
-    return None if one is None or not _READABLE else (_bytes_of(one), one.gauss_next)
+    if one is None or not _READABLE:
+        return None
+    return ctypes.string_at(id(one) + _HEADER, 64), one.gauss_next
 
 
 def _numpy_memory() -> tuple[object, ...] | None:
-    """As above, of the legacy global generator: the bits, and the pair's second Gaussian in the object itself."""
+    """As above, of the legacy global generator; the second Gaussian is in the object itself.
+
+    mt19937_state in numpy/random/src/mt19937/mt19937.h is 624 words and a position.
+    """
     one = getattr(sys.modules["numpy"].random.mtrand, "_rand", None)
     bits = getattr(one, "_bit_generator", None)
     if bits is None or not _READABLE or type(bits).__name__ != "MT19937":
         return None
-    # struct mt19937_state: 624 words and a position. numpy/random/src/mt19937/mt19937.h
-    return bits, ctypes.string_at(bits.ctypes.state_address, 625 * 4), _bytes_of(one)
-
-
-def _bytes_of(one: object) -> bytes:
-    header = object.__basicsize__  # reference count and type
-    return ctypes.string_at(id(one) + header, type(one).__basicsize__ - header)
+    address = bits.ctypes.state_address
+    own = ctypes.string_at(id(one) + _HEADER, type(one).__basicsize__ - _HEADER)
+    return bits, ctypes.string_at(address, 64), ctypes.string_at(address + 624 * 4, 4), own
 
 
 def _device_state(device: torch.device) -> tuple[Callable[[torch.Tensor], None], torch.Tensor] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -151,10 +150,13 @@ class Accumulator:
         for job, stats in zip(self._jobs, self._stats):
 
             def attempt(cut: Cut, say: Say, job: Job = job, stats: RunningStats | None = stats) -> window.Ran:
-                with nullcontext(say) if self._begun else window.only_we_step(say) as heard:
-                    return window.run(job, loss or job.loss, cut, samples=whole.samples, device=job.device, scaler=job.scaler, stats=stats, say=heard)
+                return window.run(job, loss or job.loss, cut, samples=whole.samples, device=job.device, scaler=job.scaler, stats=stats, say=say)
 
-            result = StepResult(*self._rescuer.run(whole, sizes, attempt))
+            def watched(cut: Cut, say: Say) -> window.Ran:
+                with window.only_we_step(say) as heard:
+                    return attempt(cut, heard)
+
+            result = StepResult(*self._rescuer.run(whole, sizes, attempt if self._begun else watched))
             if job.scheduler is not None and not result.skipped:
                 job.scheduler.step()
             results.append(result)

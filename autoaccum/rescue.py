@@ -171,7 +171,7 @@ class Rescuer:
 class WindowStart:
     """The state of jobs when a window starts, as far as forward and backward change it.
 
-    Tensors up to 1 MiB are copied on their own device before every window. Larger ones (tables, masks, queues)
+    Tensors up to 1 MiB are copied on their own device before every window. Others (tables, masks, queues)
     are copied on the host, and again only after they changed. `num_batches_tracked` and the statistics of
     BatchNorm change without their version being counted, so versions are trusted only where they proved right.
     """
@@ -180,7 +180,7 @@ class WindowStart:
         self._jobs = jobs
         self._device = jobs[0].device
         self._slots: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-        self._small: dict[tuple[Any, ...], tuple[list[torch.Tensor], list[torch.Tensor]]] = {}
+        self._small: list[tuple[list[torch.Tensor], torch.Tensor]] = []
         self._large: list[_Large] = []
         self._find()
 
@@ -191,8 +191,8 @@ class WindowStart:
                 self._find()
                 break
         with torch.no_grad():
-            for live, copies in self._small.values():
-                torch._foreach_copy_(copies, live)
+            for live, flat in self._small:
+                torch.cat(live, out=flat)
             for large in self._large:
                 large.note()
         self._generators.note()
@@ -208,14 +208,15 @@ class WindowStart:
         for owner, name, tensor in self._slots:
             owner[name] = tensor
         with torch.no_grad():
-            for live, copies in self._small.values():
-                torch._foreach_copy_(live, copies)
+            for live, flat in self._small:
+                torch._foreach_copy_(live, flat.split([tensor.numel() for tensor in live]))
             for large in self._large:
                 large.put_back()
         self._generators.put_back()
 
     def _find(self) -> None:
-        self._slots, self._small, self._large = [], {}, []
+        self._slots, self._large = [], []
+        alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
         self._generators = Generators(self._device, [each for job in self._jobs for each in job.keep if isinstance(each, torch.Generator)])
         seen: set[int] = set()
         for job in self._jobs:
@@ -224,25 +225,25 @@ class WindowStart:
                     if buffer is not None:
                         if isinstance(module._buffers, dict):  # not so in a scripted module, whose buffers stay the same tensors
                             self._slots.append((module._buffers, name, buffer))
-                        self._keep(buffer, seen)
+                        self._keep(buffer, seen, alike)
             for kept in job.keep:
                 if isinstance(kept, torch.nn.Module):
                     for tensor in (*kept.parameters(), *kept.buffers()):
-                        self._keep(tensor, seen)
+                        self._keep(tensor, seen, alike)
                 elif isinstance(kept, torch.Tensor):
-                    self._keep(kept, seen)
+                    self._keep(kept, seen, alike)
 
-    def _keep(self, tensor: torch.Tensor, seen: set[int]) -> None:
+        # One copy for all of a kind: `cat` takes a third of the time of copying one by one.
+        self._small = [(live, torch.cat(live)) for live in alike.values()]
+
+    def _keep(self, tensor: torch.Tensor, seen: set[int], alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]]) -> None:
         if id(tensor) in seen or tensor.is_meta:
             return
         seen.add(id(tensor))
-        alias = tensor.detach()
-        if tensor.nbytes > _SMALL_BYTES or tensor.layout != torch.strided:
+        if tensor.layout != torch.strided or tensor.nbytes > _SMALL_BYTES or not tensor.is_contiguous():
             self._large.append(_Large(tensor))
         else:
-            live, copies = self._small.setdefault((tensor.device, tensor.dtype), ([], []))
-            live.append(alias)
-            copies.append(torch.empty_like(alias))
+            alike.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach().view(-1))
 
 
 class _Large:

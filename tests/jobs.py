@@ -228,3 +228,25 @@ def slow_above(most=30):
         return mse(model, batch)
 
     return small(loss)
+
+
+def sum_loss():
+    return small(lambda model, batch: mse(model, batch) * len(batch[0]))
+
+
+def two_in_turn():
+    """A discriminator and a generator, on the same batches."""
+    generator, judge = nn.Linear(8, 1), nn.Linear(1, 1)
+
+    def judge_loss(model, batch):
+        inputs, real = batch
+        return nn.functional.softplus(model(generator(inputs).detach())).mean() + nn.functional.softplus(-model(real)).mean()
+
+    def generator_loss(model, batch):
+        return nn.functional.softplus(-judge(model(batch[0]))).mean()
+
+    data = torch.utils.data.TensorDataset(*pairs(60))
+    return [
+        autoaccum.Job(judge, torch.optim.Adam(judge.parameters()), judge_loss, pairs(8), data=data),
+        autoaccum.Job(generator, torch.optim.Adam(generator.parameters()), generator_loss, pairs(8)),
+    ]

@@ -229,3 +229,34 @@ def test_on_a_terminal_progress_is_live():
     text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn.decode())
     assert "building the job" in text and "tried 120: fits" in text and b"\x1b[" in drawn
     assert answer.startswith("demo: ") and "\x1b" not in answer
+
+
+def test_check_says_whether_splitting_changes_the_gradient():
+    alone = autoaccum("check", f"{JOBS}:small", "--equivalence", "-q")
+    assert alone.returncode == 0 and alone.stdout.startswith("exact: the gradient of 5 + 3 samples is that of 8 at once")
+    told = document(autoaccum("check", f"{JOBS}:sum_loss", "--equivalence", "--json", "-q"))
+    assert (told["schema"], told["exact"], told["cause"]) == ("autoaccum.equivalence/1", False, "sum")
+    both = autoaccum("check", f"{JOBS}:sum_loss", "-b", 12, "-m", 4, "--equivalence", "-q")
+    assert both.stdout.startswith("12 = 4 x 3") and "splitting: the loss is a sum over the samples" in both.stdout
+    assert "equivalence" in document(autoaccum("check", f"{JOBS}:small", "-b", 12, "-m", 4, "--equivalence", "--json", "-q"))
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("check", "-b", 12), "Missing option '-m'"),
+        (("check", "-m", 4), "Missing option '-b'"),
+        (("tune",), "Missing option '-b'"),
+        (("check", "--equivalence", "--", "python", "train.py"), "a command's loss is out of reach"),
+        (("check", "demo", "--equivalence", "--format", "env"), "makes no plan"),
+        (("check", "--equivalence", "-o", "plan.json"), "makes no plan"),
+    ],
+)
+def test_what_check_and_tune_cannot_do_without_is_told(words, says):
+    finished = autoaccum(*words)
+    assert finished.returncode == 2 and says in finished.stderr
+
+
+def test_a_gan_is_planned_and_trained_from_a_list_of_jobs():
+    told = document(autoaccum("train", f"{JOBS}:two_in_turn", "-b", 12, "--max-micro-batch", 5, "--json", "-q"))
+    assert told["micro_batches"] == [4, 4, 4] and told["epochs"][0]["steps"] == 5

@@ -17,7 +17,9 @@ def example(name, *words):
 
 
 def test_there_is_no_example_that_is_not_run_here():
-    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {"plain_loop.py", "tiny_gpt.py", "conv_net.py", "unmodified_script.py"}
+    assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
+        "plain_loop.py", "own_loop.py", "mixed_precision.py", "token_weighted_lm.py", "oom_rescue.py", "tiny_gpt.py", "conv_net.py", "unmodified_script.py",
+    }  # fmt: skip
 
 
 def test_plain_loop():
@@ -80,3 +82,25 @@ def test_tiny_gpt_with_plenty_and_with_too_little():
     finished = autoaccum("tune", *GPT, "-b", 120, "--memory-limit", "260MiB")
     assert finished.returncode == 3
     assert "one sample does not fit" in finished.stderr and "raise --memory-limit (now 260 MiB)" in finished.stderr
+
+
+def test_mixed_precision():
+    lines = example("mixed_precision.py").splitlines()
+    assert lines[0].startswith("127 = 32 x 3 + 31 x 1") and [line[:7] for line in lines[1:]] == ["epoch 1", "epoch 2", "epoch 3"]
+
+
+def test_token_weighted_lm():
+    lines = example("token_weighted_lm.py").splitlines()
+    assert "mean over what counts in 'labels'" in lines[0] and "exact:" in lines[1] and lines[2].startswith("120 = 40 x 3")
+    assert all("label tokens in 3 micro-batches" in line for line in lines[3:6])
+
+
+def test_own_loop():
+    lines = example("own_loop.py").splitlines()
+    losses = [float(line.split()[-1]) for line in lines[1:]]
+    assert lines[0].startswith("127 = 32 x 3 + 31 x 1") and losses == sorted(losses, reverse=True)
+
+
+def test_oom_rescue():
+    lines = example("oom_rescue.py").splitlines()
+    assert [line.endswith("<- rescued") for line in lines[1:]] == [False, False, True, False, False]

@@ -210,11 +210,11 @@ def test_several_optimizers_are_stepped_together():
 
 def test_an_optimizer_with_a_closure_is_rehearsed_with_the_history_it_will_gather():
     """LBFGS keeps up to 100 pairs of vectors; a trial's two steps make but a few."""
-    model = nn.Linear(50_000, 2)
+    model = nn.Linear(100_000, 1)
 
     def peak(history_size):
         optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2, history_size=history_size)
-        plan = autoaccum.tune(model, optimizer, jobs.mse, jobs.pairs(4, 50_000), target_batch=4)
+        plan = autoaccum.tune(model, optimizer, jobs.mse, jobs.pairs(4, 100_000), target_batch=4)
         assert not optimizer.state
         return plan.peak_bytes
 
@@ -245,3 +245,22 @@ def test_the_knobs_of_tune_are_these():
         "target_batch", "device", "memory_limit", "headroom", "max_micro_batch", "equal", "largest", "timeout_s", "progress",
     ]  # fmt: skip
     assert [each.name for each in parameters.values() if each.kind is each.KEYWORD_ONLY and each.default is each.empty] == ["target_batch"]
+
+
+def test_a_compiled_model_is_searched_as_it_was_written_and_confirmed_compiled():
+    """Compiled anew for every size, eight sizes would use up what torch allows."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(inputs)
+        return graph
+
+    job = jobs.small()
+    ran = []
+    job.model.register_forward_pre_hook(lambda _, inputs: None if torch.compiler.is_compiling() else ran.append(len(inputs[0])))
+    compiled = autoaccum.Job(torch.compile(job.model, backend=backend), job.optimizer, jobs.mse, job.batch)
+    plan = autoaccum.tune(compiled, target_batch=120, max_micro_batch=47, largest=True)
+    searched = {each.micro_batch for each in plan.trials if not each.full}
+    assert len(searched) >= 2 and searched <= set(ran)  # in Python, as written
+    assert 1 <= len(graphs) <= 4  # the confirmed window's sizes, and a few samples compared
+    torch.compiler.reset()

@@ -1,0 +1,371 @@
+"""What the accumulating loop costs beside a hand-written one and other libraries' loops, and how right each gradient is.
+
+    python benchmarks/loop.py [--output benchmarks/results/loop.json]
+
+All systems run interleaved in one process: a round of windows each, many rounds, medians. The plainest hand-written
+loop is what the others are compared with: split, forward, backward on loss / steps, one step, one zero_grad.
+Ours runs with rescue on. Libraries that are not installed are listed as such: pip install accelerate lightning transformers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import statistics
+import tempfile
+import time
+import warnings
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from torch import nn
+
+import autoaccum
+from autoaccum.plan import Plan, PlannedDevice, micro_batches
+from autoaccum.rescue import WindowStart
+
+STEPS = 8
+MICRO_BATCH = 32
+LIBRARIES = {"accelerate": "accelerate", "lightning": "Lightning Fabric", "transformers": "HF Trainer"}
+
+
+def plan(target: int, micro_batch: int) -> Plan:
+    """A plan as it would come out, without measuring: this is about the loop alone."""
+    sizes = micro_batches(target, -(-target // micro_batch))
+    here = PlannedDevice("cpu", "cpu", None, 0, 0)
+    return Plan(target, sizes[0], len(sizes), sizes, target, (target,), 0, 1, sizes[0], None, here, {}, 0, 0, None, 0, None, (), 0.0, {}, "")
+
+
+def mse(model, batch):
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+# -- the loops: each takes a model, an optimizer, a loss and the window's micro-batches, and makes one step --
+
+
+def hand_written(model, optimizer, steps):
+    def window(pieces, loss):
+        for piece in pieces:
+            (loss(model, piece) / len(pieces)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return window
+
+
+def ours(model, optimizer, steps):
+    loops = {}
+
+    def window(pieces, loss):
+        samples = sum(len(piece[0]) for piece in pieces)
+        if samples not in loops:
+            loops[samples] = autoaccum.Accumulator(model, optimizer, plan(samples, max(len(piece[0]) for piece in pieces)))
+        loops[samples].step_micro(pieces, loss)
+
+    return window
+
+
+def with_accelerate(model, optimizer, steps):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=steps)
+    model, optimizer = accelerator.prepare(model, optimizer)
+
+    def window(pieces, loss):
+        for piece in pieces:
+            with accelerator.accumulate(model):
+                accelerator.backward(loss(model, piece))
+                optimizer.step()
+                optimizer.zero_grad()
+
+    def epoch(windows, loss):  # through its own loader, which tells of the epoch's end: that flushes a short last window
+        window(accelerator.prepare(torch.utils.data.DataLoader([piece for pieces in windows for piece in pieces], batch_size=None)), loss)
+
+    window.epoch = epoch
+    return window
+
+
+def with_fabric(model, optimizer, steps):
+    from lightning.fabric import Fabric
+
+    fabric = Fabric(accelerator="cpu", devices=1, precision="64-true" if next(model.parameters()).dtype == torch.float64 else "32-true")
+    model, optimizer = fabric.setup(model, optimizer)
+
+    def window(pieces, loss):
+        for index, piece in enumerate(pieces):
+            with fabric.no_backward_sync(model, enabled=index < len(pieces) - 1):
+                fabric.backward(loss(model, piece) / steps)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return window
+
+
+class Lossy(nn.Module):
+    """The Trainer wants the loss from the model."""
+
+    def __init__(self, model, loss):
+        super().__init__()
+        self.model, self.loss = model, loss
+
+    def forward(self, inputs, targets):
+        return {"loss": self.loss(self.model, (inputs, targets))}
+
+
+class LossyWithCount(Lossy):
+    """As models of Transformers do: divides by the labels of the whole window, which the Trainer counts."""
+
+    def forward(self, inputs, targets, labels=None, num_items_in_batch=None, **_):
+        loss = self.loss(self.model, (inputs, targets))
+        return {"loss": loss if num_items_in_batch is None else loss * (targets != -100).sum() / num_items_in_batch}
+
+
+def trainer_for(model, loss, data, micro_batch, steps, max_steps, *, takes_count=False, optimizer=None, told=None):
+    """A Trainer over `data` in order. Its window is timed from `on_step_begin` to `on_step_end`, batches fetched before."""
+    import transformers
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_begin(self, *args, **given):
+            self.started = time.perf_counter()
+
+        def on_step_end(self, *args, **given):
+            if told is not None:
+                told.append(time.perf_counter() - self.started)
+
+    class InOrder(transformers.Trainer):
+        def _get_train_sampler(self, *args):
+            return torch.utils.data.SequentialSampler(data)
+
+    inputs, targets = data.tensors
+    named = [{"inputs": one, "targets": other, **({"labels": other} if takes_count else {})} for one, other in zip(inputs, targets)]
+    module = (LossyWithCount if takes_count else Lossy)(model, loss)
+    settings = transformers.TrainingArguments(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro_batch, gradient_accumulation_steps=steps, max_steps=max_steps, use_cpu=True,
+        max_grad_norm=0.0, report_to=[], disable_tqdm=True, logging_strategy="no", save_strategy="no", lr_scheduler_type="constant", remove_unused_columns=False,
+    )  # fmt: skip
+    optimizer = optimizer or torch.optim.SGD(module.parameters(), lr=1e-3)
+    return InOrder(module, settings, train_dataset=named, optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)), callbacks=[Clock()])
+
+
+LOOPS = {"by hand": hand_written, "autoaccum": ours, "accelerate": with_accelerate, "lightning": with_fabric}
+
+
+# -- speed --
+
+
+def network(width: int) -> nn.Module:
+    torch.manual_seed(0)
+    if width == 1:
+        return nn.Linear(8, 1)
+    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
+
+
+def overhead(width: int, rounds: int, systems: list[str]) -> dict[str, dict[str, float]]:
+    """Median microseconds per micro-step of each system, windows of 8, and what it takes above the loop by hand."""
+    inputs, targets = torch.randn(STEPS * MICRO_BATCH, 8), torch.randn(STEPS * MICRO_BATCH, 1)
+    windows, seconds = {}, {name: [] for name in systems}
+    for name in systems:
+        model = network(width)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+        if name == "autoaccum":
+            loop = autoaccum.Accumulator(model, optimizer, plan(STEPS * MICRO_BATCH, MICRO_BATCH))
+
+            def window(loop=loop):
+                loop.step((inputs, targets), mse)
+        elif name == "transformers":
+            continue
+        else:
+            run = LOOPS[name](model, optimizer, STEPS)
+
+            def window(run=run):
+                run(list(zip(inputs.split(MICRO_BATCH), targets.split(MICRO_BATCH))), mse)
+
+        windows[name] = window
+    for number in range(rounds):
+        for name, window in windows.items():
+            for turn in range(12):
+                started = time.perf_counter()
+                window()
+                if turn >= 2:  # the first ones after another system ran are its caches' business
+                    seconds[name].append(time.perf_counter() - started)
+        if "transformers" in systems and number % 10 == 0:
+            told = []
+            data = torch.utils.data.TensorDataset(inputs.repeat(22, 1), targets.repeat(22, 1))
+            trainer_for(network(width), mse, data, MICRO_BATCH, STEPS, 22, told=told).train()
+            seconds["transformers"] += told[2:]
+    micro = {name: statistics.median(each) / STEPS * 1e6 for name, each in seconds.items()}
+    return {name: {"microseconds": round(each, 2), "over_by_hand": round(each - micro["by hand"], 2)} for name, each in micro.items()}
+
+
+def width_of_a_millisecond(systems: list[str]) -> int:
+    """The network whose micro-step takes about one millisecond by hand, on this machine and beside the others."""
+    beside = [name for name in systems if name != "transformers"]
+    return min(range(128, 640, 32), key=lambda width: abs(overhead(width, 3, beside)["by hand"]["microseconds"] - 1000))
+
+
+def snapshot_of_resnet50(windows: int = 2000) -> dict[str, float]:
+    """What noting a window's start takes with ResNet-50's 53 BatchNorm layers, 159 buffers, between windows of other work."""
+    widths = [64]
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        widths += [width, width, 4 * width] * blocks + [4 * width]  # the last one downsamples
+    model = nn.Sequential(*(nn.BatchNorm2d(width) for width in widths))
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.1), mse, ())
+    start, other = WindowStart([job]), network(64)
+    took = []
+    for _ in range(windows):
+        mse(other, (torch.randn(32, 8), torch.randn(32, 1))).backward()
+        began = time.perf_counter()
+        start.note()
+        took.append(time.perf_counter() - began)
+    assert (len(widths), sum(widths)) == (53, 26_560)
+    return {"layers": len(widths), "buffers": len(list(model.buffers())), "microseconds": round(statistics.median(took) * 1e6, 1)}
+
+
+# -- gradients --
+
+
+def token_mean(model, batch):
+    """A mean over labels, as most language models' `.loss` is; labels of -100 are left out."""
+    return nn.functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+
+def token_sum(model, batch):
+    loss = nn.functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), reduction="sum")
+    return loss, (batch[1] != -100).sum()
+
+
+def speaker() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Embedding(30, 16), nn.Linear(16, 30))
+
+
+def cases():
+    """(name, model, whole batch, windows of micro-batches, steps, loss, our loss); the error is that of the last window."""
+    torch.manual_seed(1)
+    batch = torch.randn(120, 8), torch.randn(120, 1)
+    uneven = [tuple(zip(*(each.split((50, 50, 20)) for each in batch)))]
+    yield "50 + 50 + 20 samples", lambda: network(16), batch, uneven, 3, mse, mse
+    ids = torch.randint(0, 30, (22, 12))
+    labels = ids.clone()
+    for row, length in enumerate(torch.randint(1, 12, (22,)).tolist()):
+        labels[row, length:] = -100
+    tokens = [tuple(zip(*(each[start : start + 16].split(4) for each in (ids, labels)))) for start in (0, 16)]
+    yield "token mean, 4 x 4", speaker, (ids[:16], labels[:16]), tokens[:1], 4, token_mean, token_sum
+    yield "token mean, tail of 4 + 2", speaker, (ids[16:], labels[16:]), tokens, 4, token_mean, token_sum
+    numbers = torch.arange(1.0, 23).unsqueeze(1)
+    tail = [tuple(zip(*(each[start : start + 16].split(4) for each in (numbers, numbers)))) for start in (0, 16)]
+    yield "22 samples at 4 x 4, the tail", lambda: nn.Linear(1, 1, bias=False), (numbers[16:], numbers[16:]), tail, 4, lambda m, b: m(b[0]).mean(), None
+
+
+class Recorder(torch.optim.SGD):
+    """Changes nothing, and keeps the gradients that it last stepped with."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, lr=0.0)
+
+    def step(self, closure=None):
+        self.last = [p.grad.clone() for group in self.param_groups for p in group["params"]]
+        return super().step(closure)
+
+
+def gradient_errors(systems: list[str]) -> dict[str, dict[str, float]]:
+    """Relative error of the last window's gradient against the whole batch's, in double precision."""
+    torch.set_default_dtype(torch.float64)
+    found: dict[str, dict[str, float]] = {}
+    for case, make, whole, windows, steps, loss, our_loss in cases():
+        for name in systems:
+            model = make()
+            optimizer = Recorder(model.parameters())
+            if name == "transformers":
+                trained(model, optimizer, windows, steps, loss, takes_count=False)
+            else:
+                run = LOOPS[name](model, optimizer, steps)
+                if hasattr(run, "epoch"):
+                    run.epoch(windows, loss)
+                else:
+                    for pieces in windows:
+                        run(pieces, (our_loss or loss) if name == "autoaccum" else loss)
+            found.setdefault(name, {})[case] = error(make(), optimizer.last, whole, loss)
+        if "transformers" in systems and loss is token_mean:
+            model = make()
+            optimizer = Recorder(model.parameters())
+            trained(model, optimizer, windows, steps, loss, takes_count=True)
+            found.setdefault("transformers, num_items_in_batch", {})[case] = error(make(), optimizer.last, whole, loss)
+    torch.set_default_dtype(torch.float32)
+    return found
+
+
+def trained(model, optimizer, windows, steps, loss, *, takes_count):
+    data = torch.utils.data.TensorDataset(*(torch.cat([piece[field] for pieces in windows for piece in pieces]) for field in (0, 1)))
+    trainer_for(model, loss, data, len(windows[0][0][0]), steps, len(windows), takes_count=takes_count, optimizer=optimizer).train()
+
+
+def error(model, stepped, whole, loss) -> float:
+    right = torch.autograd.grad(loss(model, whole), list(model.parameters()))
+    flat, ours = (torch.cat([each.flatten() for each in gradients]) for gradients in (right, stepped))
+    return float((ours - flat).norm() / flat.norm())
+
+
+def transformers_with_token_mean() -> float | None:
+    """A real causal language model of Transformers, unlike lengths, `autoaccum.token_mean`: relative error in double precision."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    import transformers
+
+    config = transformers.GPT2Config(vocab_size=40, n_positions=16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
+    torch.manual_seed(0)
+    model = transformers.GPT2LMHeadModel(config).double()
+    ids = torch.randint(0, 40, (22, 12))
+    labels = ids.clone()
+    for row, length in enumerate(torch.randint(2, 12, (22,)).tolist()):
+        labels[row, length:] = -100
+    batch = {"input_ids": ids, "labels": labels}
+    right = torch.autograd.grad(model(**batch).loss, list(model.parameters()), allow_unused=True)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    autoaccum.Accumulator(model, optimizer, plan(22, 4)).step(batch, autoaccum.token_mean)
+    pairs = [(grad, first - parameter.detach()) for grad, first, parameter in zip(right, before, model.parameters()) if grad is not None]
+    return float(sum((ours - grad).norm() ** 2 for grad, ours in pairs).sqrt() / sum(grad.norm() ** 2 for grad, _ in pairs).sqrt())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--rounds", type=int, default=60)
+    asked = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    for name in ("lightning", "lightning.fabric", "lightning.pytorch", "accelerate", "transformers"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+    systems = ["by hand", "autoaccum", *(name for name in LIBRARIES if name not in missing)]
+    width = width_of_a_millisecond(systems)
+    document = {
+        "versions": {name: importlib.metadata.version(name) for name in ("autoaccum", "torch", "numpy", *LIBRARIES) if name not in missing},
+        "machine": {"python": platform.python_version(), "cores": os.cpu_count(), "threads": 1, "processor": autoaccum.devices.get("cpu").facts.name},
+        "not_installed": missing,
+        "windows": {"steps": STEPS, "micro_batch": MICRO_BATCH, "rounds": asked.rounds, "width_of_the_millisecond": width},
+        "empty": overhead(1, asked.rounds, systems),
+        "one_millisecond": overhead(width, asked.rounds, systems),
+        "snapshot_of_resnet50": snapshot_of_resnet50(),
+        "gradient_errors": gradient_errors(systems),
+        "gpt2_with_token_mean": transformers_with_token_mean(),
+    }
+    by_hand = document["one_millisecond"]["by hand"]["microseconds"]
+    for each in document["one_millisecond"].values():
+        each["share_over_by_hand"] = round(each["over_by_hand"] / by_hand, 4)
+    text = json.dumps(document, indent=2)
+    print(text)
+    if asked.output:
+        asked.output.write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
