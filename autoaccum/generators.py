@@ -59,8 +59,8 @@ def _python_memory() -> tuple[object, ...] | None:
     A position comes again after 624 words, with another state: 15 words of it tell. RandomObject in CPython's
     Modules/_randommodule.c is a position and 624 words.
     """
-    one = getattr(random, "_inst", None)
-    if one is None or not _READABLE:
+    one: Any = random._inst if _READABLE else None  # type: ignore[attr-defined]
+    if one is None:
         return None
     return ctypes.string_at(id(one) + _HEADER, 64), one.gauss_next
 

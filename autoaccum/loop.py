@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -13,7 +14,7 @@ from autoaccum.errors import PlanError, UsageError
 from autoaccum.job import Job, fingerprint, in_turn
 from autoaccum.plan import Plan
 from autoaccum.reading import Say
-from autoaccum.regrouping import Cut, Window
+from autoaccum.regrouping import Cut, Window, counted
 from autoaccum.rescue import Rescued, Rescuer
 from autoaccum.running_stats import RunningStats, batch_norms
 
@@ -130,7 +131,7 @@ class Accumulator:
         loss: `loss(model, batch)`; may be left out with a `Job`. Returns a `StepResult`, or a tuple of them for several jobs.
         Raises `PlanError` for a window of more samples than the share, and for a loader that gives fewer twice in a row.
         """
-        whole = batch if isinstance(batch, Window) else Window.of([batch], self._jobs[0].split)
+        whole = batch if isinstance(batch, Window) else Window((batch,), (counted(batch),), self._jobs[0].split)
         return self._step(whole, loss, lambda most: self._plan.sizes(whole.samples, most))
 
     def step_micro(self, micro_batches: Iterable[Any], loss: Loss | None = None, *, samples: Callable[[Any], int] | None = None) -> Any:
@@ -148,15 +149,8 @@ class Accumulator:
             raise UsageError("several jobs run in turn, each with its own loss: call step(batch) without one")
         results = []
         for job, stats in zip(self._jobs, self._stats):
-
-            def attempt(cut: Cut, say: Say, job: Job = job, stats: RunningStats | None = stats) -> window.Ran:
-                return window.run(job, loss or job.loss, cut, samples=whole.samples, device=job.device, scaler=job.scaler, stats=stats, say=say)
-
-            def watched(cut: Cut, say: Say) -> window.Ran:
-                with window.only_we_step(say) as heard:
-                    return attempt(cut, heard)
-
-            result = StepResult(*self._rescuer.run(whole, sizes, attempt if self._begun else watched))
+            attempt = partial(window.run, job, loss or job.loss, samples=whole.samples, device=job.device, scaler=job.scaler, stats=stats)
+            result = StepResult(*self._rescuer.run(whole, sizes, attempt if self._begun else _watched(attempt)))
             if job.scheduler is not None and not result.skipped:
                 job.scheduler.step()
             results.append(result)
@@ -178,6 +172,14 @@ class Accumulator:
                 "the model, optimizer, autocast, scaler or max_grad_norm differs from what the plan was measured with: tune again, or it may run out of memory",
                 stacklevel=3,
             )
+
+
+def _watched(attempt: Callable[..., window.Ran]) -> Callable[..., window.Ran]:
+    def watched(cut: Cut, *, say: Say) -> window.Ran:
+        with window.only_we_step(say) as heard:
+            return attempt(cut, say=heard)
+
+    return watched
 
 
 def _no_loss(model: Any, batch: Any) -> Any:

@@ -30,7 +30,7 @@ class Window:
     def of(cls, parts: Iterable[Any], split: Splitter | None = None, samples: Callable[[Any], int] | None = None) -> Window:
         """A window of batches that are at hand. Raises `PlanError` for one whose samples cannot be counted."""
         held = list(parts)
-        return cls(held, [_counted(part, samples) for part in held], split)
+        return cls(held, [counted(part, samples) for part in held], split)
 
     def cut(self, sizes: Sequence[int]) -> Cut:
         """The window in micro-batches of `sizes`, which must sum to its samples.
@@ -98,7 +98,7 @@ class Windows:
         parts: list[Any] = []
         sizes: list[int] = []
         for batch in self._loader:
-            have = _counted(batch, self._samples)
+            have = counted(batch, self._samples)
             while have:
                 room = self._share - sum(sizes)
                 piece, taken = batch, have
@@ -156,7 +156,8 @@ class MicroBatchSampler(Sampler[list[int]]):
         self.epoch = epoch
 
 
-def _counted(batch: Any, samples: Callable[[Any], int] | None) -> int:
+def counted(batch: Any, samples: Callable[[Any], int] | None = None) -> int:
+    """Samples in a batch, as `samples` says or along its first dimension. Raises `PlanError` where neither tells."""
     if samples is not None:
         return int(samples(batch))
     try:

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -32,6 +32,13 @@ from autoaccum.window import Ran
 
 log = logging.getLogger("autoaccum")
 Sizes = Callable[[int], Sequence[int]]  # a window's micro-batches, none larger than the given
+
+
+class Attempt(Protocol):
+    """Runs a window's micro-batches, and says where it is."""
+
+    def __call__(self, cut: Cut, *, say: Say) -> Ran: ...
+
 
 _BALLAST_BYTES = 16 * MIB
 _SMALL_BYTES = MIB
@@ -81,7 +88,7 @@ class Rescuer:
             self._start = WindowStart(jobs)
             self._ballast = Ballast(device)
 
-    def run(self, whole: Window, sizes: Sizes, attempt: Callable[[Cut, Say], Ran]) -> tuple[Ran, Rescued | None]:
+    def run(self, whole: Window, sizes: Sizes, attempt: Attempt) -> tuple[Ran, Rescued | None]:
         """One window. sizes: micro-batches for a given most. attempt: runs what it is given, up to the optimizer's step.
 
         Raises what `attempt` raised where it is no out-of-memory, where the optimizer had begun to step, and
@@ -89,7 +96,7 @@ class Rescuer:
         """
         self._grow()
         if not self._enabled:
-            return attempt(whole.cut(sizes(self.micro_batch)), self._say), None
+            return attempt(whole.cut(sizes(self.micro_batch)), say=self._say), None
         if self._windows < 2 or self._windows % 64 == 0:  # optimizers make their state at the first step
             self._held_bytes = self._device.live_bytes()
         self._windows += 1
@@ -100,7 +107,7 @@ class Rescuer:
         cut = whole.cut(before)
         while ran is None:
             try:
-                ran = attempt(cut, self._say)
+                ran = attempt(cut, say=self._say)
             except Exception as error:
                 self._ballast.drop()  # first of all: what follows takes memory, too
                 failures.append((self._phase, self._index))

@@ -19,20 +19,41 @@ from autoaccum.reading import Say
 from autoaccum.running_stats import RunningStats
 
 
+class Terms:
+    """The loss of a window, left on the device as what each micro-batch contributed: adding up waits until somebody asks."""
+
+    def __init__(self, terms: list[torch.Tensor], factor: torch.Tensor | None) -> None:
+        self._terms, self._factor = terms, factor
+        if len(terms) > 16:  # not to hold on to as many tensors for every result that somebody keeps
+            self._terms = [self.sum()]
+            self._factor = None
+
+    def sum(self) -> torch.Tensor:
+        """Their sum, 0-d. In single precision at least."""
+        wide = [term.float() for term in self._terms] if self._terms[0].dtype in _HALVES else self._terms
+        total = torch.stack(wide).sum()
+        return total if self._factor is None else total * self._factor
+
+
 class Ran(NamedTuple):
     """One window that ran. Tensors stay on their device; reading them is the caller's choice to wait.
 
-    loss: the window's mean, 0-d. counted: what sums were divided by, None for means over samples.
+    terms: the loss. counted: what sums were divided by, None for means over samples.
     infs: of several optimizers and devices, more than 0 where the scaler found inf or nan in a gradient, and no
     optimizer stepped then; empty without a scaler.
     """
 
-    loss: torch.Tensor
+    terms: Terms
     samples: int
     micro_batches: int
     counted: torch.Tensor | float | None
     grad_norm: torch.Tensor | None
     infs: tuple[torch.Tensor, ...]
+
+    @property
+    def loss(self) -> torch.Tensor:
+        """The window's mean, 0-d, on its device."""
+        return self.terms.sum()
 
     @property
     def skipped(self) -> bool:
@@ -85,13 +106,13 @@ def run(
             optimizer.step()
     for optimizer in job.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return Ran(made.loss, samples, made.micro_batches, made.counted, grad_norm, infs)
+    return Ran(made.terms, samples, made.micro_batches, made.counted, grad_norm, infs)
 
 
 class Gradients(NamedTuple):
     """The window's gradient is in `.grad`; this is what is known of it."""
 
-    loss: torch.Tensor
+    terms: Terms
     counted: torch.Tensor | float | None
     micro_batches: int
 
@@ -139,14 +160,12 @@ def gradients(
         del returned, term, batch, piece  # no graph and no activation outlives its micro-batch
     if not terms:
         raise JobError("a window of no micro-batches: give at least one")
-    # Added up on the device: reading a number there would wait for every kernel before it.
-    total = torch.stack([term.float() for term in terms] if terms[0].dtype in _HALVES else terms).sum()
+    factor = None
     if counts:
         factor = weighting.late_factor(counts, samples)
-        total = total * factor
         # Under a scaler the gradients are still scaled, which a factor keeps.
         _scale([parameter.grad for parameter in job.trained() if parameter.grad is not None], factor)
-    return Gradients(total, sum(counts) if counts else of_count, index + 1)
+    return Gradients(Terms(terms, factor), sum(counts) if counts else of_count, index + 1)
 
 
 def _scale(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
@@ -195,10 +214,10 @@ def _step_with_closure(job: Job, first: Gradients, evaluated: Callable[[Say], Gr
 
     def closure() -> torch.Tensor:
         if made:
-            return made.pop().loss
+            return made.pop().terms.sum()
         found = evaluated(lambda _, index: say("step", index))
         _clipped(job, None, found.micro_batches, _silent)
-        return found.loss
+        return found.terms.sum()
 
     (optimizer,) = job.optimizers
     optimizer.step(closure)  # type: ignore[arg-type] # a closure may return a tensor: https://docs.pytorch.org/docs/stable/optim.html
