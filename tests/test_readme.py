@@ -1,5 +1,6 @@
 """What the README shows is true: its commands run, its outputs are real, its code works."""
 
+import json
 import re
 import shlex
 import subprocess
@@ -64,3 +65,12 @@ def test_every_flag_that_is_named_exists():
     known = "".join(autoaccum(name, "--help").stdout for name in ("tune", "check", "train")) + " --batch-size --accum --max-steps"
     for flag in set(re.findall(r"--[a-z][a-z-]+", TEXT)):
         assert flag in known, flag
+
+
+def test_the_loops_figures_are_those_of_the_committed_run():
+    import loop  # benchmarks/ is on pytest's path
+
+    document = json.loads((ROOT / "benchmarks/results/loop.json").read_text())
+    assert loop.table(document) in TEXT
+    assert f"takes {document['snapshot_of_resnet50']['microseconds']:.0f} microseconds" in TEXT
+    assert all(document["versions"][name] in TEXT for name in ("accelerate", "lightning", "transformers"))
