@@ -138,7 +138,7 @@ def trainer_for(model, loss, data, micro_batch, steps, max_steps, *, takes_count
 
     class Clock(transformers.TrainerCallback):
         def on_train_begin(self, *args, **given):
-            torch.set_num_threads(1)  # it was made to use all cores
+            torch.set_num_threads(1)  # whatever it set
 
         def on_step_begin(self, *args, **given):
             self.started = time.perf_counter()
@@ -215,7 +215,7 @@ def _placed(width: int, rounds: int, systems: list[str]) -> dict[str, float]:
                 run(list(zip(inputs.split(MICRO_BATCH), targets.split(MICRO_BATCH))), mse)
 
         windows[name] = window
-    torch.set_num_threads(1)  # some libraries set it
+    torch.set_num_threads(1)  # whatever a library set
     for number in range(rounds):
         for name, window in windows.items():
             for turn in range(12):
