@@ -10,13 +10,13 @@ from typing import Any, Literal
 import torch
 
 from autoaccum import devices, rescue, window
-from autoaccum.errors import PlanError, UsageError
+from autoaccum.errors import PlanError, UsageError, noted
 from autoaccum.job import Job, fingerprint, in_turn
 from autoaccum.plan import Plan
 from autoaccum.reading import Say
 from autoaccum.regrouping import Cut, Window, counted
 from autoaccum.rescue import Rescued, Rescuer
-from autoaccum.running_stats import RunningStats, batch_norms
+from autoaccum.running_stats import RunningStats
 
 Loss = Callable[[Any, Any], Any]
 
@@ -115,8 +115,7 @@ class Accumulator:
 
             cpu.steady_malloc()
         self._stats = [RunningStats(job.model) if correct_running_stats else None for job in self._jobs]
-        smallest = 2 if any(batch_norms(job.model) for job in self._jobs) else 1
-        self._rescuer = Rescuer(self._jobs, device, self._plan, smallest=smallest, enabled=on_oom == "rescue", grow_after=grow_after)
+        self._rescuer = Rescuer(self._jobs, device, self._plan, enabled=on_oom == "rescue", grow_after=grow_after)
         self._short, self._begun = 0, False
 
     @property
@@ -131,6 +130,8 @@ class Accumulator:
         loss: `loss(model, batch)`; may be left out with a `Job`. Returns a `StepResult`, or a tuple of them for several jobs.
         Raises `PlanError` for a window of more samples than the share, and for a loader that gives fewer twice in a row.
         """
+        if isinstance(batch, Window) and self._jobs[0].split is not None:
+            batch = batch.cut_by(self._jobs[0].split)
         whole = batch if isinstance(batch, Window) else Window((batch,), (counted(batch),), self._jobs[0].split)
         return self._step(whole, loss, lambda most: self._plan.sizes(whole.samples, most))
 
@@ -150,7 +151,14 @@ class Accumulator:
         results = []
         for job, stats in zip(self._jobs, self._stats):
             attempt = partial(window.run, job, loss or job.loss, samples=whole.samples, device=job.device, scaler=job.scaler, stats=stats)
-            result = StepResult(*self._rescuer.run(whole, sizes, attempt if self._begun else _watched(attempt)))
+            try:
+                result = StepResult(*self._rescuer.run(whole, sizes, attempt if self._begun else _watched(attempt)))
+            except ValueError as error:
+                if "more than 1 value per channel" in str(error):
+                    raise noted(
+                        error, f"autoaccum: {whole.samples} samples leave one alone in a micro-batch: use drop_last=True, or a plan of another size"
+                    ) from None
+                raise
             if job.scheduler is not None and not result.skipped:
                 job.scheduler.step()
             results.append(result)

@@ -32,6 +32,10 @@ class Window:
         held = list(parts)
         return cls(held, [counted(part, samples) for part in held], split)
 
+    def cut_by(self, split: Splitter) -> Window:
+        """The same window with a splitter, if it has none of its own."""
+        return self if self._split is not None else Window(self.parts, self.sizes, split)
+
     def cut(self, sizes: Sequence[int]) -> Cut:
         """The window in micro-batches of `sizes`, which must sum to its samples.
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import gc
 import logging
 import mmap
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -27,6 +28,7 @@ from autoaccum.job import Job
 from autoaccum.plan import Plan
 from autoaccum.reading import Say
 from autoaccum.regrouping import Cut, Window
+from autoaccum.running_stats import batch_norms
 from autoaccum.units import MIB
 from autoaccum.window import Ran
 
@@ -74,12 +76,11 @@ class Rescuer:
     """Runs windows, and those that run out of memory again in smaller micro-batches.
 
     micro_batch: the most a micro-batch may hold now: the plan's, less after a rescue.
-    smallest: no micro-batch is made smaller than this (BatchNorm needs two samples).
     grow_after: windows without trouble after which a size that a rescue left is tried again; None for never.
     """
 
-    def __init__(self, jobs: Sequence[Job], device: Device, plan: Plan, *, smallest: int, enabled: bool, grow_after: int | None) -> None:
-        self._jobs, self._device, self._plan, self._smallest, self._enabled, self._grow_after = jobs, device, plan, smallest, enabled, grow_after
+    def __init__(self, jobs: Sequence[Job], device: Device, plan: Plan, *, enabled: bool, grow_after: int | None) -> None:
+        self._jobs, self._device, self._plan, self._enabled, self._grow_after = jobs, device, plan, enabled, grow_after
         self.micro_batch = plan.micro_batch
         self._left: list[int] = []  # sizes that rescues have left, to grow back to
         self._windows = self._quiet_windows = self._held_bytes = 0
@@ -105,6 +106,7 @@ class Rescuer:
         failures: list[tuple[str, int]] = []
         ran, kept_bytes = None, 0
         cut = whole.cut(before)
+        outside = sys.exc_info()[1]  # what the caller is handling, if anything: none of our business
         while ran is None:
             try:
                 ran = attempt(cut, say=self._say)
@@ -112,7 +114,7 @@ class Rescuer:
                 self._ballast.drop()  # first of all: what follows takes memory, too
                 failures.append((self._phase, self._index))
                 cut = self._smaller(error, whole, sizes)
-                forget(error, self._jobs)
+                forget(error, self._jobs, outside)
             if ran is None:
                 # Not in the handler: there the exception, and through it the failed window, is still held.
                 self._start.put_back()
@@ -137,10 +139,12 @@ class Rescuer:
                 error,
                 "autoaccum: ran out of memory in the optimizer's step: weights may have changed, so the window was not run again; load your last checkpoint",
             )
-        for most in self._sizes_below():
-            then, now = sizes(most), sizes(self.micro_batch)
-            if max(then) >= max(now) or min(then) < min(self._smallest, *now):
-                continue  # for this window the same, or with a sample alone where a layer forbids that
+        smallest = 2 if any(batch_norms(job.model) for job in self._jobs) else 1  # which forbids a sample alone
+        now = sizes(self.micro_batch)
+        for most in search.sizes(self._plan.share, smallest=smallest)[::-1]:
+            then = sizes(most)
+            if most >= self.micro_batch or max(then) >= max(now) or min(then) < min(smallest, *now):
+                continue
             cut = _cut(whole, then)
             if cut is None:
                 break
@@ -148,9 +152,7 @@ class Rescuer:
             self.micro_batch = most
             return cut
         self._start.put_back()
-        raise noted(
-            error, f"autoaccum: ran out of memory in {self._phase} of a micro-batch of {max(sizes(self.micro_batch))}, and the window cannot be cut smaller"
-        )
+        raise noted(error, f"autoaccum: ran out of memory in {self._phase} of a micro-batch of {max(now)}, and the window cannot be cut smaller")
 
     def _is_oom(self, error: Exception) -> bool:
         if oom.verdict(error) != "ask-device":
@@ -161,10 +163,6 @@ class Rescuer:
             return False
         left_bytes = min(self._plan.budget_bytes + self._plan.headroom_bytes - live_bytes, free_bytes)
         return oom.is_oom(error, left_bytes=left_bytes, taken_bytes=live_bytes - self._held_bytes)
-
-    def _sizes_below(self) -> list[int]:
-        """Sizes that a smaller plan would have, largest first."""
-        return [size for size in search.sizes(self._plan.share, smallest=self._smallest)[::-1] if size < self.micro_batch]
 
     def _grow(self) -> None:
         if self._left and self._grow_after is not None and self._quiet_windows >= self._grow_after:
@@ -211,7 +209,7 @@ class WindowStart:
                 parameter.grad = None
             if job.scaler is not None:
                 # "unscale_() has already been called" is kept here; its scale changes only in update().
-                job.scaler._per_optimizer_states.clear()
+                getattr(job.scaler, "_per_optimizer_states", {}).clear()
         for owner, name, tensor in self._slots:
             owner[name] = tensor
         with torch.no_grad():
@@ -311,9 +309,14 @@ def _cut(whole: Window, sizes: Sequence[int]) -> Cut | None:
         return None
 
 
-def forget(error: BaseException, jobs: Iterable[Job]) -> None:
-    """Lets go of what a failed window still holds: frames of the exceptions, gradients, cycles."""
+def forget(error: BaseException, jobs: Iterable[Job], outside: BaseException | None = None) -> None:
+    """Lets go of what a failed window still holds: frames of the exceptions, gradients, cycles.
+
+    outside: an exception that was being handled already when the window began; it and what led to it stay whole.
+    """
     for link in oom.chain(error):
+        if link is outside:
+            break
         traceback.clear_frames(link.__traceback__)
         link.__traceback__ = None
     for job in jobs:

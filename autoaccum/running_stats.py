@@ -24,7 +24,9 @@ class RunningStats:
 
     def __init__(self, model: torch.nn.Module) -> None:
         # Without a momentum a layer averages over all it ever saw, each micro-batch alike.
-        self._momenta = [(module, momentum) for module in batch_norms(model).values() if isinstance(momentum := getattr(module, "momentum", None), float)]
+        self._momenta = [
+            (each, momentum) for each in model.modules() if _is_batch_norm(each) and isinstance(momentum := getattr(each, "momentum", None), float)
+        ]
 
     def share(self, of_window: float) -> None:
         """The next micro-batch is this part of its window, 0 to 1."""

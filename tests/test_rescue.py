@@ -324,6 +324,26 @@ def test_nothing_of_the_failed_window_lives_when_it_runs_again():
     assert seen[0] == 0
 
 
+def test_an_error_that_the_caller_is_handling_stays_whole():
+    job = make_job()
+    trap_of(job).set = [("forward", 1)]
+    loop = autoaccum.Accumulator(job, by_hand(job, 12, 4))
+    try:
+        raise ValueError("before")
+    except ValueError as before:
+        assert loop.step(jobs.pairs(12, 6)).rescued is not None
+        assert before.__traceback__ is not None
+
+
+def test_a_sample_left_alone_under_batch_norm_is_explained():
+    job = make_job()
+    loop = autoaccum.Accumulator(job, by_hand(job, 4, 2))
+    loop.step(jobs.pairs(4, 6))
+    with pytest.raises(ValueError, match="more than 1 value per channel") as raised:
+        loop.step(jobs.pairs(3, 6))
+    assert any("3 samples leave one alone in a micro-batch" in note for note in raised.value.__notes__)
+
+
 class Graph:
     def __init__(self, samples):
         self.inputs, self.targets = jobs.pairs(samples, 6)

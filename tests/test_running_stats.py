@@ -44,10 +44,11 @@ def test_momentum_comes_back_when_the_loss_fails():
     assert model[1].momentum == 0.1
 
 
-def test_layers_in_eval_mode_and_those_without_a_momentum_are_left_alone():
+def test_layers_without_a_momentum_are_left_alone_and_those_in_eval_mode_are_not_named():
     model = nn.Sequential(nn.BatchNorm1d(4, momentum=None), nn.BatchNorm1d(4).eval(), nn.BatchNorm1d(4))
     assert list(batch_norms(model)) == ["0", "2"]
     stats = RunningStats(model)
     with stats.corrected():
         stats.share(0.5)
-        assert [layer.momentum for layer in model] == [None, 0.1, pytest.approx(1 - 0.9**0.5)]
+        assert [layer.momentum for layer in model] == [None, pytest.approx(1 - 0.9**0.5), pytest.approx(1 - 0.9**0.5)]
+    assert [layer.momentum for layer in model] == [None, 0.1, 0.1]

@@ -262,5 +262,5 @@ def test_a_compiled_model_is_searched_as_it_was_written_and_confirmed_compiled()
     plan = autoaccum.tune(compiled, target_batch=120, max_micro_batch=47, largest=True)
     searched = {each.micro_batch for each in plan.trials if not each.full}
     assert len(searched) >= 2 and searched <= set(ran)  # in Python, as written
-    assert 1 <= len(graphs) <= 4  # the confirmed window's sizes, and a few samples compared
+    assert 1 <= len(graphs) <= 2  # the confirmed window's sizes
     torch.compiler.reset()
