@@ -167,6 +167,8 @@ class Accumulator:
 
     def _check(self, samples: int) -> None:
         share = self._plan.share
+        if samples < 1:
+            raise PlanError("a window of no samples: give a batch with at least one")
         self._short = self._short + 1 if samples < share else 0
         if samples > share or self._short > 1:
             raise PlanError(

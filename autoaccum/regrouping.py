@@ -26,6 +26,9 @@ class Window:
         self.parts, self.sizes, self.samples = tuple(parts), tuple(sizes), sum(sizes)
         self._split = split
 
+    def __repr__(self) -> str:
+        return f"Window({self.samples} samples in {len(self.parts)} part{'s' if len(self.parts) != 1 else ''})"
+
     @classmethod
     def of(cls, parts: Iterable[Any], split: Splitter | None = None, samples: Callable[[Any], int] | None = None) -> Window:
         """A window of batches that are at hand. Raises `PlanError` for one whose samples cannot be counted."""
@@ -94,7 +97,7 @@ class Windows:
     """
 
     def __init__(self, loader: Iterable[Any], share: int, *, samples: Callable[[Any], int] | None = None, split: Splitter | None = None) -> None:
-        if isinstance(loader, (torch.Tensor, str, bytes)) or hasattr(loader, "keys"):
+        if not hasattr(loader, "__iter__") or _is_one_batch(loader):
             raise PlanError(f"windows takes a loader of batches, not one batch (a {type(loader).__name__}): give the DataLoader itself")
         self._loader, self._share, self._samples, self._split = loader, share, samples, split
 
@@ -167,7 +170,20 @@ def counted(batch: Any, samples: Callable[[Any], int] | None = None) -> int:
     try:
         return batches.count(batch)
     except PlanError as error:
-        raise PlanError(f"{error}; for batches that cannot be cut, plan.windows(loader, samples=...) with a function that says how many they hold") from error
+        if isinstance(batch, DataLoader) or hasattr(batch, "__next__"):
+            raise PlanError(f"a {type(batch).__name__} is not one batch: for window in plan.windows(loader): loop.step(window, loss)") from None
+        if isinstance(batch, (torch.Tensor, list, tuple)) or hasattr(batch, "keys"):
+            raise
+        raise PlanError(f"{error}; for batches that cannot be cut, plan.windows(loader, samples=...) with a function that says how many they hold") from None
+
+
+def _is_one_batch(given: Any) -> bool:
+    """A tensor, a mapping, or fields side by side: tensors of one length and unlike shapes. Alike, they may be batches."""
+    if isinstance(given, (torch.Tensor, str, bytes)) or hasattr(given, "keys"):
+        return True
+    if not isinstance(given, (list, tuple)) or not given or not all(isinstance(item, torch.Tensor) and item.dim() for item in given):
+        return False
+    return len({len(item) for item in given}) == 1 and len({(item.shape[1:], item.dtype) for item in given}) > 1
 
 
 def _samples_in(loader: Any) -> int:

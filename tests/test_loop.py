@@ -6,6 +6,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 import autoaccum
 from tests import jobs
@@ -96,3 +97,51 @@ def test_freed_memory_goes_back_while_training_as_it_did_while_measuring(job, pl
     for _ in range(5):
         loop.step(torch.zeros(60, 1))
     assert abs(Cpu().held_bytes() - before) < 8 * 2**20
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (DataLoader(torch.zeros(300, 8), batch_size=32), r"DataLoader is not one batch: for window in plan\.windows\(loader\)"),
+        (iter([torch.zeros(100, 8)]), "is not one batch"),
+        (jobs.pairs(240), r"gives 240 samples a step, this plan needs 100: loop over plan\.windows\(loader\)"),
+        (jobs.pairs(0), "no samples"),
+        ({"inputs": torch.zeros(100, 8), "targets": torch.zeros(99, 1)}, "inputs has 100 samples, targets has 99"),
+        (object(), r"plan\.windows\(loader, samples=\.\.\.\)"),
+    ],
+)
+def test_what_is_no_window_is_told_and_nothing_has_happened(job, plan, given, says):
+    before = [p.clone() for p in job.model.parameters()]
+    with pytest.raises(autoaccum.PlanError, match=says):
+        autoaccum.Accumulator(job, plan).step(given)
+    assert all(torch.equal(a, b) for a, b in zip(before, job.model.parameters()))
+
+
+def test_micro_batches_run_as_they_came_and_one_too_large_is_cut(job, plan):
+    loop = autoaccum.Accumulator(job, plan)
+    result = loop.step_micro(jobs.pairs(size) for size in (20, 40, 10, 30))
+    assert result.samples == 100 and result.micro_batches == 5  # the 40 as 20 + 20: the plan's are of 34 at most
+
+
+def test_settings_belong_to_the_job_where_one_is_given(job, plan):
+    with pytest.raises(autoaccum.UsageError, match="takes autocast and max_grad_norm from the job"):
+        autoaccum.Accumulator(job, plan, autocast=torch.bfloat16, max_grad_norm=1.0)
+    with pytest.raises(autoaccum.UsageError, match="grow_after must be"):
+        autoaccum.Accumulator(job, plan, grow_after=0)
+
+
+def test_the_splitter_of_the_job_cuts_windows_too(plan):
+    class Pairs:
+        def __init__(self, inputs, targets):
+            self.inputs, self.targets = inputs, targets
+
+    def split(batch, sizes):
+        return [Pairs(*each) for each in zip(batch.inputs.split(list(sizes)), batch.targets.split(list(sizes)))]
+
+    def loss(model, batch):
+        return jobs.mse(model, (batch.inputs, batch.targets))
+
+    job = jobs.small(loss, Pairs(*jobs.pairs(8)), split=split)
+    loop = autoaccum.Accumulator(job, plan)
+    windows = plan.windows([Pairs(*jobs.pairs(100))], samples=lambda batch: len(batch.inputs))
+    assert [loop.step(window).micro_batches for window in windows] == [3]

@@ -125,7 +125,7 @@ def test_a_splitter_of_the_users_cuts_what_we_cannot():
     assert [size for _, size in windows[0].cut((4, 4, 4))] == [4, 1, 3, 2, 2]  # never joined: only its owner could
 
 
-@pytest.mark.parametrize("wrong", [torch.zeros(8, 2), {"inputs": torch.zeros(8, 2)}, "batch"])
+@pytest.mark.parametrize("wrong", [torch.zeros(8, 2), {"inputs": torch.zeros(8, 2)}, "batch", 5, (torch.zeros(8, 2), torch.zeros(8))])
 def test_one_batch_is_not_a_loader(wrong):
     with pytest.raises(autoaccum.PlanError, match="windows takes a loader of batches, not one batch"):
         by_hand(None, 12, 4).windows(wrong)
