@@ -133,14 +133,33 @@ def _tensors(leaf: Any) -> Iterator[torch.Tensor]:
                 yield from _tensors(inner)
 
 
+class _Samples(list):  # type: ignore[type-arg]
+    """A list whose items are known to be samples: what was cut from one stays one, whatever is left in it."""
+
+
+def is_list_of_samples(batch: Any) -> bool:
+    """True for a list of tensors of unlike lengths, and for what was cut from one."""
+    return isinstance(batch, list) and bool(batch) and all(isinstance(item, torch.Tensor) for item in batch) and _is_samples(batch)
+
+
+def as_samples(batch: Any) -> Any:
+    """A list marked as one of samples; anything else as it is."""
+    return _Samples(batch) if isinstance(batch, list) else batch
+
+
 def _is_samples(items: list[Any]) -> bool:
     """True for a list whose items are samples, False for one whose items are the batch's fields.
 
     Default collation gives `[inputs, labels]`, so a list with tensors of one common length holds fields.
     """
+    if isinstance(items, _Samples):
+        return True
     tensors = [item for item in items if isinstance(item, torch.Tensor)]
     if tensors:
         return len(tensors) == len(items) and len({item.shape[:1] for item in items}) > 1
+    if items and all(type(item) is tuple for item in items):
+        # Not collated: (input, label) after (input, label). A field among tuples of fields is a tensor or a list.
+        return any(isinstance(part, (int, float, str)) or (isinstance(part, torch.Tensor) and part.dim() == 0) for part in items[0])
     if any(hasattr(item, "shape") or isinstance(item, tuple) or _is_fields(item) for item in items):
         return all(isinstance(item, Mapping) for item in items)
     nested = [item for item in items if isinstance(item, list)]
@@ -218,7 +237,9 @@ def _length(leaf: Any) -> int | None:
 
 
 def _cut(leaf: Any, start: int, stop: int) -> Any:
-    return leaf if _length(leaf) is None else leaf[start:stop]
+    if _length(leaf) is None:
+        return leaf
+    return _Samples(leaf[start:stop]) if isinstance(leaf, list) else leaf[start:stop]
 
 
 def _repeated(leaf: Any, have: int, samples: int) -> Any:
@@ -227,7 +248,7 @@ def _repeated(leaf: Any, have: int, samples: int) -> Any:
     if isinstance(leaf, torch.Tensor):
         return leaf[torch.arange(samples, device=leaf.device) % have]
     if isinstance(leaf, list):
-        return [leaf[index % have] for index in range(samples)]
+        return _Samples(leaf[index % have] for index in range(samples))
     return leaf[[index % have for index in range(samples)]]
 
 
@@ -235,7 +256,7 @@ def _changed(leaf: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
     if isinstance(leaf, torch.Tensor):
         return change(leaf)
     if isinstance(leaf, list):
-        return [changed(item, change) for item in leaf]
+        return _Samples(changed(item, change) for item in leaf)
     return leaf
 
 
@@ -245,7 +266,7 @@ class _CannotJoin(Exception):
 
 def _joined(parts: Sequence[Any]) -> Any:
     first = parts[0]
-    if any(type(part) is not type(first) for part in parts):
+    if any(type(part) is not type(first) and not (isinstance(part, list) and isinstance(first, list)) for part in parts):
         raise _CannotJoin
     if isinstance(first, Mapping):
         if any(list(part) != list(first) for part in parts):
@@ -270,7 +291,7 @@ def _joined(parts: Sequence[Any]) -> Any:
 def _joined_leaf(parts: Sequence[Any]) -> Any:
     first = parts[0]
     if isinstance(first, list):
-        return [item for part in parts for item in part]
+        return _Samples(item for part in parts for item in part)
     if hasattr(first, "shape"):
         if len({(part.shape[1:], part.dtype) for part in parts}) > 1 or len({len(part.shape) for part in parts}) > 1:
             raise _CannotJoin

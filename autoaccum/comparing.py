@@ -7,8 +7,10 @@ the loss looks at several samples at once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +18,11 @@ import torch
 from autoaccum import batches, snapshot, window
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.job import Job, in_turn
-from autoaccum.losses import IGNORED
+from autoaccum.losses import IGNORED, token_mean
 from autoaccum.reading import COMPARED_SAMPLES, Equivalence
 from autoaccum.running_stats import batch_norms
 
+ORDER = [False, None, True]  # of several jobs, what is told first
 _PER_PARAMETER = 4096  # elements of each parameter's gradient that are looked at
 
 
@@ -45,7 +48,9 @@ def compare(jobs: Sequence[Job], samples: int) -> Equivalence:
     """As `equivalence`; leaves the jobs' state changed. Of several jobs, the first that is not exact."""
     with torch.compiler.set_stance("force_eager"):  # nothing is worth compiling for three sizes that no one trains with
         found = [_compared(job, _samples_of(jobs[0], samples)) for job in jobs]
-    return next((each for each in found if each.exact is False), found[-1])
+    told = min(range(len(found)), key=lambda number: ORDER.index(found[number].exact))
+    one = found[told]
+    return one if len(jobs) == 1 or one.exact else replace(one, message=f"job {told + 1} of {len(jobs)}: {one.message}")
 
 
 def _compared(job: Job, batch: Any) -> Equivalence:
@@ -70,8 +75,8 @@ def _compared(job: Job, batch: Any) -> Equivalence:
             quiet = list(job.model.modules()) if _difference(together, _gradient(job, whole)) > near else []
             with _in_eval(quiet):
                 together = _gradient(job, whole) if quiet else together
-                if not bool(torch.isfinite(together).all()) or not bool(together.any()):
-                    return told(None, None, "", (), "the gradient of these samples is zero or not finite, so it says nothing about splitting")
+                if not bool(torch.isfinite(together).all()) or float(together.norm()) <= 1e-7 * _size(job):
+                    return told(None, None, "", (), "the gradient of these samples is (nearly) zero or not finite, so it says nothing about splitting")
                 if quiet and _difference(together, _gradient(job, whole)) > near:
                     return told(
                         None,
@@ -97,7 +102,8 @@ def _compared(job: Job, batch: Any) -> Equivalence:
             "Accumulator(correct_running_stats=True) mends its running statistics, GroupNorm does not mix samples",
             norm_error,
         )
-    return told(True, error, "", (), f"exact: the gradient of {_words(sizes)} samples is that of {samples} at once (relative difference {error:.0e})")
+    how = ", in eval mode, because the loss draws random numbers in training" if quiet else ""
+    return told(True, error, "", (), f"exact: the gradient of {_words(sizes)} samples is that of {samples} at once{how} (relative difference {error:.0e})")
 
 
 def _why(
@@ -126,6 +132,13 @@ def _why(
     as_is = " and ".join(f"{float(share):.3f}" for share in shares)
     owed = " and ".join(f"{size / whole[0][1]:.3f}" for _, size in split)
     field = _field_that_weighs(split, shares)
+    if abs(float(weights.sum()) - 1) < 0.02 and getattr(job.loss, "func", job.loss) is token_mean:
+        return (
+            "token-mean",
+            [],
+            f"token_mean counts other labels than the model does: pieces weigh {as_is}; say whether it leaves out each sequence's first label, "
+            "with loss=functools.partial(autoaccum.token_mean, shifted=True), or shifted=False",
+        )
     if abs(float(weights.sum()) - 1) < 0.02 and field:
         return (
             "token-mean",
@@ -219,6 +232,11 @@ def _gradient(job: Job, pieces: Sequence[tuple[Any, int]]) -> torch.Tensor:
 
 def _difference(right: torch.Tensor, other: torch.Tensor) -> float:
     return float((right - other).norm() / right.norm().clamp_min(torch.finfo(torch.float64).tiny))
+
+
+def _size(job: Job) -> float:
+    """The norm of the parameters: what a gradient is small against."""
+    return math.sqrt(sum(float(p.detach().float().norm()) ** 2 for p in job.trained()))
 
 
 def _tolerance(job: Job) -> float:

@@ -24,6 +24,14 @@ def feed(pieces: Iterable[Piece], device: torch.device) -> Iterable[Piece]:
 def _ahead(pieces: Iterable[Piece], device: torch.device) -> Iterator[Piece]:
     remaining = iter(pieces)
     stream = _copy_stream(device)
+    try:
+        yield from _each(remaining, device, stream)
+    finally:
+        # Also where the loop ends early: a copy on its way may write to memory that is about to be given away.
+        torch.cuda.current_stream(device).wait_stream(stream)
+
+
+def _each(remaining: Iterator[Piece], device: torch.device, stream: torch.cuda.Stream) -> Iterator[Piece]:
     following = _copied(next(remaining, None), device, stream)
     while following is not None:
         moved, samples, arrived = following

@@ -11,13 +11,21 @@ from autoaccum.explaining import notation
 
 
 def hints(
-    found: search.Found, sizes: tuple[int, ...], *, equal: bool, most_allowed: int | None, smallest: int, for_command: bool, steady: bool
+    found: search.Found,
+    sizes: tuple[int, ...],
+    *,
+    equal: bool,
+    most_allowed: int | None,
+    smallest: int,
+    for_command: bool,
+    steady: bool,
+    equal_is: str = "--equal",
 ) -> Iterator[str]:
     """Sentences for the report of a plan.
 
     found: what the search found. sizes: the plan's micro-batches. equal: whether only equal ones were asked
     for. most_allowed: the largest that was allowed. smallest: the smallest that the job's layers allow.
-    for_command: a foreign script, whose micro-batches are equal always; steady: it ran with a steady malloc.
+    equal_is: how the caller says that. for_command: a foreign script, whose micro-batches are equal always; steady: it ran with a steady malloc.
     """
     target, most = sum(sizes), found.largest_fit
     if for_command and steady and len(sizes) > 1:
@@ -29,13 +37,13 @@ def hints(
         most = min(max(most, found.predicted_largest or above), most_allowed or target)
         fewest = math.ceil(target / most)
         if len(sizes) > fewest and (better := easier_targets(target, most, smallest)):
-            uneven = "" if for_command else f" without --equal {target} is {notation(plan.micro_batches(target, fewest))}, and"
+            uneven = "" if for_command else f" without {equal_is} {target} is {notation(plan.micro_batches(target, fewest))}, and"
             yield f"{why_unequal(target)}: equal micro-batches cost {len(sizes)} steps; as far as it fits,{uneven} easier targets are {better}"
     elif sizes[0] != sizes[-1]:
         split = equal_split(target, most, smallest)
         if split is not None:
             better = easier_targets(target, most, smallest) if split[1] > 2 * len(sizes) else ""
-            yield f"frameworks need equal micro-batches: --equal gives {split[0]} x {split[1]}" + (f"; easier targets are {better}" if better else "")
+            yield f"frameworks need equal micro-batches: {equal_is} gives {split[0]} x {split[1]}" + (f"; easier targets are {better}" if better else "")
 
 
 def equal_split(target: int, largest: int, smallest: int = 1) -> tuple[int, int] | None:

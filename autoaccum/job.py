@@ -35,7 +35,8 @@ class Job:
         of n samples. Its shapes are what training must not exceed.
     data: what `autoaccum train` trains on: a map-style dataset, or any iterable of batches.
     autocast: a torch dtype, or None. max_grad_norm: clipped once per window, on the summed gradient.
-    count: `count(batch)`, e.g. its label tokens, for a loss that returns a sum.
+    count: `count(batch)`, e.g. its label tokens: a scalar loss is then the mean over what is counted, and is weighted
+        so; for a loss that returns `(loss_sum, count)` it tells the window's count beforehand. Called on the host.
     split: `split(batch, sizes)`, where batches cannot be cut along the first dimension.
     keep: other stateful things that the loss touches (EMA, discriminator); put back after tuning.
     """
@@ -66,6 +67,21 @@ class Job:
             raise JobError("batch is None: give a batch to measure with, or a function make_batch(n)")
         if self.autocast is not None and not isinstance(self.autocast, torch.dtype):
             raise JobError(f"autocast must be a torch dtype such as torch.bfloat16, not {self.autocast!r}")
+        if self.max_grad_norm is not None and (
+            isinstance(self.max_grad_norm, bool) or not isinstance(self.max_grad_norm, (int, float)) or not self.max_grad_norm > 0
+        ):
+            raise JobError(f"max_grad_norm must be a number above 0, or None for no clipping, not {self.max_grad_norm!r}")
+        for name in ("count", "split"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise JobError(f"{name} must be a function, not {type(getattr(self, name)).__name__}")
+        if not isinstance(self.keep, Sequence):
+            raise JobError(f"keep must be a list of what is to be put back, not {type(self.keep).__name__}: keep=[...]")
+        for name, verbs in (("scheduler", ("step",)), ("scaler", ("scale", "unscale_", "step", "update"))):
+            given = getattr(self, name)
+            if given is not None and not all(callable(getattr(given, verb, None)) for verb in verbs):
+                raise JobError(f"{name} must be a {'learning rate scheduler' if name == 'scheduler' else 'torch.amp.GradScaler'}, not {given!r}")
+        if type(self.scheduler).__name__ == "ReduceLROnPlateau":
+            raise JobError("ReduceLROnPlateau steps on a figure that only you have: leave scheduler out, and step it yourself, for instance with result.loss")
         trains = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
         stepped = {id(parameter) for group in self._groups() for parameter in group["params"]}
         if trains and not trains & stepped:
@@ -124,6 +140,16 @@ class Job:
         found = {id(p): p for group in self._groups() for p in group["params"] if p.requires_grad}
         found |= {id(p): p for p in self.model.parameters() if p.requires_grad}
         return list(found.values())
+
+    def stepped(self) -> list[torch.Tensor]:
+        """What the optimizers hold."""
+        return [p for group in self._groups() for p in group["params"] if p.requires_grad]
+
+    @cached_property
+    def idle(self) -> list[torch.Tensor]:
+        """The model's parameters that get gradients and that no optimizer of this job holds; as they were at first use."""
+        held = {id(p) for group in self._groups() for p in group["params"]}
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in held]
 
     def _groups(self) -> list[dict[str, Any]]:
         return [group for each in self.optimizers for group in each.param_groups]

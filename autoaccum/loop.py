@@ -75,7 +75,7 @@ class Accumulator:
     def __init__(
         self,
         model: torch.nn.Module | Job | Sequence[Job],
-        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Plan,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Plan | None = None,
         plan: Plan | None = None,
         *,
         scheduler: Any = None,
@@ -95,12 +95,12 @@ class Accumulator:
         if not isinstance(model, torch.nn.Module):
             if not isinstance(optimizer, Plan):
                 raise UsageError("Accumulator(job, plan) takes a Plan second")
-            given = [name for name, value in settings.items() if value not in (None, ())]
+            given = [name for name, value in settings.items() if value not in (None, (), [])]
             if given:
                 raise UsageError(f"Accumulator(job, plan) takes {' and '.join(given)} from the job: say it in Job(...)")
             self._jobs, self._plan = in_turn(model), optimizer
         else:
-            if isinstance(optimizer, Plan) or not isinstance(plan, Plan):
+            if optimizer is None or isinstance(optimizer, Plan) or not isinstance(plan, Plan):
                 raise UsageError("Accumulator(model, optimizer, plan) takes an optimizer second and a Plan third")
             self._jobs = (Job(model, optimizer, _no_loss, (), **settings),)
             self._plan = plan
@@ -135,17 +135,18 @@ class Accumulator:
         whole = batch if isinstance(batch, Window) else Window((batch,), (counted(batch),), self._jobs[0].split)
         return self._step(whole, loss, lambda most: self._plan.sizes(whole.samples, most))
 
-    def step_micro(self, micro_batches: Iterable[Any], loss: Loss | None = None, *, samples: Callable[[Any], int] | None = None) -> Any:
+    def step_micro(self, micro_batches: Iterable[Any] | Window, loss: Loss | None = None, *, samples: Callable[[Any], int] | None = None) -> Any:
         """One optimizer step on micro-batches that make up a whole window together, run one by one as they came.
 
         One that is larger than the plan's is cut. samples: says how many samples a micro-batch holds, where
         that cannot be read off its first dimension. Returns and raises as `step` does.
         """
-        whole = Window.of(micro_batches, self._jobs[0].split, samples)
+        whole = micro_batches if isinstance(micro_batches, Window) else Window.of(micro_batches, self._jobs[0].split, samples)
         return self._step(whole, loss, lambda most: [size for part in whole.sizes for size in self._plan.sizes(part, most)])
 
     def _step(self, whole: Window, loss: Loss | None, sizes: rescue.Sizes) -> Any:
         self._check(whole.samples)
+        self._rescuer.begin()
         if loss is not None and len(self._jobs) > 1:
             raise UsageError("several jobs run in turn, each with its own loss: call step(batch) without one")
         results = []
@@ -155,9 +156,11 @@ class Accumulator:
                 result = StepResult(*self._rescuer.run(whole, sizes, attempt if self._begun else _watched(attempt)))
             except ValueError as error:
                 if "more than 1 value per channel" in str(error):
-                    raise noted(
-                        error, f"autoaccum: {whole.samples} samples leave one alone in a micro-batch: use drop_last=True, or a plan of another size"
-                    ) from None
+                    noted(
+                        error,
+                        "autoaccum: a micro-batch held one sample, which BatchNorm forbids: plan.windows(loader, drop_last=True) leaves the smaller last "
+                        f"window out; this one has {whole.samples} samples, in micro-batches of {self.micro_batch} or less",
+                    )
                 raise
             if job.scheduler is not None and not result.skipped:
                 job.scheduler.step()

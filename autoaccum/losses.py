@@ -20,6 +20,7 @@ def token_mean(model: torch.nn.Module, batch: Mapping[str, Any], *, shifted: boo
     shifted: whether the model leaves out each sequence's first label, as those that predict the next token do. By
     default told by the model's class (Transformers' causal language models do, encoder-decoders and masked ones do not);
     `functools.partial(token_mean, shifted=True)` says it for others.
+    The mean must be one that gives no gradient where there are no labels, as `torch.nn.functional.cross_entropy` does.
     Raises `JobError` for a batch without labels and a model without a `.loss`. A loss with further terms (a
     router's balance) is not a mean over labels, and comes out scaled by their number like the rest.
     """

@@ -76,16 +76,16 @@ def register(recogniser: Recogniser) -> Recogniser:
     return recogniser
 
 
-def verdict(error: BaseException) -> Verdict:
-    """The verdict on `error` and on what caused it; the clearest word in the chain wins."""
-    verdicts = [_alone(link) for link in chain(error)]
+def verdict(error: BaseException, outside: BaseException | None = None) -> Verdict:
+    """The verdict on `error` and on what caused it; the clearest word in the chain wins. outside: as in `chain`."""
+    verdicts = [_alone(link) for link in chain(error, outside)]
     for word in ("oom", "ask-device"):
         if word in verdicts:
             return word
     return "not"
 
 
-def is_oom(error: BaseException, *, left_bytes: int | None = None, taken_bytes: int | None = None) -> bool:
+def is_oom(error: BaseException, *, left_bytes: int | None = None, taken_bytes: int | None = None, outside: BaseException | None = None) -> bool:
     """True if `error` means that memory ran out.
 
     For the doubtful texts, `left_bytes` is what the budget still had when it was raised and
@@ -93,7 +93,7 @@ def is_oom(error: BaseException, *, left_bytes: int | None = None, taken_bytes: 
     workspace not finding room is the likely story; with more left, the device is broken and saying
     "too big" would hide it. Unknown figures count as out of memory, as they do in every peer.
     """
-    word = verdict(error)
+    word = verdict(error, outside)
     if word == "ask-device":
         return left_bytes is None or taken_bytes is None or left_bytes < max(taken_bytes, 64 * 2**20)
     return word == "oom"
@@ -104,11 +104,14 @@ def in_output(text: str) -> bool:
     return bool(_IN_OUTPUT.search(text))
 
 
-def chain(error: BaseException) -> Iterator[BaseException]:
-    """`error` and what it was raised from, as tracebacks show them: cause, else unsuppressed context."""
+def chain(error: BaseException, outside: BaseException | None = None) -> Iterator[BaseException]:
+    """`error` and what it was raised from, as tracebacks show them: cause, else unsuppressed context.
+
+    outside: where to stop: an exception that was being handled when the code began that raised `error`.
+    """
     seen: set[int] = set()
     link: BaseException | None = error
-    while link is not None and id(link) not in seen:
+    while link is not None and link is not outside and id(link) not in seen:
         seen.add(id(link))
         yield link
         link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)

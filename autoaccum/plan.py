@@ -159,7 +159,7 @@ class Plan:
                 f"a batch of {whole.samples} samples is more than this plan's {self.share} for one step: loop over plan.windows(loader), "
                 f"or DataLoader(batch_size={self.share})"
             )
-        cut = whole.cut(self.sizes(whole.samples))
+        cut = whole.cut(self.sizes(whole.samples), most=self.micro_batch)
         owed = [float(samples if count is None else count(piece)) for piece, samples in cut]
         device = torch.device(self.device.label)
         for index, (piece, samples) in enumerate(feeding.feed(cut, device)):
@@ -167,18 +167,24 @@ class Plan:
             yield MicroBatch(moved, owed[index] / sum(owed) if any(owed) else 0.0, samples, last=index == len(owed) - 1)
 
     def windows(
-        self, loader: Iterable[Any], *, samples: Callable[[Any], int] | None = None, split: Callable[[Any, Sequence[int]], Any] | None = None
+        self,
+        loader: Iterable[Any],
+        *,
+        samples: Callable[[Any], int] | None = None,
+        split: Callable[[Any, Sequence[int]], Any] | None = None,
+        drop_last: bool = False,
     ) -> Windows:
         """A loader of any batch size, regrouped into windows of exactly the share; the last one of an epoch is smaller.
 
         Loader batches are cut where a window or a micro-batch ends, and joined where a micro-batch spans several
         (unless their shapes differ, as when each is padded to its own longest sample). For batches that cannot be cut, such as
-        graphs: samples says how many one holds, split cuts it if need be, and `batch_sampler` makes them fit.
+        graphs or packed text: samples says how many one holds; it runs as it came, or is cut by `split`; `batch_sampler` makes them fit.
+        drop_last: leaves the smaller last window out.
         Raises `PlanError` where a batch's samples cannot be counted, or it would have to be cut and cannot be.
         """
         from autoaccum.regrouping import Windows
 
-        return Windows(loader, self.share, samples=samples, split=split)
+        return Windows(loader, self.share, samples=samples, split=split, drop_last=drop_last)
 
     def batch_sampler(self, dataset: Sized, shuffle: bool = True, seed: int = 0) -> MicroBatchSampler:
         """For `DataLoader(dataset, batch_sampler=...)`: one micro-batch after another, collated one by one, in whole windows.
@@ -213,9 +219,11 @@ class Plan:
         return json.loads(json.dumps(document))  # type: ignore[no-any-return] # tuples as the lists they are read back as
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON, whole or not at all."""
+        """Writes the plan as JSON, whole or not at all. Raises `PlanError` where there is no such folder."""
         target = Path(path)
         beside = target.with_name(f".{target.name}.{os.getpid()}")
+        if not target.absolute().parent.is_dir():
+            raise PlanError(f"the plan cannot be written to {str(path)!r}: there is no folder {str(target.parent)!r}")
         beside.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
         beside.replace(target)
 
@@ -238,6 +246,8 @@ class Plan:
             plan = cls._from_dict(document)
         except (KeyError, TypeError) as error:
             raise PlanError(f"{str(path)!r} is not a whole plan: {error}") from None
+        if sum(plan.micro_batches) != plan.share or max(plan.micro_batches) != plan.micro_batch or sum(plan.shares) != plan.target_batch:
+            raise PlanError(f"{str(path)!r} does not agree with itself: {explaining.notation(plan.micro_batches)} is not a window of {plan.share} samples")
         here = _name_here(plan.device)
         if here is not None and here != plan.device.name:
             warnings.warn(f"the plan was made on {plan.device.name}, and {plan.device.label} here is {here}: tune again", stacklevel=2)

@@ -19,7 +19,7 @@ def scale_lr(lr: float, from_batch: int, to_batch: int, rule: Literal["linear", 
     for name, value in (("from_batch", from_batch), ("to_batch", to_batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise UsageError(f"{name} must be a whole number of samples, at least 1, not {value!r}")
-    if not lr > 0:
+    if isinstance(lr, bool) or not isinstance(lr, (int, float)) or not lr > 0:
         raise UsageError(f"lr must be above 0, not {lr!r}")
     if rule not in ("linear", "sqrt"):
         raise UsageError(f'rule must be "linear" or "sqrt", not {rule!r}')

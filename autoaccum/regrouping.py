@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from autoaccum import batches
 from autoaccum.errors import PlanError
@@ -20,11 +19,13 @@ class Window:
     """The samples of one optimizer step on one rank, as the loader gave them; on the host until they run.
 
     parts: batches, or the pieces of batches, in order. sizes: samples of each. samples: of all.
+    told: True where somebody said how many samples a part holds, because its first dimension does not: then parts are
+    cut by `split` alone, and never joined.
     """
 
-    def __init__(self, parts: Sequence[Any], sizes: Sequence[int], split: Splitter | None = None) -> None:
+    def __init__(self, parts: Sequence[Any], sizes: Sequence[int], split: Splitter | None = None, *, told: bool = False) -> None:
         self.parts, self.sizes, self.samples = tuple(parts), tuple(sizes), sum(sizes)
-        self._split = split
+        self._split, self._told = split, told
 
     def __repr__(self) -> str:
         return f"Window({self.samples} samples in {len(self.parts)} part{'s' if len(self.parts) != 1 else ''})"
@@ -33,21 +34,29 @@ class Window:
     def of(cls, parts: Iterable[Any], split: Splitter | None = None, samples: Callable[[Any], int] | None = None) -> Window:
         """A window of batches that are at hand. Raises `PlanError` for one whose samples cannot be counted."""
         held = list(parts)
-        return cls(held, [counted(part, samples) for part in held], split)
+        return cls(held, [counted(part, samples) for part in held], split, told=samples is not None)
 
     def cut_by(self, split: Splitter) -> Window:
         """The same window with a splitter, if it has none of its own."""
-        return self if self._split is not None else Window(self.parts, self.sizes, split)
+        return self if self._split is not None else Window(self.parts, self.sizes, split, told=self._told)
 
-    def cut(self, sizes: Sequence[int]) -> Cut:
+    def cut(self, sizes: Sequence[int], *, most: int | None = None) -> Cut:
         """The window in micro-batches of `sizes`, which must sum to its samples.
 
         Parts are cut where a micro-batch ends and joined where one spans them; parts that cannot be joined
-        (each padded to its own longest sample) come as smaller micro-batches. Raises `PlanError` for a part that would
-        have to be cut and cannot be.
+        (each padded to its own longest sample) come as smaller micro-batches. Parts that cannot be cut come as they
+        are, if they hold no more than `most` (by default the largest of `sizes`). Raises `PlanError` for one that holds more.
         """
         if sum(sizes) != self.samples:
             raise PlanError(f"cannot cut {self.samples} samples into {list(sizes)}: that is {sum(sizes)}")
+        if self._told and self._split is None:
+            allowed = most or max(sizes)
+            if max(self.sizes) > allowed:
+                raise PlanError(
+                    f"a batch of {max(self.sizes)} samples cannot be cut, and a micro-batch may hold {allowed}: "
+                    "use DataLoader(batch_sampler=plan.batch_sampler(dataset)), or give split="
+                )
+            return list(zip(self.parts, self.sizes))
         if len(self.parts) == 1:
             return list(zip(self._pieces(self.parts[0], sizes, self.samples), sizes))
         groups: list[list[tuple[Any, int]]] = []
@@ -67,7 +76,7 @@ class Window:
                 if fresh:
                     groups.append([])
                 groups[-1].append((piece, length))
-        return _Joined(groups)
+        return [pair for group in groups for pair in group] if self._told else _Joined(groups)
 
     def _pieces(self, part: Any, sizes: Sequence[int], samples: int) -> Sequence[Any]:
         if len(sizes) == 1:
@@ -91,20 +100,28 @@ class _Joined:
 
 
 class Windows:
-    """What `Plan.windows` returns: iterates a loader as windows of exactly `share` samples, the last one smaller.
+    """What `Plan.windows` returns: iterates a loader as windows of exactly `share` samples, the last one smaller, or left out.
 
     Each iteration is one epoch. It has a length where the loader's number of samples is known.
     """
 
-    def __init__(self, loader: Iterable[Any], share: int, *, samples: Callable[[Any], int] | None = None, split: Splitter | None = None) -> None:
+    def __init__(
+        self, loader: Iterable[Any], share: int, *, samples: Callable[[Any], int] | None = None, split: Splitter | None = None, drop_last: bool = False
+    ) -> None:
+        if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+            raise PlanError(f"windows takes a loader, not a dataset (a {type(loader).__name__}): give DataLoader(dataset, batch_size=...), of any size")
         if not hasattr(loader, "__iter__") or _is_one_batch(loader):
             raise PlanError(f"windows takes a loader of batches, not one batch (a {type(loader).__name__}): give the DataLoader itself")
-        self._loader, self._share, self._samples, self._split = loader, share, samples, split
+        self._loader, self._share, self._samples, self._split, self._drop_last = loader, share, samples, split, drop_last
 
     def __iter__(self) -> Iterator[Window]:
         parts: list[Any] = []
         sizes: list[int] = []
+        ragged = False
         for batch in self._loader:
+            # Whether a list holds samples or fields is told by what it holds; of a ragged loader, some batch may happen to be even.
+            ragged = ragged or batches.is_list_of_samples(batch)
+            batch = batches.as_samples(batch) if ragged else batch
             have = counted(batch, self._samples)
             while have:
                 room = self._share - sum(sizes)
@@ -116,17 +133,20 @@ class Windows:
                 sizes.append(taken)
                 have -= taken
                 if taken == room:
-                    yield Window(parts, sizes, self._split)
+                    yield Window(parts, sizes, self._split, told=self._samples is not None)
                     parts, sizes = [], []
-        if parts:
-            yield Window(parts, sizes, self._split)
+        if parts and not self._drop_last:
+            yield Window(parts, sizes, self._split, told=self._samples is not None)
 
     def __len__(self) -> int:
         """Windows in an epoch. Raises `TypeError` where the loader does not tell its samples."""
-        return math.ceil(_samples_in(self._loader) / self._share)
+        whole, rest = divmod(_samples_in(self._loader), self._share)
+        return whole + (1 if rest and not self._drop_last else 0)
 
     def _halves(self, batch: Any, first: int, rest: int) -> Sequence[Any]:
         try:
+            if self._split is None and self._samples is not None:
+                raise PlanError("its samples were told, and nobody said how to cut it")
             return (self._split or batches.split)(batch, [first, rest])
         except PlanError as error:
             raise PlanError(
@@ -170,7 +190,7 @@ def counted(batch: Any, samples: Callable[[Any], int] | None = None) -> int:
     try:
         return batches.count(batch)
     except PlanError as error:
-        if isinstance(batch, DataLoader) or hasattr(batch, "__next__"):
+        if isinstance(batch, (DataLoader, Windows)) or hasattr(batch, "__next__"):
             raise PlanError(f"a {type(batch).__name__} is not one batch: for window in plan.windows(loader): loop.step(window, loss)") from None
         if isinstance(batch, (torch.Tensor, list, tuple)) or hasattr(batch, "keys"):
             raise

@@ -35,12 +35,11 @@ class Snapshot:
 
     host_bytes: what the copies take in host memory. gradient_bytes: gradients that were there already; they
     stay where they are, beside those of the trials, and come back as the very same objects.
-    parameters: False leaves out the contents of trainable parameters, for a process whose weights nobody
+    keep: further objects, kept whole. parameters: False leaves out the contents of trainable parameters, for a process whose weights nobody
     needs afterwards. Raises `DeviceError` with the figures when host memory is too short for the copies.
     """
 
-    def __init__(self, jobs: Job | Sequence[Job], *, parameters: bool = True) -> None:
-        jobs = in_turn(jobs)
+    def __init__(self, jobs: Sequence[Job], *, keep: Sequence[Any] = (), parameters: bool = True) -> None:
         self._parameters = parameters
         self._seen: dict[int, Any] = {}  # holds the objects too, so that no id is used twice
         self._undo: list[Undo] = []
@@ -48,7 +47,7 @@ class Snapshot:
         self._leaves: list[torch.Tensor] = []
         self._frozen: list[tuple[torch.Tensor, int]] = []
         self.host_bytes = 0
-        for each in (kept for job in jobs for kept in job.keep):  # first: what is given to keep is kept whole, also where a model holds it too
+        for each in (*keep, *(kept for job in jobs for kept in job.keep)):  # first: what is given to keep is kept whole, also where a model holds it too
             self._visit(each, deep=True)
         for job in jobs:
             for each in (job.model, *job.optimizers, job.scaler, job.scheduler, job.loss):
@@ -62,10 +61,10 @@ class Snapshot:
                 f"a copy of the training state needs {in_words(self.host_bytes)} of host memory and {in_words(free)} are free: "
                 "free some, or tune in a process of its own, which needs no copy (the command line does)"
             )
-        self._contents = [(storage, _host_copy(storage)) for storage in self._storages.values()]
+        self._contents = [(storage, host_copy(storage)) for storage in self._storages.values()]
         self._grads = [(leaf, leaf.grad) for leaf in self._leaves]
         self.gradient_bytes = sum(_bytes_of(grad) for _, grad in self._grads if grad is not None)
-        self._undo += [partial(_same_content, storage, content) for storage, content in self._contents]
+        self._undo += [partial(write_content, storage, content) for storage, content in self._contents]
         self._undo += [*_modes(), *_rng()]
 
     def rewind(self) -> None:
@@ -165,7 +164,7 @@ def preserved(jobs: Job | Sequence[Job], *, parameters: bool = True) -> Iterator
     waits until the state is back: half a restored model is worse than a second's patience. Outside the main
     thread no signal arrives here.
     """
-    kept = Snapshot(jobs, parameters=parameters)
+    kept = Snapshot(in_turn(jobs), parameters=parameters)
     with _deferred_interrupts() as interrupts:
         try:
             kept.rewind()
@@ -238,18 +237,22 @@ def _is_array(item: Any) -> bool:
     return numpy is not None and isinstance(item, numpy.ndarray)
 
 
-def _host_copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+def host_copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
+    """The bytes of a storage, in host memory."""
     copied: torch.UntypedStorage = storage.clone() if storage.device.type == "cpu" else storage.cpu()
     return copied
 
 
-def _same_content(storage: torch.UntypedStorage, content: torch.UntypedStorage) -> None:
+def same_content(storage: torch.UntypedStorage, content: torch.UntypedStorage) -> bool:
+    """Whether a storage holds these bytes."""
+    now = storage if storage.device.type == "cpu" else storage.cpu()
+    return torch.equal(*(torch.empty(0, dtype=torch.uint8).set_(each) for each in (now, content)))  # type: ignore[call-overload]
+
+
+def write_content(storage: torch.UntypedStorage, content: torch.UntypedStorage) -> None:
     """Writes only where something changed: a page that nobody may write (a mapped file) is not touched."""
-    if storage.device.type == "cpu":
-        now, then = (torch.empty(0, dtype=torch.uint8).set_(each) for each in (storage, content))
-        if torch.equal(now, then):
-            return
-    storage.copy_(content)
+    if storage.device.type != "cpu" or not same_content(storage, content):
+        storage.copy_(content)
 
 
 def _copy_into(tensor: torch.Tensor, content: torch.Tensor) -> None:

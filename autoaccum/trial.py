@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from autoaccum import batches, comparing, oom, rescue, snapshot, window
+from autoaccum import batches, comparing, oom, rewinding, snapshot, window
 from autoaccum.devices.base import Budget, Device, Watch, budget
 from autoaccum.errors import AutoaccumError, JobError, noted
 from autoaccum.job import Job, fingerprint, in_turn
@@ -94,7 +94,7 @@ def measure(
                 batch, ballast = _batch(jobs[0], device, largest, sum(micro_batches))
                 history = _history_to_come(jobs)
                 shapes = batches.shapes(batch) if jobs[0].split is None else {}
-                start = rescue.WindowStart(jobs)  # training holds one, too
+                start = rewinding.WindowStart(jobs)  # training holds one, too
                 for sizes in windows:
                     watch.lap_bytes()
                     start.note()
@@ -117,7 +117,7 @@ def measure(
                 if not isinstance(error, AutoaccumError):
                     noted(error, f"autoaccum: raised in {tell.phase}, at a micro-batch of {largest}")
                 raise
-            rescue.forget(error, jobs)
+            rewinding.forget(error, jobs)
         batch = ballast = start = history = None  # type: ignore[assignment]  # noqa: F841 - lets go of what an out-of-memory left in this frame
         peak_bytes = watch.peak_bytes() - aside_bytes
         crawled = watch.retries() > 0
@@ -261,6 +261,8 @@ class Rehearsal:
             remarks.append("the model is in eval mode and was measured so: call model.train() before tuning if that is how it trains")
         if len({parameter.device for job in self._jobs for parameter in job.trained()}) > 1:
             remarks.append(f"the parameters are on several devices; only {self._jobs[0].device} was measured")
+        if any(job.autocast is torch.float16 and job.scaler is None for job in self._jobs):
+            remarks.append("autocast to float16 without a GradScaler: small gradients vanish, and an inf goes into the weights; give scaler=, or use bfloat16")
         if not self._device.exact_peak:
             remarks.append("the peak is sampled on this system, not exact: leave some headroom")
         return Subject(

@@ -7,25 +7,31 @@ to confirm; the plan says so.
 
 from __future__ import annotations
 
+import difflib
 import importlib.metadata
+import inspect
 import math
 import platform
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any
 
-from autoaccum import devices, explaining, hints, plan, refusing, search
+from autoaccum import devices, explaining, hints, oom, plan, refusing, search
 from autoaccum.child import Child
 from autoaccum.command import Command, Template
 from autoaccum.devices.base import ASSUMED_OUTSIDE, Budget
-from autoaccum.errors import AutoaccumError, JobError, JobFailed, NoSuchDevice, UsageError, noted
+from autoaccum.errors import AutoaccumError, DeviceError, JobError, JobFailed, NoSuchDevice, UsageError, noted
 from autoaccum.job import Job, Source, in_turn, source
 from autoaccum.plan import Plan, PlannedDevice, Tried
 from autoaccum.reading import COMPARED_SAMPLES, Equivalence, Limits, Progress, Reading, Rehearser, Trying
 from autoaccum.units import MIB, in_words, parse_headroom, parse_size
 from autoaccum.version import __version__
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,7 @@ class Wish:
 
     def __post_init__(self) -> None:
         for name, value in (("target_batch", self.target_batch), ("max_micro_batch", self.max_micro_batch)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if (value is not None or name == "target_batch") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number of samples, at least 1, not {value!r}")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise UsageError(f"timeout_s must be more than 0 seconds, not {self.timeout_s!r}")
@@ -64,7 +70,7 @@ def tune(
     batch: Any = None,
     *,
     target_batch: int,
-    device: str | None = None,
+    device: str | torch.device | None = None,
     memory_limit: int | str | None = None,
     headroom: int | str = "3%",
     max_micro_batch: int | None = None,
@@ -84,6 +90,7 @@ def tune(
     equal: equal micro-batches only. largest: search the exact largest micro-batch, not only those that save
     a step. timeout_s: per trial; a longer one counts as not fitting. progress: called along the way.
 
+    What the plan warns of (`Plan.warnings`) is warned of here, too.
     Raises `NothingFits`, `UsageError`, `JobError`, `DeviceError`, and whatever the job's own code raises,
     with a note of the micro-batch and the phase.
     """
@@ -94,15 +101,19 @@ def tune(
             raise UsageError("tune(job, ...) takes everything from the job: give either a Job or model, optimizer, loss and batch")
         rehearsed = in_turn(model)
     else:
+        _known(job, tune)
         rehearsed = (Job(model, optimizer, loss, batch, **job),)
     wish = Wish(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout_s)
-    where = _where(rehearsed[0], device)
+    where = _where(rehearsed[0], None if device is None else str(device))
     # In place, on a CPU, an enforced limit is also in the way of threads that other code starts meanwhile:
     # only who asked for one gets it. Without, only sizes that are predicted to fit are run.
     enforce = where.facts.kind != "cpu" or wish.memory_limit is not None
     tell = _Teller(progress)
     with trial.rehearsal(rehearsed, where, wish.limits, enforce=enforce, say=tell.phase) as rehearsal:
-        return _line(rehearsal, wish, tell, "in place", _idle_gpu(where.facts.kind))
+        found = _line(rehearsal, wish, tell, "in place", _idle_gpu(where.facts.kind))
+    for said in found.warnings:
+        warnings.warn(said, stacklevel=2)
+    return found
 
 
 def tune_source(
@@ -131,12 +142,10 @@ def check_source(
     with _child(where, wish, device, progress, said) as (child, tell, label):
         started = time.monotonic()
         budget = refusing.enough(child.budget())
-        sizes = plan.micro_batches(wish.target_batch, math.ceil(wish.target_batch / micro_batch))
-        if sizes[0] < micro_batch:
-            # The size itself was asked for, so it is run as given, with the rest of the window smaller.
-            steps = wish.target_batch // micro_batch
-            rest = wish.target_batch - steps * micro_batch
-            sizes = (micro_batch,) * steps + ((rest,) if rest else ())
+        sizes = _window(wish.target_batch, micro_batch)
+        norms = child.subject().batch_norms
+        if norms and min(sizes) < 2:
+            raise UsageError(f"BatchNorm layer {norms[0]!r} needs micro-batches of at least 2 samples, and {explaining.notation(sizes)} leaves one alone")
         reading = tell.measured(child, sizes, full=True)
         if not reading.fits:
             raise refusing.too_big(reading, sizes, _unlimited(child, tell, reading, sizes, budget), budget)
@@ -195,7 +204,7 @@ def check_command(
         )
 
 
-def _line(rehearsal: Rehearser, wish: Wish, tell: _Teller, label: str, warnings: tuple[str, ...]) -> Plan:
+def _line(rehearsal: Rehearser, wish: Wish, tell: _Teller, label: str, remarked: tuple[str, ...]) -> Plan:
     started = time.monotonic()
     subject = rehearsal.subject()
     first_budget = budget = refusing.enough(rehearsal.budget())
@@ -231,7 +240,7 @@ def _line(rehearsal: Rehearser, wish: Wish, tell: _Teller, label: str, warnings:
         candidates = [size for size in candidates if size < sizes[0] or (size == target and (target, False) not in tell.known)]
         if not candidates:
             raise _nothing_fits(rehearsal, tell, sizes[0], target, budget)
-    return _plan(rehearsal, wish, tell, label, found, confirmed, sizes, budget, started, (*warnings, *explaining.drift(first_budget, rehearsal.budget())))
+    return _plan(rehearsal, wish, tell, label, found, confirmed, sizes, budget, started, (*remarked, *explaining.drift(first_budget, rehearsal.budget())))
 
 
 class _Teller:
@@ -291,22 +300,23 @@ def _plan(
     sizes: tuple[int, ...],
     budget: Budget,
     started: float,
-    warnings: tuple[str, ...],
+    remarked: tuple[str, ...],
     *,
     searched: bool = True,
 ) -> Plan:
     subject = rehearsal.subject()
     memory = budget.memory
-    equal = _compared(rehearsal, sizes[0])
+    unequal = _compared(rehearsal, sizes[0])
     remarks = dict.fromkeys(remark for reading in tell.tried for remark in reading.remarks)
-    said = [*subject.remarks, *warnings, *remarks]
+    said = [*subject.remarks, *remarked, *remarks]
     if subject.batch_norms and len(sizes) > 1:
         shown = ", ".join(subject.batch_norms[:3]) + (" and more" if len(subject.batch_norms) > 3 else "")
         said.append(
             f"BatchNorm ({shown}) sees micro-batches of {sizes[0]}, not the whole batch of {wish.target_batch}: its statistics differ from one big batch"
         )
-    if equal is not None and equal.exact is False and equal.cause != "batch-norm":
-        said.append(equal.message)
+        if sizes[0] == 2:
+            said.append("an odd last window leaves one sample alone, which BatchNorm may refuse: plan.windows(loader, drop_last=True) leaves that window out")
+    said += unequal
     if memory.outside_bytes is None and budget.cap_bytes is not None:
         said.append(f"nobody said what the driver's context takes of the limit: {in_words(ASSUMED_OUTSIDE)} were assumed")
     return Plan(
@@ -347,6 +357,7 @@ def _plan(
                 most_allowed=wish.max_micro_batch,
                 smallest=2 if subject.batch_norms else 1,
                 for_command=isinstance(rehearsal, Command),
+                equal_is="equal=True" if label == "in place" else "--equal",
                 steady=subject.allocator == "steady malloc",
             )
             if searched
@@ -355,12 +366,30 @@ def _plan(
     )
 
 
-def _compared(rehearsal: Rehearser, largest: int) -> Equivalence | None:
-    """A short look at whether accumulation is exact for this job. What fails here says nothing about the plan."""
+def _compared(rehearsal: Rehearser, largest: int) -> tuple[str, ...]:
+    """A short look at whether accumulation is exact for this job, as warnings. What fails here says nothing about the plan."""
+    if largest < 2 and not rehearsal.enforces:
+        return ()  # two samples at once might be too many, and nothing would stop them
     try:
-        return rehearsal.compare(min(COMPARED_SAMPLES, largest)) if largest > 1 else None
-    except Exception:
-        return None
+        found = rehearsal.compare(min(COMPARED_SAMPLES, max(largest, 2)))
+    except DeviceError:
+        raise
+    except Exception as error:
+        if oom.is_oom(error) or (isinstance(error, JobFailed) and error.kind in ("OutOfMemoryError", "MemoryError")):
+            return ()
+        return (f"whether splitting changes the gradient could not be seen: {error.kind if isinstance(error, JobFailed) else type(error).__name__}: {error}",)
+    # BatchNorm is told of beside it, with the figure that matters: the micro-batch's.
+    return (found.message,) if found is not None and found.exact is False and found.cause != "batch-norm" else ()
+
+
+def _known(given: dict[str, Any], verb: Callable[..., Any]) -> None:
+    """Raises `UsageError` for a keyword that neither `verb` nor `Job` has, with the one that was probably meant."""
+    own = [name for name, each in inspect.signature(verb).parameters.items() if each.kind is each.KEYWORD_ONLY]
+    known = [*own, *(each.name for each in fields(Job) if each.kw_only)]
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            raise UsageError(f"{verb.__name__}() has no keyword {name!r}" + (f": did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"))
 
 
 def _window(target: int, micro_batch: int) -> tuple[int, ...]:

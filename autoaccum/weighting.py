@@ -31,6 +31,9 @@ def contribution(
     if isinstance(returned, tuple) and len(returned) == 2:
         loss_sum, counted = returned
         _check(loss_sum)
+        if not (isinstance(counted, (int, float)) and counted >= 0) and not (isinstance(counted, torch.Tensor) and counted.numel() == 1):
+            what = f"a tensor of shape {tuple(counted.shape)}" if isinstance(counted, torch.Tensor) else repr(counted)
+            raise JobError(f"loss(model, batch) returned a pair whose second part is {what}: return (loss_sum, count), the count a number or a scalar tensor")
         return loss_sum / (of_count or of_samples), None if of_count else counted
     _check(returned)
     if of_count is not None and count is not None:
@@ -44,8 +47,8 @@ def late_factor(counts: Sequence[torch.Tensor | float], of_samples: int) -> torc
     total = torch.as_tensor(sum(counts))
     if total.device.type != "mps":  # which has no double precision
         total = total.double()
-    # A window in which nothing counts has no gradient; dividing by nothing would make it nan.
-    return of_samples / torch.where(total == 0, torch.ones_like(total), total)
+    # A window in which nothing counts owes nothing; dividing by nothing would make it nan.
+    return torch.where(total == 0, torch.zeros_like(total), of_samples / total)
 
 
 def _check(loss: Any) -> None:

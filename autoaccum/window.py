@@ -92,6 +92,15 @@ def run(
         with stats.corrected() if stats is not None else nullcontext():
             return gradients(job, loss, pieces, samples=samples, device=device, scaler=scaler, stats=stats, say=say)
 
+    try:
+        return _stepped(job, evaluated, samples, scaler, say)
+    except BaseException:
+        # "unscale_() has already been called" would be the answer to the next window.
+        getattr(scaler, "_per_optimizer_states", {}).clear()
+        raise
+
+
+def _stepped(job: Job, evaluated: Callable[[Say], Gradients], samples: int, scaler: Any, say: Say) -> Ran:
     made = evaluated(say)
     # Gradients of several ranks would cross here: after the last backward, before anything reads them.
     grad_norm = _clipped(job, scaler, made.micro_batches, say)
@@ -106,6 +115,8 @@ def run(
             optimizer.step()
     for optimizer in job.optimizers:
         optimizer.zero_grad(set_to_none=True)
+    for parameter in job.idle:
+        parameter.grad = None
     return Ran(made.terms, samples, made.micro_batches, made.counted, grad_norm, infs)
 
 
@@ -133,10 +144,8 @@ def gradients(
     # On the host, beforehand: weights by count need the whole window's.
     counted = [float(job.count(piece)) for piece, _ in pieces] if job.count is not None else []
     of_count = sum(counted) if counted else None
-    for optimizer in job.optimizers:  # gradients that someone left would be added; `zero_grad` itself costs more
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
+    for parameter in _graded(job):  # gradients that someone left would be added; `zero_grad` itself costs more
+        parameter.grad = None
     terms: list[torch.Tensor] = []
     counts: list[torch.Tensor | float] = []
     index = -1
@@ -153,7 +162,10 @@ def gradients(
                 returned = loss(job.model, batch)
         term, count = weighting.contribution(returned, samples=size, of_samples=samples, count=counted[index] if counted else None, of_count=of_count)
         say("backward", index)
-        (term if scaler is None else scaler.scale(term)).backward()
+        if counted and counted[index] == 0:  # owes nothing; a mean over nothing is nan, and so is its gradient
+            term = torch.zeros_like(term)
+        else:
+            (term if scaler is None else scaler.scale(term)).backward()
         terms.append(term.detach())
         if count is not None:
             counts.append(count)
@@ -164,8 +176,16 @@ def gradients(
     if counts:
         factor = weighting.late_factor(counts, samples)
         # Under a scaler the gradients are still scaled, which a factor keeps.
-        _scale([parameter.grad for parameter in job.trained() if parameter.grad is not None], factor)
+        _scale([parameter.grad for parameter in _graded(job) if parameter.grad is not None], factor)
     return Gradients(Terms(terms, factor), sum(counts) if counts else of_count, index + 1)
+
+
+def _graded(job: Job) -> Iterator[torch.Tensor]:
+    """Every tensor that backward may give a gradient."""
+    yield from job.idle
+    for optimizer in job.optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
 
 
 def _scale(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
@@ -184,17 +204,20 @@ def _clipped(job: Job, scaler: Any, micro_batches: int, say: Say) -> torch.Tenso
     if scaler is not None and (job.max_grad_norm is not None or len(job.optimizers) > 1):
         for optimizer in job.optimizers:
             scaler.unscale_(optimizer)
-    return None if job.max_grad_norm is None else torch.nn.utils.clip_grad_norm_(job.trained(), job.max_grad_norm)
+    # Only what is stepped: a part of the model that is another job's, or nobody's, has no say in the norm.
+    return None if job.max_grad_norm is None else torch.nn.utils.clip_grad_norm_(job.stepped(), job.max_grad_norm)
 
 
 def _scaled_step(job: Job, scaler: Any) -> tuple[torch.Tensor, ...]:
     """An inf in any gradient skips the step of every optimizer. Returns the device's marks of what was found."""
     together = len(job.optimizers) == 1 or not any(bool(inf > 0) for optimizer in job.optimizers for inf in _infs(scaler, optimizer))
-    for optimizer in job.optimizers:
+    with_gradients = [each for each in job.optimizers if any(p.grad is not None for group in each.param_groups for p in group["params"])]
+    for optimizer in with_gradients:
         if together:
             scaler.step(optimizer)
     infs = tuple(inf for optimizer in job.optimizers for inf in _infs(scaler, optimizer))
-    scaler.update()
+    if with_gradients:
+        scaler.update()
     return infs
 
 

@@ -34,7 +34,7 @@ from torch import nn
 import autoaccum
 from autoaccum.devices import cpu
 from autoaccum.plan import Plan, PlannedDevice, micro_batches
-from autoaccum.rescue import WindowStart
+from autoaccum.rewinding import WindowStart
 
 STEPS = 8
 MICRO_BATCH = 32

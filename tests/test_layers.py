@@ -16,10 +16,10 @@ devices
 reading weighting explaining losses rates
 job search regrouping feeding running_stats generators
 snapshot plan window refusing
-rescue hints comparing
+rewinding hints comparing
 trial command
 child
-tuning
+tuning rescue
 loop report progress
 training demo
 cli

@@ -10,25 +10,38 @@ from tests import jobs
 from tests.plans import by_hand
 
 
-def network():
+def network(momentum=0.1):
     torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=0.1), nn.ReLU(), nn.Linear(6, 1))
+    return nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6, momentum=momentum), nn.ReLU(), nn.Linear(6, 1)).double()
 
 
-@pytest.mark.parametrize("micro_batch", [12, 6, 5, 4, 2])
-def test_the_old_values_keep_the_weight_they_have_over_one_big_batch(micro_batch):
-    """On samples that are all alike the statistics of every micro-batch are those of the window."""
-    model = network()
-    batch = torch.ones(12, 4), torch.zeros(12, 1)
-    whole = network()
-    whole(batch[0])
-    loop = autoaccum.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0), by_hand(None, 12, micro_batch), correct_running_stats=True)
-    loop.step(batch, jobs.mse)
-    torch.testing.assert_close(model[1].running_mean, whole[1].running_mean)
-    assert model[1].momentum == 0.1
-    plain = network()
-    autoaccum.Accumulator(plain, torch.optim.SGD(plain.parameters(), lr=0.0), by_hand(None, 12, micro_batch)).step(batch, jobs.mse)
-    assert torch.allclose(plain[1].running_mean, whole[1].running_mean) == (micro_batch == 12)
+@pytest.mark.parametrize("momentum", [0.1, 1.0, None])
+@pytest.mark.parametrize("micro_batch", [12, 6, 5, 4])
+def test_running_means_and_counts_are_those_of_whole_batches_however_windows_are_split(micro_batch, momentum):
+    model, whole, plain = network(momentum), network(momentum), network(momentum)
+    torch.manual_seed(1)
+    windows = [tuple(each.double() for each in jobs.pairs(samples, 4)) for samples in (12, 12, 7)]
+    loops = [
+        autoaccum.Accumulator(each, torch.optim.SGD(each.parameters(), lr=0.0), by_hand(None, 12, micro_batch), correct_running_stats=corrected)
+        for each, corrected in ((model, True), (plain, False))
+    ]
+    for batch in windows:
+        whole(batch[0])
+        for loop in loops:
+            loop.step(batch, jobs.mse)
+    torch.testing.assert_close(model[1].running_mean, whole[1].running_mean, rtol=1e-12, atol=1e-15)
+    assert model[1].num_batches_tracked == 3 and model[1].momentum == momentum
+    assert torch.allclose(plain[1].running_mean, whole[1].running_mean, rtol=1e-6) == (micro_batch == 12)
+
+
+def test_variances_lack_only_how_the_means_of_micro_batches_differ():
+    """On micro-batches that are all alike there is nothing of that."""
+    model, whole = network(), network()
+    part = torch.randn(4, 4).double()
+    loop = autoaccum.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0), by_hand(None, 12, 4), correct_running_stats=True)
+    loop.step((part.repeat(3, 1), torch.zeros(12, 1).double()), jobs.mse)
+    whole(part)
+    torch.testing.assert_close(model[1].running_var, whole[1].running_var, rtol=1e-12, atol=1e-15)
 
 
 def test_momentum_comes_back_when_the_loss_fails():
@@ -36,7 +49,7 @@ def test_momentum_comes_back_when_the_loss_fails():
     loop = autoaccum.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0), by_hand(None, 12, 4), correct_running_stats=True)
 
     def loss(model, batch):
-        assert model[1].momentum == pytest.approx(1 - 0.9 ** (1 / 3))
+        assert model[1].momentum == pytest.approx(0.1 / 3 / (0.9 + 0.1 / 3))
         raise ValueError
 
     with pytest.raises(ValueError):
@@ -44,11 +57,11 @@ def test_momentum_comes_back_when_the_loss_fails():
     assert model[1].momentum == 0.1
 
 
-def test_layers_without_a_momentum_are_left_alone_and_those_in_eval_mode_are_not_named():
-    model = nn.Sequential(nn.BatchNorm1d(4, momentum=None), nn.BatchNorm1d(4).eval(), nn.BatchNorm1d(4))
+def test_layers_in_eval_mode_are_left_alone():
+    model = nn.Sequential(nn.BatchNorm1d(4), nn.BatchNorm1d(4).eval(), nn.BatchNorm1d(4, track_running_stats=False))
     assert list(batch_norms(model)) == ["0", "2"]
     stats = RunningStats(model)
     with stats.corrected():
         stats.share(0.5)
-        assert [layer.momentum for layer in model] == [None, pytest.approx(1 - 0.9**0.5), pytest.approx(1 - 0.9**0.5)]
-    assert [layer.momentum for layer in model] == [None, 0.1, 0.1]
+        assert [layer.momentum for layer in model] == [pytest.approx(0.05 / 0.95), 0.1, 0.1]
+    assert [layer.momentum for layer in model] == [0.1] * 3

@@ -21,7 +21,7 @@ from torch import nn
 import autoaccum
 from autoaccum import batches, feeding
 from autoaccum.plan import Plan, PlannedDevice, micro_batches
-from autoaccum.rescue import WindowStart
+from autoaccum.rewinding import WindowStart
 
 MIB = 2**20
 
