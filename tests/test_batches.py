@@ -135,3 +135,9 @@ def test_shapes_and_bytes_describe_the_batch():
     assert batches.shapes([rows(3), torch.arange(3)]) == {"batch[0]": (3, 3), "batch[1]": (3,)}
     assert batches.shapes(rows(2)) == {"batch": (2, 3)}
     assert batches.nbytes({"x": torch.zeros(4, 4), "y": torch.zeros(2, dtype=torch.int64)}) == 80
+
+
+def test_uncollated_samples_are_counted_as_samples():
+    rows = [(torch.zeros(10), torch.tensor(1.0)) for _ in range(7)]
+    assert batches.count(rows) == 7 and [len(piece) for piece in batches.split(rows, (4, 3))] == [4, 3]
+    assert batches.count([(torch.zeros(7, 2), torch.zeros(7)), ["text"] * 7]) == 7  # fields, one of them a pair

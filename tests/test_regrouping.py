@@ -148,3 +148,46 @@ def test_a_batch_of_one_piece_is_not_copied():
 
 def test_lengths_need_a_loader_that_tells():
     assert math.ceil(regrouping._samples_in(DataLoader(TensorDataset(torch.zeros(9)), batch_size=2))) == 9
+
+
+def packed(graphs):
+    """Graphs in one batch: nodes side by side, and which graph each belongs to."""
+    return {"nodes": torch.arange(graphs * 8.0).unsqueeze(1), "graph": torch.arange(graphs).repeat_interleave(8)}
+
+
+def test_what_is_told_its_samples_is_neither_joined_nor_cut_along_its_first_dimension():
+    plan = by_hand(None, 8, 4)
+    (window,) = plan.windows([packed(2) for _ in range(4)], samples=lambda batch: int(batch["graph"].max()) + 1)
+    pieces = list(window.cut(plan.sizes(8), most=4))
+    assert [(size, len(piece["nodes"])) for piece, size in pieces] == [(2, 16)] * 4
+    with pytest.raises(autoaccum.PlanError, match="cannot be cut, and a micro-batch may hold 1"):
+        window.cut((1,) * 8, most=1)
+
+
+def test_the_tail_of_what_cannot_be_cut_runs_as_it_came():
+    plan = by_hand(None, 12, 4)
+    loader = [Graphs(size) for size in (4, 4, 4, 4, 4, 1)]
+    windows = list(plan.windows(loader, samples=lambda graphs: graphs.samples))
+    assert [size for _, size in windows[1].cut(plan.sizes(9), most=plan.micro_batch)] == [4, 4, 1]
+    micros = list(plan.split(windows[1]))
+    assert [micro.weight for micro in micros] == [4 / 9, 4 / 9, 1 / 9]
+
+
+def test_ragged_samples_stay_samples_whatever_is_left_of_a_list():
+    lengths = (3, 5, 4, 6, 8, 8, 7)
+    texts = [torch.full((length,), float(length)) for length in lengths]
+    plan = by_hand(None, 4, 1)
+    windows = list(plan.windows([texts[:6], texts[6:]]))
+    assert [window.samples for window in windows] == [4, 3]
+    seen = [text for window in windows for piece, _ in window.cut((1,) * window.samples) for text in piece]
+    assert [len(text) for text in seen] == list(lengths)
+
+
+def test_the_smaller_last_window_can_be_left_out():
+    windows = by_hand(None, 12, 4).windows(DataLoader(torch.zeros(30, 1), batch_size=7), drop_last=True)
+    assert [window.samples for window in windows] == [12, 12] and len(windows) == 2
+
+
+def test_a_dataset_is_not_a_loader():
+    with pytest.raises(autoaccum.PlanError, match=r"not a dataset .*DataLoader\(dataset, batch_size=\.\.\.\)"):
+        by_hand(None, 12, 4).windows(TensorDataset(torch.zeros(30, 2)))

@@ -400,3 +400,152 @@ def test_500_windows_leave_nothing_behind():
 
 def test_the_line_tells_of_memory_that_did_not_come_back():
     assert "40 MiB did not come back" in str(Rescued("forward", 0, (8, 8), (6, 5, 5), 1, 40 * MIB))
+
+
+class Remembering(nn.Module):
+    """Buffers that come late, are given other memory, or cannot be written in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("late", None)
+        self.register_buffer("moved", torch.zeros(3))
+        self.register_buffer("expanded", torch.zeros(1).expand(4))
+        self.register_buffer("sparse", torch.eye(3).to_sparse())
+        with torch.inference_mode():
+            self.register_buffer("frozen", torch.ones(2))
+
+    def forward(self, inputs):
+        with torch.no_grad():
+            self.late = torch.zeros(2) if self.late is None else self.late + 1
+            self.moved.data = self.moved.data + 1
+            self.expanded.untyped_storage().copy_((self.expanded[:1] + 1).untyped_storage())
+            if not hasattr(self, "added"):
+                self.register_buffer("added", torch.zeros(1))
+            self.added += 1
+        return inputs
+
+
+class Average:
+    """Kept, and neither a module nor a tensor."""
+
+    def __init__(self):
+        self.shadow, self.steps = {"weight": torch.zeros(2)}, [0]
+        self.dice, self.numbers = random.Random(4), np.random.default_rng(4)
+
+
+def test_late_moved_and_odd_buffers_and_objects_that_are_kept_come_back_too():
+    def make():
+        model, kept = nn.Sequential(Remembering(), *network()), Average()
+
+        def loss(model, batch):
+            kept.shadow["weight"] += 1
+            kept.steps.append(kept.dice.random())
+            return noisy_loss(model, (batch[0] + kept.numbers.random(), batch[1]))
+
+        return autoaccum.Job(model, torch.optim.Adam(model.parameters()), loss, (), keep=[kept]), kept
+
+    torch.manual_seed(9)
+    data = [jobs.pairs(24, 6) for _ in range(6)]
+    (job, kept), (straight, theirs) = make(), make()
+    results = run(job, by_hand(job, 24, 8), data, {0: [("forward", 1)], 2: [("backward", 0)], 5: [("backward", 2)]})
+    seeded()
+    for batch, ours in zip(data, results):
+        autoaccum.Accumulator(straight, by_hand(straight, 24, math.ceil(24 / ours.micro_batches)), on_oom="raise").step(batch)
+    a, b = dict(job.model.named_buffers()), dict(straight.model.named_buffers())
+    assert a.keys() == b.keys() and all(torch.equal(a[name].to_dense(), b[name].to_dense()) for name in a)
+    assert torch.equal(kept.shadow["weight"], theirs.shadow["weight"]) and kept.steps == theirs.steps
+    assert kept.dice.getstate() == theirs.dice.getstate() and kept.numbers.random() == theirs.numbers.random()
+
+
+def test_running_out_before_the_first_forward_is_rescued_too():
+    """In the second window, after a step: counting, joining or copying the first micro-batch takes memory as well."""
+    fails = [False]
+
+    def count(batch):
+        if fails[0]:
+            fails[0] = False
+            raise torch.OutOfMemoryError(TEXT)
+        return len(batch[0])
+
+    job = make_job(count=count)
+    loop = autoaccum.Accumulator(job, by_hand(job, 12, 4))
+    loop.step(jobs.pairs(12, 6))
+    fails[0] = True
+    assert loop.step(jobs.pairs(12, 6)).rescued.phase == "forward"
+
+
+def test_a_mistake_while_the_caller_handles_an_out_of_memory_is_no_out_of_memory():
+    job = make_job()
+    loop = autoaccum.Accumulator(job, by_hand(job, 12, 4))
+    tried = []
+
+    def loss(model, batch):
+        tried.append(len(batch[0]))
+        raise ValueError("a mistake of the user's")
+
+    with pytest.raises(ValueError, match="a mistake"):
+        try:
+            raise torch.OutOfMemoryError(TEXT)
+        except torch.OutOfMemoryError:
+            loop.step(jobs.pairs(12, 6), loss)
+    assert tried == [4] and loop.micro_batch == 4
+
+
+def test_a_mistake_after_unscaling_leaves_no_mark_in_the_scaler():
+    class Fails(torch.optim.SGD):
+        fails = True
+
+        def step(self, closure=None):
+            if self.fails:
+                raise KeyboardInterrupt
+            return super().step(closure)
+
+    model = network()
+    job = autoaccum.Job(model, Fails(model.parameters(), lr=0.1), noisy_loss, (), scaler=torch.amp.GradScaler("cpu", init_scale=16.0), max_grad_norm=1.0)
+    loop = autoaccum.Accumulator(job, by_hand(job, 12, 4))
+    with pytest.raises(KeyboardInterrupt):
+        loop.step(jobs.pairs(12, 6))
+    job.optimizer.fails = False
+    assert loop.step(jobs.pairs(12, 6)).samples == 12
+
+
+def test_a_window_that_cannot_be_rescued_leaves_the_size_as_it_was():
+    job = make_job()
+    loop = autoaccum.Accumulator(job, by_hand(job, 12, 4))
+    trap_of(job).set = [("forward", 0)] * 20
+    with pytest.raises(torch.OutOfMemoryError):
+        loop.step(jobs.pairs(12, 6))
+    trap_of(job).set = []
+    assert loop.micro_batch == 4 and loop.step(jobs.pairs(12, 6)).micro_batches == 3
+
+
+def test_growing_back_waits_longer_after_each_time_that_it_was_too_much():
+    job = make_job()
+    loop = autoaccum.Accumulator(job, by_hand(job, 12, 4), grow_after=2)
+
+    def loss(model, batch):
+        if len(batch[0]) > 3:
+            raise torch.OutOfMemoryError(TEXT)
+        return noisy_loss(model, batch)
+
+    rescued = [number for number in range(20) if loop.step(jobs.pairs(12, 6), loss).rescued]
+    assert rescued == [0, 3, 8, 17]  # after 2, 4 and 8 windows without trouble
+
+
+def test_two_jobs_grow_back_after_as_many_windows_as_one():
+    steps = []
+    for number in (1, 2):
+        several = [make_job() for _ in range(number)]
+        loop = autoaccum.Accumulator(several, by_hand(several, 12, 4), grow_after=4)
+        trap_of(several[0]).set = [("forward", 0)]
+        results = [loop.step(jobs.pairs(12, 6)) for _ in range(8)]
+        steps.append([(each if number == 1 else each[0]).micro_batches for each in results])
+    assert steps[0] == steps[1]
+
+
+def test_raising_says_where_it_ran_out():
+    job = make_job()
+    trap_of(job).set = [("backward", 1)]
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        autoaccum.Accumulator(job, by_hand(job, 12, 4), on_oom="raise").step(jobs.pairs(12, 6))
+    assert raised.value.__notes__ == ["autoaccum: ran out of memory in backward of micro-batch 2, of at most 4 samples"]

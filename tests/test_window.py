@@ -394,3 +394,48 @@ def test_with_8_steps_the_peak_is_that_of_2():
             loop.step(torch.zeros(20 * steps, 1))
             peaks.append(watch.peak_bytes() - before)
     assert peaks[0] > 40 * MIB and abs(peaks[1] - peaks[0]) < 2 * MIB
+
+
+def test_the_norm_is_that_of_what_is_stepped_and_other_gradients_do_not_pile_up():
+    """A head is trained, the rest gets gradients that nobody takes; under a scaler they would not even be unscaled."""
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0)):
+        model = network().float()
+        head = model[2]
+        job = Job(model, torch.optim.SGD(head.parameters(), lr=0.0), mean_loss, (), max_grad_norm=1e9, scaler=scaler)
+        batch = tuple(each.float() for each in data(6))
+        expected = torch.cat([grad.flatten() for grad in torch.autograd.grad(mean_loss(model, batch), head.parameters())]).norm()
+        for _ in range(3):
+            ran = window.run(job, mean_loss, [(batch, 6)], samples=6, device=CPU, scaler=scaler)
+            torch.testing.assert_close(ran.grad_norm, expected)
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_micro_batch_in_which_nothing_counts_owes_nothing_also_where_its_mean_is_nan():
+    def masked_mean(model, batch):
+        inputs, targets, mask = batch
+        return ((model(inputs) - targets).square().mean(dim=1) * mask).sum() / mask.sum()
+
+    mask = torch.ones(9).double()
+    mask[3:6] = 0
+    batch = (*data(9), mask)
+    stepped, ran, _ = gradients(masked_mean, batch, (3, 3, 3), count=lambda piece: piece[2].sum())
+    model = network()
+    for a, b in zip(torch.autograd.grad(masked_mean(model, batch), model.parameters()), stepped):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(ran.loss, masked_mean(model, batch).detach())
+
+
+def test_of_several_scaled_optimizers_one_may_have_nothing_to_step():
+    model = nn.Sequential(nn.Linear(5, 2), nn.Linear(3, 3))
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    job = Job(model, [torch.optim.SGD(part.parameters(), lr=0.1) for part in model], mean_loss, (), scaler=scaler)
+    batch = tuple(each.float() for each in data(6))
+    before = model[0].weight.clone()
+    window.run(job, lambda model, batch: mean_loss(model[0], batch), [(batch, 6)], samples=6, device=CPU, scaler=scaler)
+    assert not torch.equal(before, model[0].weight)
+
+
+@pytest.mark.parametrize("second", [torch.zeros(4, 2), "many", -3, None])
+def test_the_second_part_of_a_pair_is_a_count(second):
+    with pytest.raises(JobError, match="returned a pair whose second part is"):
+        gradients(lambda model, batch: (model(batch[0]).sum(), second), data(4), (2, 2))
