@@ -142,8 +142,14 @@ def check_source(
     with _child(where, wish, device, progress, said) as (child, tell, label):
         started = time.monotonic()
         budget = refusing.enough(child.budget())
-        sizes = _window(wish.target_batch, micro_batch)
+        sizes = plan.micro_batches(wish.target_batch, math.ceil(wish.target_batch / micro_batch))
         norms = child.subject().batch_norms
+        if sizes[0] < micro_batch:
+            # The size itself was asked for, so it is run as given, with the rest of the window smaller.
+            whole, rest = divmod(wish.target_batch, micro_batch)
+            sizes = (micro_batch,) * whole + ((rest,) if rest else ())
+            if norms and rest == 1:
+                sizes = _window(wish.target_batch, micro_batch)
         if norms and min(sizes) < 2:
             raise UsageError(f"BatchNorm layer {norms[0]!r} needs micro-batches of at least 2 samples, and {explaining.notation(sizes)} leaves one alone")
         reading = tell.measured(child, sizes, full=True)

@@ -250,3 +250,8 @@ def two_in_turn():
         autoaccum.Job(judge, torch.optim.Adam(judge.parameters()), judge_loss, pairs(8), data=data),
         autoaccum.Job(generator, torch.optim.Adam(generator.parameters()), generator_loss, pairs(8)),
     ]
+
+
+def normed():
+    model = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.ReLU(), nn.Linear(16, 1))
+    return autoaccum.Job(model, torch.optim.Adam(model.parameters()), mse, pairs(8))

@@ -260,3 +260,11 @@ def test_what_check_and_tune_cannot_do_without_is_told(words, says):
 def test_a_gan_is_planned_and_trained_from_a_list_of_jobs():
     told = document(autoaccum("train", f"{JOBS}:two_in_turn", "-b", 12, "--max-micro-batch", 5, "--json", "-q"))
     assert told["micro_batches"] == [4, 4, 4] and told["epochs"][0]["steps"] == 5
+
+
+def test_check_cuts_the_rest_of_a_window_so_that_no_sample_is_alone():
+    told = document(autoaccum("check", f"{JOBS}:normed", "-b", 100, "-m", 33, "--json", "-q"))
+    assert told["micro_batches"] == [33, 23, 22, 22]
+    for size in (1, 99):
+        finished = autoaccum("check", f"{JOBS}:normed", "-b", 100, "-m", size, "-q")
+        assert finished.returncode == 2 and "BatchNorm layer '1' needs micro-batches of at least 2 samples" in finished.stderr

@@ -148,3 +148,65 @@ def test_of_several_jobs_the_one_that_is_not_exact_is_told():
     good, bad = jobs.small(), jobs.small(lambda model, batch: jobs.mse(model, batch) * len(batch[0]))
     assert autoaccum.equivalence([good, copy.copy(good)]).exact is True
     assert autoaccum.equivalence([good, bad]).cause == "sum"
+
+
+def plan_of(model, loss, batch, **given):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    return autoaccum.tune(model, optimizer, loss, batch, **{"target_batch": 12, "max_micro_batch": 5, **given})
+
+
+def test_what_tune_finds_is_warned_of_where_it_is_called():
+    with pytest.warns(UserWarning, match="sum over the samples") as told:
+        plan_of(dense(), lambda model, batch: jobs.mse(model, batch) * len(batch[0]), jobs.pairs(12))
+    assert told[0].filename == __file__
+
+
+class SaysOtherwiseInEval(nn.Module):
+    """Functional dropout, and a result of another kind in eval mode, as detection models have."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = dense()
+
+    def forward(self, inputs):
+        out = self.inner(nn.functional.dropout(inputs, 0.5, training=self.training))
+        return out if self.training else {"boxes": out}
+
+
+def test_a_comparison_that_fails_is_told_and_is_not_taken_for_exact():
+    with pytest.warns(UserWarning, match=r"whether splitting changes the gradient could not be seen: \w+Error"):
+        plan_of(SaysOtherwiseInEval(), jobs.mse, jobs.pairs(12))
+
+
+def test_a_plan_of_single_samples_is_compared_too_where_the_limit_is_enforced():
+    with pytest.warns(UserWarning, match="sum over the samples"):
+        plan_of(dense(), lambda model, batch: jobs.mse(model, batch) * len(batch[0]), jobs.pairs(12), max_micro_batch=1, memory_limit="8GiB")
+
+
+def test_eval_mode_is_mentioned_where_the_comparison_needed_it():
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = dense()
+
+        def forward(self, inputs):
+            return self.inner(nn.functional.dropout(inputs, 0.5, training=self.training))
+
+    found = compared(Noisy(), jobs.mse, jobs.pairs(12))
+    assert found.exact is True and "in eval mode, because the loss draws random numbers" in str(found)
+
+
+def test_a_gradient_of_rounding_alone_is_not_judged():
+    model = nn.Linear(4, 1)
+    inputs = torch.randn(8, 4)
+    assert compared(model, jobs.mse, (inputs, model(inputs).detach() + 1e-8)).exact is None
+
+
+def test_token_mean_that_counts_the_wrong_labels_is_not_told_to_use_token_mean():
+    found = compared(Speaker(shifted=True), autoaccum.token_mean, ragged())
+    assert "shifted=True" in str(found) and "use loss=autoaccum.token_mean" not in str(found)
+
+
+def test_the_job_that_is_not_exact_is_numbered():
+    good, bad = jobs.small(), jobs.small(lambda model, batch: jobs.mse(model, batch) * len(batch[0]))
+    assert str(autoaccum.equivalence([good, bad])).startswith("job 2 of 2: the loss is a sum")

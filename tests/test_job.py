@@ -98,3 +98,26 @@ def test_loading_leaves_the_arguments_of_this_process_alone():
     before = list(sys.argv)
     job.load(job.Source("tests/jobs.py:small", {}, ("--mine",)), device="cpu")
     assert sys.argv == before
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"max_grad_norm": -1.0}, "above 0, or None for no clipping, not -1.0"),
+        ({"max_grad_norm": True}, "max_grad_norm"),
+        ({"count": 5}, "count must be a function"),
+        ({"split": "rows"}, "split must be a function"),
+        ({"keep": nn.Linear(1, 1)}, r"keep must be a list .* keep=\[\.\.\.\]"),
+        ({"scheduler": 1}, "scheduler must be a learning rate scheduler"),
+        ({"scaler": True}, "scaler must be a torch.amp.GradScaler"),
+    ],
+)
+def test_settings_of_the_wrong_kind_are_told_before_anything_trains(given, says):
+    with pytest.raises(autoaccum.JobError, match=says):
+        jobs.small(**given)
+
+
+def test_a_scheduler_that_needs_a_figure_is_left_to_its_owner():
+    job = jobs.small()
+    with pytest.raises(autoaccum.JobError, match="ReduceLROnPlateau steps on a figure that only you have"):
+        jobs.small(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(job.optimizer))

@@ -169,3 +169,16 @@ def test_notebooks_show_the_report_and_a_table_of_trials():
 
 def test_a_plan_prints_as_its_first_line():
     assert str(T4) == "512 = 40 x 5 + 39 x 8     13 micro-batches a step on cuda:0, Tesla T4"
+
+
+def test_a_file_that_does_not_agree_with_itself_is_told(tmp_path):
+    path = tmp_path / "plan.json"
+    T4.save(path)
+    path.write_text(path.read_text().replace('"share": 512', '"share": 500'))
+    with pytest.raises(PlanError, match="does not agree with itself"):
+        Plan.load(path)
+
+
+def test_a_folder_that_is_not_there_is_told(tmp_path):
+    with pytest.raises(PlanError, match="there is no folder"):
+        T4.save(tmp_path / "none" / "plan.json")

@@ -264,3 +264,24 @@ def test_a_compiled_model_is_searched_as_it_was_written_and_confirmed_compiled()
     assert len(searched) >= 2 and searched <= set(ran)  # in Python, as written
     assert 1 <= len(graphs) <= 2  # the confirmed window's sizes
     torch.compiler.reset()
+
+
+def test_a_keyword_that_is_not_there_is_told_with_the_one_that_was_meant():
+    job = jobs.small()
+    with pytest.raises(autoaccum.UsageError, match="tune\\(\\) has no keyword 'max_microbatch': did you mean 'max_micro_batch'"):
+        autoaccum.tune(job.model, job.optimizer, job.loss, job.batch, target_batch=12, max_microbatch=4)
+    with pytest.raises(autoaccum.UsageError, match="target_batch must be a whole number"):
+        autoaccum.tune(job, target_batch=None)
+
+
+def test_the_device_may_be_a_torch_device():
+    assert autoaccum.tune(jobs.small(), target_batch=4, device=torch.device("cpu")).device.kind == "cpu"
+
+
+def test_float16_without_a_scaler_is_warned_of():
+    with pytest.warns(UserWarning, match="float16 without a GradScaler"):
+        autoaccum.tune(jobs.small(autocast=torch.float16), target_batch=4)
+
+
+def test_hints_speak_the_callers_language():
+    assert "equal=True gives" in autoaccum.tune(jobs.small(), target_batch=127, max_micro_batch=40).explain()
