@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -221,6 +222,7 @@ def _raised(told: dict[str, Any]) -> errors.AutoaccumError:
 
 def main(receive: int, send: int, parent: int) -> None:
     """Serves one parent until it closes the pipe."""
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; nobody here needs NumPy
     _die_with(parent)
     requests, lock = os.fdopen(receive, "rb"), threading.Lock()
     # The user's own children must not hold the pipes open.

@@ -6,6 +6,7 @@ import os
 import sys
 import tempfile
 import traceback as traces
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -248,6 +249,7 @@ def _stdout_for_us() -> Iterator[Callable[[str], None]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit code."""
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; nobody here needs NumPy
     words = list(sys.argv[1:] if arguments is None else arguments)
     # click would swallow the `--`: what follows it is not ours to parse.
     ours, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, None)
