@@ -549,3 +549,30 @@ def test_raising_says_where_it_ran_out():
     with pytest.raises(torch.OutOfMemoryError) as raised:
         autoaccum.Accumulator(job, by_hand(job, 12, 4), on_oom="raise").step(jobs.pairs(12, 6))
     assert raised.value.__notes__ == ["autoaccum: ran out of memory in backward of micro-batch 2, of at most 4 samples"]
+
+
+def lbfgs_job():
+    model = network()
+    return autoaccum.Job(model, torch.optim.LBFGS(model.parameters(), max_iter=4), jobs.mse, ())
+
+
+def test_with_a_closure_the_first_evaluation_is_rescued_and_a_later_one_raises():
+    batch = jobs.pairs(12, 6)
+    job = lbfgs_job()
+    trap_of(job).set = [("backward", 1)]
+    assert autoaccum.Accumulator(job, by_hand(job, 12, 4)).step(batch).rescued.after == (3, 3, 3, 3)
+    job = lbfgs_job()
+    trap_of(job).set = [("forward", 3)]  # the first of the second evaluation
+    with pytest.raises(torch.OutOfMemoryError) as raised:
+        autoaccum.Accumulator(job, by_hand(job, 12, 4)).step(batch)
+    assert any("in the optimizer's step: weights may have changed" in note for note in raised.value.__notes__)
+
+
+def test_corrected_running_statistics_are_not_moved_by_what_failed():
+    torch.manual_seed(9)
+    batch = jobs.pairs(24, 6)
+    job, straight = make_job(), make_job()
+    run(job, by_hand(job, 24, 8), [batch], {0: [("backward", 2)]}, correct_running_stats=True)
+    seeded()
+    autoaccum.Accumulator(straight, by_hand(straight, 24, 6), correct_running_stats=True).step(batch)
+    assert same_training(job, straight) and job.model[1].num_batches_tracked == 1
