@@ -70,7 +70,7 @@ def resize(batch: Any, samples: int) -> Any:
 
 
 def move(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
-    """`batch` with its tensors on `device`; the very same object where they all are there already."""
+    """`batch` with its tensors on `device`; the very same object where they all are there already, and it was not cut from a list."""
     # The plain cases first: this runs for every micro-batch.
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=non_blocking)
@@ -80,9 +80,13 @@ def move(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any
                 break
         else:
             return batch
-    if all(tensor.device == device for _, leaf in _leaves(batch) for tensor in _tensors(leaf)):
+    leaves = [leaf for _, leaf in _leaves(batch)]
+    if any(tensor.device != device for leaf in leaves for tensor in _tensors(leaf)):
+        batch = changed(batch, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    elif not any(type(leaf) is _Samples for leaf in leaves):
         return batch
-    return changed(batch, lambda tensor: tensor.to(device, non_blocking=non_blocking))
+    # Our mark on lists is nobody else's business.
+    return _mapped(batch, lambda leaf: list(leaf) if type(leaf) is _Samples else leaf)
 
 
 def tensors(batch: Any) -> list[tuple[str, torch.Tensor]]:

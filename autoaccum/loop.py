@@ -130,8 +130,6 @@ class Accumulator:
         loss: `loss(model, batch)`; may be left out with a `Job`. Returns a `StepResult`, or a tuple of them for several jobs.
         Raises `PlanError` for a window of more samples than the share, and for a loader that gives fewer twice in a row.
         """
-        if isinstance(batch, Window) and self._jobs[0].split is not None:
-            batch = batch.cut_by(self._jobs[0].split)
         whole = batch if isinstance(batch, Window) else Window((batch,), (counted(batch),), self._jobs[0].split)
         return self._step(whole, loss, lambda most: self._plan.sizes(whole.samples, most))
 
@@ -146,6 +144,8 @@ class Accumulator:
 
     def _step(self, whole: Window, loss: Loss | None, sizes: rescue.Sizes) -> Any:
         self._check(whole.samples)
+        if self._jobs[0].split is not None:
+            whole = whole.cut_by(self._jobs[0].split)
         self._rescuer.begin()
         if loss is not None and len(self._jobs) > 1:
             raise UsageError("several jobs run in turn, each with its own loss: call step(batch) without one")

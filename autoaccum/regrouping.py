@@ -40,6 +40,10 @@ class Window:
         """The same window with a splitter, if it has none of its own."""
         return self if self._split is not None else Window(self.parts, self.sizes, split, told=self._told)
 
+    def runs_as(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """What `cut` makes of these sizes, as far as it is known beforehand: parts that cannot be cut stay what they are."""
+        return self.sizes if self._told and self._split is None else tuple(sizes)
+
     def cut(self, sizes: Sequence[int], *, most: int | None = None) -> Cut:
         """The window in micro-batches of `sizes`, which must sum to its samples.
 
@@ -54,7 +58,7 @@ class Window:
             if max(self.sizes) > allowed:
                 raise PlanError(
                     f"a batch of {max(self.sizes)} samples cannot be cut, and a micro-batch may hold {allowed}: "
-                    "use DataLoader(batch_sampler=plan.batch_sampler(dataset)), or give split="
+                    "use DataLoader(batch_sampler=plan.batch_sampler(dataset)), give split=, or leave samples= out where the first dimension counts them"
                 )
             return list(zip(self.parts, self.sizes))
         if len(self.parts) == 1:
@@ -117,10 +121,17 @@ class Windows:
     def __iter__(self) -> Iterator[Window]:
         parts: list[Any] = []
         sizes: list[int] = []
-        ragged = False
+        ragged = even = False
         for batch in self._loader:
             # Whether a list holds samples or fields is told by what it holds; of a ragged loader, some batch may happen to be even.
-            ragged = ragged or batches.is_list_of_samples(batch)
+            if batches.is_list_of_samples(batch) and not ragged:
+                if even:
+                    raise PlanError(
+                        "the loader gives lists of tensors, first of one length, which were taken for fields, then of unlike lengths, which are samples: "
+                        "give samples=len and split= with a function that cuts a list"
+                    )
+                ragged = True
+            even = even or (isinstance(batch, list) and not ragged)
             batch = batches.as_samples(batch) if ragged else batch
             have = counted(batch, self._samples)
             while have:
@@ -151,7 +162,7 @@ class Windows:
         except PlanError as error:
             raise PlanError(
                 f"a loader batch of {first + rest} samples does not end where a window of {self._share} does, and cannot be cut: "
-                "use DataLoader(batch_sampler=plan.batch_sampler(dataset)), or give split="
+                "use DataLoader(batch_sampler=plan.batch_sampler(dataset)), give split=, or leave samples= out where the first dimension counts them"
             ) from error
 
 

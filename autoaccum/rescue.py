@@ -100,8 +100,8 @@ class Rescuer:
         Raises what `attempt` raised where it is no out-of-memory, where the optimizer had begun to step, and
         where not even the smallest micro-batch runs; an out-of-memory with a note that says which.
         """
-        before, at_first, left_at_first = sizes(self.micro_batch), self.micro_batch, len(self._left)
-        cut = whole.cut(before, most=self.micro_batch)
+        before, at_first, left_at_first = whole.runs_as(sizes(self.micro_batch)), self.micro_batch, len(self._left)
+        cut = whole.cut(sizes(self.micro_batch), most=self.micro_batch)
         outside = sys.exc_info()[1]  # what the caller is handling, if anything: none of our business
         if self._enabled:
             self._start.note()
@@ -137,20 +137,20 @@ class Rescuer:
         if self._grew and self._grow_after is not None:
             self._grow_after *= 2  # it is still too much: try less often
         self._failed, self._grew = True, False
-        rescued = Rescued(*failures[0], tuple(before), tuple(sizes(self.micro_batch)), len(failures), kept_bytes)
+        rescued = Rescued(*failures[0], before, whole.runs_as(sizes(self.micro_batch)), len(failures), kept_bytes)
         log.warning("%s", rescued)
         return ran, rescued
 
     def _smaller(self, whole: Window, sizes: Sizes) -> Cut | None:
         """The window in the next smaller micro-batches that make a difference to it; None where there are none."""
         smallest = 2 if any(batch_norms(job.model) for job in self._jobs) else 1  # which forbids a sample alone
-        now = sizes(self.micro_batch)
+        now = whole.runs_as(sizes(self.micro_batch))
         for most in search.sizes(self._plan.share, smallest=smallest)[::-1]:
-            then = sizes(most)
+            then = whole.runs_as(sizes(most))
             if most >= self.micro_batch or max(then) >= max(now) or min(then) < min(smallest, *now):
                 continue
             try:
-                cut = whole.cut(then, most=most)
+                cut = whole.cut(sizes(most), most=most)
             except Exception:  # batches that cannot be cut came as micro-batches, or the user's splitter failed
                 return None
             self._left.append(self.micro_batch)

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import gc
 import traceback
+import warnings
 from collections.abc import Iterable, Sequence
 
 import torch
 
-from autoaccum import oom, snapshot
+from autoaccum import oom, snapshot, window
+from autoaccum.errors import DeviceError
 from autoaccum.generators import Generators
 from autoaccum.job import Job
 from autoaccum.units import MIB
@@ -39,6 +41,7 @@ class WindowStart:
         ]
         self._loose = [each for each in kept if isinstance(each, torch.Tensor)]
         self._loose += [parameter for each in kept if isinstance(each, torch.nn.Module) for parameter in each.parameters()]
+        self._snapshot: snapshot.Snapshot | None = None
         self._find()
 
     def note(self) -> None:
@@ -51,14 +54,19 @@ class WindowStart:
             for large in self._large:
                 large.note()
         self._generators.note()
-        self._snapshot = snapshot.Snapshot((), keep=self._others) if self._others else None
+        self._snapshot = None  # not two at once
+        if self._others:
+            try:
+                self._snapshot = snapshot.Snapshot((), keep=self._others)
+            except DeviceError as short:
+                warnings.warn(f"what is in keep=[...] is not put back if a window has to run again: {short}", stacklevel=2)
+                self._others = []
 
     def put_back(self) -> None:
         """Makes everything as it was at `note`, and gradients empty."""
         for job in self._jobs:
             forget_gradients(job)
-            # "unscale_() has already been called" is kept here; the scale itself changes only in update().
-            getattr(job.scaler, "_per_optimizer_states", {}).clear()
+            window.unmark(job, job.scaler)  # the scale itself changes only in update()
         for owner, names, tensors in self._slots:
             if list(owner) != list(names) or any(owner[name] is not tensor for name, tensor in zip(names, tensors)):
                 owner.clear()

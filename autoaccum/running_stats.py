@@ -1,9 +1,11 @@
 """BatchNorm's running statistics, as if a window were one update and not one per micro-batch.
 
 A layer moves its running mean and variance by `momentum` m at every forward, so k micro-batches move them k times.
-Before micro-batch j, with the share s_j of the window's samples, momentum is set to `m s_j / (1 - m + m (s_1 + .. + s_j))`:
-after the window the old values weigh 1 - m, and the micro-batches' m s_j each. Their mean is then the window's own; their
-variance leaves out how the means of micro-batches differ. What normalises the samples is each micro-batch's own, still.
+Here momentum is 1 inside a window, so that each forward leaves its own micro-batch's statistics behind; these are
+averaged by their shares of the window's samples, and the old values moved towards the average once, by m. The
+running mean is then that of the whole batch; the variance leaves out how the means of micro-batches differ. What
+normalises the samples is each micro-batch's own, still. One momentum for all micro-batches also keeps a compiled
+model from being compiled for each. Of a layer that runs more than once in a forward, the last run counts.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ from typing import Any
 import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from autoaccum.errors import JobError
+
 
 def batch_norms(model: torch.nn.Module) -> dict[str, torch.nn.Module]:
     """The BatchNorm layers that take statistics of the batch in hand, by name."""
@@ -25,29 +29,70 @@ class RunningStats:
     """Corrects the layers of one model. `share` is given before each micro-batch's forward."""
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._layers: list[Any] = [module for module in model.modules() if _is_batch_norm(module) and getattr(module, "track_running_stats", False)]
+        for name, module in model.named_modules():
+            if _is_batch_norm(module) and not isinstance(module, _BatchNorm):
+                raise JobError(f"BatchNorm layer {name!r} is scripted, and its momentum fixed: correct_running_stats works on layers as they were written")
+        self._layers = [each for each in model.modules() if isinstance(each, _BatchNorm) and each.track_running_stats]
+        self._moving: list[_Moving] = []
+        self._share: float | None = None  # of the micro-batch that ran last
 
     def share(self, of_window: float) -> None:
         """The next micro-batch is this part of its window, 0 to 1."""
-        self._seen += of_window
-        for layer, momentum in self._moving:
-            layer.momentum = momentum * of_window / (1 - momentum + momentum * self._seen)
+        self._gather()
+        self._share = of_window
 
     @contextmanager
     def corrected(self) -> Iterator[RunningStats]:
         """One window is inside; afterwards every layer has its own momentum again, and has counted one batch more."""
-        layers = [layer for layer in self._layers if layer.training]
-        before = [(layer, layer.momentum, layer.num_batches_tracked.clone()) for layer in layers]
-        # Without a momentum a layer averages over all batches it ever saw.
-        self._moving = [(layer, 1 / (1 + float(tracked)) if momentum is None else momentum) for layer, momentum, tracked in before]
-        self._seen = 0.0
+        self._moving = [_Moving(layer) for layer in self._layers if layer.training and layer.running_mean is not None]
+        self._share = None
         try:
             yield self
-            for layer, _, tracked in before:
-                layer.num_batches_tracked.copy_(tracked + 1)
-        finally:
-            for layer, momentum, _ in before:
-                layer.momentum = momentum
+            self._gather()
+        except BaseException:
+            for each in self._moving:
+                each.undo()
+            raise
+        for each in self._moving:
+            each.settle()
+
+    def _gather(self) -> None:
+        if self._share is not None:
+            for each in self._moving:
+                each.gather(self._share)
+
+
+class _Moving:
+    """One layer inside a window."""
+
+    def __init__(self, layer: Any) -> None:
+        self._layer, self._momentum = layer, layer.momentum
+        self._tensors = [layer.running_mean, layer.running_var]
+        self._before = [each.clone() for each in self._tensors]
+        self._average = [torch.zeros_like(each) for each in self._tensors]
+        self._count = None if layer.num_batches_tracked is None else layer.num_batches_tracked.clone()
+        layer.momentum = 1.0
+
+    def gather(self, share: float) -> None:
+        for average, now in zip(self._average, self._tensors):
+            average.add_(now, alpha=share)
+
+    def settle(self) -> None:
+        momentum = self._momentum
+        if momentum is None:  # a layer without one averages over all batches it ever saw
+            momentum = 1.0 if self._count is None else 1 / (1 + float(self._count))
+        for now, before, average in zip(self._tensors, self._before, self._average):
+            now.copy_(before.lerp_(average, momentum))
+        self._layer.momentum = self._momentum
+        if self._count is not None:
+            self._layer.num_batches_tracked.copy_(self._count + 1)
+
+    def undo(self) -> None:
+        self._layer.momentum = self._momentum
+        for now, before in zip(self._tensors, self._before):
+            now.copy_(before)
+        if self._count is not None:
+            self._layer.num_batches_tracked.copy_(self._count)
 
 
 def _is_batch_norm(module: torch.nn.Module) -> bool:

@@ -28,6 +28,7 @@ from autoaccum.job import Job, in_turn
 from autoaccum.units import in_words
 
 Undo = Callable[[], object]
+_OURS = {f"autoaccum.{name}" for name in ("loop", "rescue", "rewinding", "generators", "running_stats", "plan", "job")}
 
 
 class Snapshot:
@@ -98,6 +99,8 @@ class Snapshot:
             warnings.warn("a parameter that does not train was changed by the job's own code and not copied: put its owner into keep=[...]", stacklevel=2)
 
     def _visit(self, item: Any, *, deep: bool = False) -> None:
+        if type(item).__module__ in _OURS:
+            return  # a trainer that is kept may hold the loop; putting that back would undo what it just decided
         if id(item) in self._seen or isinstance(item, (str, bytes, int, float, type(None), type, ModuleType, FunctionType, MethodType)):
             return
         self._seen[id(item)] = item

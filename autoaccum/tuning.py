@@ -375,7 +375,8 @@ def _plan(
 def _compared(rehearsal: Rehearser, largest: int) -> tuple[str, ...]:
     """A short look at whether accumulation is exact for this job, as warnings. What fails here says nothing about the plan."""
     if largest < 2 and not rehearsal.enforces:
-        return ()  # two samples at once might be too many, and nothing would stop them
+        # Two samples at once might be too many, and nothing would stop them.
+        return ("whether splitting changes the gradient was not compared, because that takes two samples at once: see autoaccum.equivalence",)
     try:
         found = rehearsal.compare(min(COMPARED_SAMPLES, max(largest, 2)))
     except DeviceError:

@@ -31,7 +31,9 @@ def contribution(
     if isinstance(returned, tuple) and len(returned) == 2:
         loss_sum, counted = returned
         _check(loss_sum)
-        if not (isinstance(counted, (int, float)) and counted >= 0) and not (isinstance(counted, torch.Tensor) and counted.numel() == 1):
+        if isinstance(counted, torch.Tensor) and counted.numel() == 1:
+            counted = counted.reshape(())
+        elif getattr(counted, "shape", ()) != () or not hasattr(counted, "__float__") or counted < 0:
             what = f"a tensor of shape {tuple(counted.shape)}" if isinstance(counted, torch.Tensor) else repr(counted)
             raise JobError(f"loss(model, batch) returned a pair whose second part is {what}: return (loss_sum, count), the count a number or a scalar tensor")
         return loss_sum / (of_count or of_samples), None if of_count else counted

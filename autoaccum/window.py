@@ -95,8 +95,7 @@ def run(
     try:
         return _stepped(job, evaluated, samples, scaler, say)
     except BaseException:
-        # "unscale_() has already been called" would be the answer to the next window.
-        getattr(scaler, "_per_optimizer_states", {}).clear()
+        unmark(job, scaler)
         raise
 
 
@@ -115,8 +114,6 @@ def _stepped(job: Job, evaluated: Callable[[Say], Gradients], samples: int, scal
             optimizer.step()
     for optimizer in job.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    for parameter in job.idle:
-        parameter.grad = None
     return Ran(made.terms, samples, made.micro_batches, made.counted, grad_norm, infs)
 
 
@@ -180,6 +177,12 @@ def gradients(
     return Gradients(Terms(terms, factor), sum(counts) if counts else of_count, index + 1)
 
 
+def unmark(job: Job, scaler: Any) -> None:
+    """Takes the scaler's marks off this job's optimizers: "unscale_() has already been called" would meet the next window."""
+    for optimizer in job.optimizers:
+        getattr(scaler, "_per_optimizer_states", {}).pop(id(optimizer), None)
+
+
 def _graded(job: Job) -> Iterator[torch.Tensor]:
     """Every tensor that backward may give a gradient."""
     yield from job.idle
@@ -202,7 +205,7 @@ def _clipped(job: Job, scaler: Any, micro_batches: int, say: Say) -> torch.Tenso
     say("clip", micro_batches - 1)
     # Several optimizers step together or not at all, so all must have looked for inf before the first steps.
     if scaler is not None and (job.max_grad_norm is not None or len(job.optimizers) > 1):
-        for optimizer in job.optimizers:
+        for optimizer in _with_gradients(job):
             scaler.unscale_(optimizer)
     # Only what is stepped: a part of the model that is another job's, or nobody's, has no say in the norm.
     return None if job.max_grad_norm is None else torch.nn.utils.clip_grad_norm_(job.stepped(), job.max_grad_norm)
@@ -210,15 +213,20 @@ def _clipped(job: Job, scaler: Any, micro_batches: int, say: Say) -> torch.Tenso
 
 def _scaled_step(job: Job, scaler: Any) -> tuple[torch.Tensor, ...]:
     """An inf in any gradient skips the step of every optimizer. Returns the device's marks of what was found."""
-    together = len(job.optimizers) == 1 or not any(bool(inf > 0) for optimizer in job.optimizers for inf in _infs(scaler, optimizer))
-    with_gradients = [each for each in job.optimizers if any(p.grad is not None for group in each.param_groups for p in group["params"])]
-    for optimizer in with_gradients:
+    together = len(job.optimizers) == 1 or not any(bool(inf > 0) for optimizer in _with_gradients(job) for inf in _infs(scaler, optimizer))
+    stepping = _with_gradients(job)
+    for optimizer in stepping:
         if together:
             scaler.step(optimizer)
-    infs = tuple(inf for optimizer in job.optimizers for inf in _infs(scaler, optimizer))
-    if with_gradients:
+    infs = tuple(inf for optimizer in stepping for inf in _infs(scaler, optimizer))
+    if stepping:
         scaler.update()
     return infs
+
+
+def _with_gradients(job: Job) -> list[torch.optim.Optimizer]:
+    """A scaler knows nothing to do with an optimizer that has none, for instance in a window in which nothing counts."""
+    return [each for each in job.optimizers if any(p.grad is not None for group in each.param_groups for p in group["params"])]
 
 
 def _infs(scaler: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:

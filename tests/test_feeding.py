@@ -22,9 +22,14 @@ def test_on_the_host_pieces_go_through_untouched_and_one_by_one():
 
 
 def test_what_is_on_the_device_already_is_not_copied():
-    batch = {"inputs": torch.zeros(4, 2), "more": (torch.zeros(4), ["a", "b", "c", "d"])}
+    batch = {"inputs": torch.zeros(4, 2), "more": (torch.zeros(4), torch.ones(4))}
     for piece, _ in feeding.feed(Window.of([batch]).cut((2, 2)), CPU):
         assert batches.move(piece, CPU) is piece
+
+
+def test_the_loss_gets_plain_lists():
+    for piece, _ in Window.of([{"inputs": torch.zeros(4, 2), "texts": ["a", "b", "c", "d"]}]).cut((2, 2)):
+        assert type(batches.move(piece, CPU)["texts"]) is list
 
 
 def test_another_device_gets_every_tensor_of_a_nested_batch():

@@ -576,3 +576,45 @@ def test_corrected_running_statistics_are_not_moved_by_what_failed():
     seeded()
     autoaccum.Accumulator(straight, by_hand(straight, 24, 6), correct_running_stats=True).step(batch)
     assert same_training(job, straight) and job.model[1].num_batches_tracked == 1
+
+
+def test_a_trainer_that_keeps_itself_may_hold_the_loop():
+    class Trainer:
+        def __init__(self):
+            self.seen = []
+            model = network()
+            self.job = autoaccum.Job(model, torch.optim.Adam(model.parameters()), self.loss, (), keep=[self])
+            self.loop = autoaccum.Accumulator(self.job, by_hand(self.job, 12, 4))
+
+        def loss(self, model, batch):
+            self.seen.append(len(batch[0]))
+            return noisy_loss(model, batch)
+
+    trainer = Trainer()
+    trap_of(trainer.job).set = [("forward", 1)]
+    assert trainer.loop.step(jobs.pairs(12, 6)).rescued.after == (3, 3, 3, 3)
+    assert trainer.loop.micro_batch == 3 and trainer.seen == [3] * 4  # what the failed window had noted is gone
+
+
+def test_what_no_optimizer_of_the_job_holds_can_be_stepped_by_its_owner():
+    model = network()
+    other = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    job = autoaccum.Job(model, torch.optim.SGD(model[5].parameters(), lr=0.1), noisy_loss, ())
+    before = model[0].weight.clone()
+    autoaccum.Accumulator(job, by_hand(job, 12, 4)).step(jobs.pairs(12, 6))
+    other.step()
+    assert not torch.equal(before, model[0].weight)
+
+
+def test_batches_that_cannot_be_cut_run_out_once():
+    job = make_job()
+    tried = []
+
+    def loss(model, graph):
+        tried.append(graph)
+        raise torch.OutOfMemoryError(TEXT)
+
+    loop = autoaccum.Accumulator(job, by_hand(job, 12, 4))
+    with pytest.raises(torch.OutOfMemoryError):
+        loop.step_micro([Graph(2) for _ in range(6)], loss, samples=lambda graph: len(graph.inputs))
+    assert len(tried) == 1 and loop.micro_batch == 4

@@ -350,7 +350,7 @@ def test_one_thing_that_cannot_be_put_back_does_not_keep_the_others_from_it():
 
     model = nn.Linear(4, 1)
     job = bare(model, loss=lambda m, b: (m(b) * torch.rand(())).mean(), keep=[Broken()])
-    kept = snapshot.Snapshot(job)
+    kept = snapshot.Snapshot([job])
     before = torch.get_rng_state()
     torch.rand(3)
     with torch.no_grad():
@@ -375,7 +375,7 @@ def test_frozen_parameters_are_not_copied():
     frozen.requires_grad_(False)
     model = nn.Sequential(frozen, trained)
     job = autoaccum.Job(model, torch.optim.SGD(trained.parameters(), lr=0.1), lambda m, b: m(b).mean(), torch.randn(2, 1000))
-    assert snapshot.Snapshot(job).host_bytes == 4 * 1001
+    assert snapshot.Snapshot([job]).host_bytes == 4 * 1001
 
 
 def test_tuning_works_outside_the_main_thread():

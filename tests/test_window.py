@@ -407,7 +407,23 @@ def test_the_norm_is_that_of_what_is_stepped_and_other_gradients_do_not_pile_up(
         for _ in range(3):
             ran = window.run(job, mean_loss, [(batch, 6)], samples=6, device=CPU, scaler=scaler)
             torch.testing.assert_close(ran.grad_norm, expected)
-        assert all(parameter.grad is None for parameter in model.parameters())
+        assert all(parameter.grad is None for parameter in head.parameters())
+        once = torch.autograd.grad(mean_loss(model, batch), model[0].weight)[0] * (1 if scaler is None else 1024.0)
+        torch.testing.assert_close(model[0].weight.grad, once)  # one window's, for whoever steps it
+
+
+def test_a_window_in_which_no_optimizer_gets_a_gradient_does_not_break_the_next():
+    model = network().float()
+    scaler = torch.amp.GradScaler("cpu", init_scale=16.0)
+    job = Job(model, torch.optim.SGD(model.parameters(), lr=0.1), mean_loss, (), scaler=scaler, max_grad_norm=1.0, count=lambda piece: piece[2].sum())
+    batch = (*(each.float() for each in data(4)), torch.ones(4))
+    nothing = (*batch[:2], torch.zeros(4))
+    before = [p.clone() for p in model.parameters()]
+    for _ in range(2):
+        assert float(window.run(job, mean_loss, [(nothing, 4)], samples=4, device=CPU, scaler=scaler).loss) == 0
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+    assert not window.run(job, mean_loss, [(batch, 4)], samples=4, device=CPU, scaler=scaler).skipped
+    assert not torch.equal(before[0], next(model.parameters()))
 
 
 def test_a_micro_batch_in_which_nothing_counts_owes_nothing_also_where_its_mean_is_nan():
