@@ -367,7 +367,7 @@ def test_a_copy_that_host_memory_cannot_hold_is_refused_with_the_figures(monkeyp
     everything = Everything(stepped=True)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: type("Host", (), {"available": 100, "total": 200})())
     with pytest.raises(autoaccum.DeviceError, match=r"KiB of host memory and 100 B are free"):
-        snapshot.Snapshot(everything.job)
+        snapshot.Snapshot([everything.job])
 
 
 def test_frozen_parameters_are_not_copied():
