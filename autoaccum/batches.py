@@ -30,6 +30,7 @@ def count(batch: Any) -> int:
         lengths = {len(item) for item in batch}
         if len(lengths) == 1:
             return lengths.pop()
+    batch = _told_by_siblings(batch)
     first: tuple[str, int] | None = None
     for path, leaf in _leaves(batch):
         length = _length(leaf)
@@ -56,11 +57,12 @@ def split(batch: Any, sizes: Sequence[int], *, samples: int | None = None) -> li
     samples = count(batch) if samples is None else samples
     if sum(sizes) != samples:
         raise PlanError(f"cannot cut {samples} samples into {list(sizes)}: that is {sum(sizes)}")
-    return _pieces(batch, list(sizes))
+    return _pieces(_told_by_siblings(batch), list(sizes))
 
 
 def resize(batch: Any, samples: int) -> Any:
     """The first `samples` samples of `batch`; a batch that has fewer is repeated."""
+    batch = _told_by_siblings(batch)
     have = count(batch)
     if have == 0:
         raise PlanError("the batch is empty: give one with at least one sample")
@@ -103,7 +105,7 @@ def join(parts: Sequence[Any]) -> Any:
     """Batches of one structure as one batch, or None where they cannot be: samples of unlike shapes (each
     loader batch padded to its own longest), or values of the whole batch that differ."""
     try:
-        return _joined(parts)
+        return _joined([_told_by_siblings(part) for part in parts])
     except _CannotJoin:
         return None
 
@@ -119,7 +121,7 @@ def shapes(batch: Any) -> dict[str, tuple[int, ...]]:
     The path of a lone tensor is `"batch"`; items of tuples and lists have their index.
     """
     found: dict[str, tuple[int, ...]] = {}
-    for path, leaf in _leaves(batch):
+    for path, leaf in _leaves(_told_by_siblings(batch)):
         if hasattr(leaf, "shape"):
             found[path] = tuple(int(extent) for extent in leaf.shape)
         elif isinstance(leaf, list):
@@ -141,6 +143,28 @@ class _Samples(list):  # type: ignore[type-arg]
     """A list whose items are known to be samples: what was cut from one stays one, whatever is left in it."""
 
 
+def _told_by_siblings(batch: Any) -> Any:
+    """A list of tensors beside a list of as many dicts or strings (images and their boxes) holds samples, whatever their shapes."""
+    if isinstance(batch, Mapping):
+        fields: list[Any] = list(batch.values())
+    elif isinstance(batch, (tuple, list)) and not isinstance(batch, _Samples):
+        fields = list(batch)
+    else:
+        return batch
+    lists = [field for field in fields if isinstance(field, list) and field and not isinstance(field, _Samples)]
+    lengths = {len(field) for field in lists if all(isinstance(item, (Mapping, str)) for item in field)}
+    meant = {id(field) for field in lists if len(field) in lengths and all(isinstance(item, torch.Tensor) for item in field)}
+    if not meant:
+        return batch
+    marked = [_Samples(field) if id(field) in meant else field for field in fields]
+    if isinstance(batch, Mapping):
+        rebuilt: Any = copy.copy(batch)
+        for key, field in zip(batch, marked):
+            rebuilt[key] = field
+        return rebuilt
+    return type(batch)(*marked) if hasattr(batch, "_fields") else type(batch)(marked)
+
+
 def is_list_of_samples(batch: Any) -> bool:
     """True for a list of tensors of unlike lengths, and for what was cut from one."""
     return isinstance(batch, list) and bool(batch) and all(isinstance(item, torch.Tensor) for item in batch) and _is_samples(batch)
@@ -158,6 +182,8 @@ def _is_samples(items: list[Any]) -> bool:
     """
     if isinstance(items, _Samples):
         return True
+    if any(isinstance(item, _Samples) for item in items):
+        return False
     tensors = [item for item in items if isinstance(item, torch.Tensor)]
     if tensors:
         return len(tensors) == len(items) and len({item.shape[:1] for item in items}) > 1

@@ -141,3 +141,18 @@ def test_uncollated_samples_are_counted_as_samples():
     rows = [(torch.zeros(10), torch.tensor(1.0)) for _ in range(7)]
     assert batches.count(rows) == 7 and [len(piece) for piece in batches.split(rows, (4, 3))] == [4, 3]
     assert batches.count([(torch.zeros(7, 2), torch.zeros(7)), ["text"] * 7]) == 7  # fields, one of them a pair
+
+
+@pytest.mark.parametrize("samples", [2, 3, 4])
+@pytest.mark.parametrize("kind", [tuple, list, dict])
+def test_images_beside_their_boxes_are_samples_also_where_there_are_as_many_as_channels(samples, kind):
+    images, boxes = [torch.full((3, 8, 9), float(index)) for index in range(samples)], [{"box": index} for index in range(samples)]
+    batch = {"images": images, "boxes": boxes} if kind is dict else kind((images, boxes))
+    assert batches.count(batch) == samples
+    pieces = batches.split(batch, (1, samples - 1))
+    fields = [list(piece.values()) if kind is dict else list(piece) for piece in pieces]
+    assert [len(field[0]) for field in fields] == [1, samples - 1] and fields[1][0][0].shape == (3, 8, 9)
+    joined = batches.join([batch, batch])
+    both = list(joined.values()) if kind is dict else list(joined)
+    assert len(both[0]) == len(both[1]) == 2 * samples and both[0][-1].shape == (3, 8, 9)
+    assert batches.count(batches.resize(batch, 5)) == 5
