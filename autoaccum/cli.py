@@ -85,7 +85,9 @@ def tune(rest: list[str] | None, /, **given: Any) -> None:
 @cli.command(epilog=_EPILOG)
 @_shared
 @click.option("-m", "--micro-batch", type=int, help="The size to rehearse.")
-@click.option("--equivalence", is_flag=True, help="Compare a split batch's gradient with the whole one's; needs neither -b nor -m.")
+@click.option(
+    "--equivalence", is_flag=True, help="Compare a split batch's gradient with the whole one's; needs neither -b nor -m, and exits with 0 whatever it finds."
+)
 @click.pass_obj
 def check(rest: list[str] | None, /, micro_batch: int | None, equivalence: bool, **given: Any) -> None:
     """Rehearse one given micro-batch; say by how much it fits or not. Or say whether splitting changes the gradient."""
