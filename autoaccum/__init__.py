@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from autoaccum import devices
     from autoaccum.comparing import equivalence
     from autoaccum.devices.base import Memory
+    from autoaccum.devices.virtual import VirtualGpu
+    from autoaccum.estimating import estimate
     from autoaccum.job import Job
     from autoaccum.loop import Accumulator, StepResult
     from autoaccum.losses import token_mean
@@ -49,6 +51,8 @@ _WHERE = {
     "token_mean": "losses",
     "scale_lr": "rates",
     "Memory": "devices.base",
+    "VirtualGpu": "devices.virtual",
+    "estimate": "estimating",
 }
 
 __all__ = [
@@ -72,10 +76,12 @@ __all__ = [
     "Reading",
     "StepResult",
     "UsageError",
+    "VirtualGpu",
     "Window",
     "__version__",
     "devices",
     "equivalence",
+    "estimate",
     "scale_lr",
     "token_mean",
     "tune",

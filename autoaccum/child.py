@@ -26,8 +26,8 @@ from typing import Any
 
 from autoaccum import errors, oom
 from autoaccum.devices.base import Budget, Memory
-from autoaccum.job import Source, load
-from autoaccum.reading import Equivalence, Limits, Reading, Say, Subject
+from autoaccum.job import Source, in_turn, load
+from autoaccum.reading import Equivalence, Estimate, Limits, Reading, Say, Subject
 from autoaccum.units import MIB
 
 
@@ -51,6 +51,7 @@ class Child:
         self._say, self._said = say, said or _to_stderr
         self._phase = "build"
         self._tail = ""
+        self._approximate = ""
         self.enforces = True
 
     def __enter__(self) -> Child:
@@ -93,11 +94,26 @@ class Child:
         except _Died:
             self._start()
             return None
-        return Equivalence.from_dict(answer)
+        return None if answer is None else Equivalence.from_dict(answer)
 
     def fresh(self) -> None:
-        self._end()
-        self._start()
+        if not self._subject["predicted"]:
+            self._end()
+            self._start()
+
+    def estimate(self, gpu: str, target: int, **wish: Any) -> Estimate:
+        """What a simulated card would make of the job; only where this child simulates."""
+        return Estimate.from_dict(self._simulated("estimate", gpu=gpu, target=target, **wish))
+
+    def tape(self, sizes: Sequence[int]) -> Any:
+        """The tape of a window on the card of the last estimate, as `tape.as_json` writes it."""
+        return self._simulated("tape", sizes=list(sizes))
+
+    def _simulated(self, verb: str, **arguments: Any) -> Any:
+        try:
+            return self._ask(verb, **arguments)
+        except _Died as death:
+            raise errors.JobFailed(f"the job's process ended while it was simulated (exit code {death.code})", text=self._tail.strip()) from None
 
     def _of_the_dead(self, death: _Died, micro_batch: int, steps: int, seconds: float, full: bool) -> Reading:
         def reading(outcome: Any) -> Reading:
@@ -132,12 +148,19 @@ class Child:
         self._listener.start()
         self._phase = "build"
         try:
-            answer = self._ask("open", source=asdict(self._source), device=self._device, limits=asdict(self._limits), path=sys.path)
+            answer = self._ask(
+                "open", source=asdict(self._source), device=self._device, limits=asdict(self._limits), path=sys.path, approximate=self._approximate
+            )
         except BaseException as error:
             self._end()
             if not isinstance(error, _Died):
                 raise
             death = error
+            if self._phase == "self-test" and not self._approximate:
+                # torch may end the process where it is not built as expected: then without its inside.
+                self._approximate = f"this torch ended the process when CUDA tensors were faked (exit code {death.code})"
+                self._start()
+                return
             if death.code == -signal.SIGKILL or oom.in_output(self._tail):
                 raise errors.NothingFits("the job ran out of memory while it was built, before any sample: give it more memory, or a smaller model") from None
             raise errors.JobFailed(f"the job ended the process while it was built (exit code {death.code})", text=self._tail.strip()) from None
@@ -168,7 +191,7 @@ class Child:
                 if self._say is not None:
                     self._say(message["phase"], message["index"])
             elif "error" in message:
-                raise _raised(message["error"])
+                raise raised(message["error"])
             else:
                 return message["answer"]
 
@@ -209,7 +232,7 @@ def _to_stderr(text: str) -> None:
     sys.stderr.flush()
 
 
-def _raised(told: dict[str, Any]) -> errors.AutoaccumError:
+def raised(told: dict[str, Any]) -> errors.AutoaccumError:
     """The error that the child told of: ours by its class, the user's as `JobFailed`."""
     ours = getattr(errors, told["type"], None)
     if told["ours"] and isinstance(ours, type) and issubclass(ours, errors.AutoaccumError):
@@ -239,7 +262,7 @@ def main(receive: int, send: int, parent: int) -> None:
     try:
         _serve(opened, requests, tell)
     except Exception as error:
-        tell({"error": _told(error)})
+        tell({"error": told(error)})
 
 
 def _serve(opened: dict[str, Any], requests: Any, tell: Callable[[dict[str, Any]], None]) -> None:
@@ -248,25 +271,57 @@ def _serve(opened: dict[str, Any], requests: Any, tell: Callable[[dict[str, Any]
     sys.argv = [source.parts[0], *source.argv]
     from autoaccum import devices, trial  # torch, and here alone: the parent never needs it
 
-    device = devices.get(opened["device"])
     limits = Limits(**{**opened["limits"], "timeout_s": None})  # the parent holds the clock, also over a hung kernel
+
+    def say(phase: str, index: int) -> None:
+        tell({"phase": phase, "index": index})
+
+    if opened["device"].startswith("virtual:"):
+        _answer(_simulation(source, opened, limits, say), requests, tell, lambda: 0)
+        return
+    device = devices.get(opened["device"])
     jobs = load(source, device=device.facts.label)
     # Nobody needs this process's weights afterwards, so trials may train them.
-    with trial.rehearsal(jobs, device, limits, parameters=False, say=lambda phase, index: tell({"phase": phase, "index": index})) as rehearsal:
-        tell({"answer": {"subject": rehearsal.subject().as_dict(), "enforces": rehearsal.enforces}})
-        for line in requests:
-            asked = json.loads(line)
-            verb = asked.pop("do")
-            if verb == "budget":
-                tell({"answer": asdict(rehearsal.budget(**asked))})
-                continue
-            if verb == "compare":
-                tell({"answer": rehearsal.compare(**asked).as_dict()})
-                continue
-            held_before = device.live_bytes()
+    with trial.rehearsal(jobs, device, limits, parameters=False, say=say) as rehearsal:
+        _answer(rehearsal, requests, tell, device.live_bytes)
+
+
+def _simulation(source: Source, opened: dict[str, Any], limits: Limits, say: Say) -> Any:
+    from autoaccum import phantom, profiles, simulation
+    from autoaccum.simulate import fake
+
+    card = profiles.load(opened["device"].removeprefix("virtual:"))
+    with phantom.unfilled():
+        jobs = in_turn(load(source, device="cpu"))
+    approximate = opened["approximate"]
+    if not approximate:
+        say("self-test", 0)
+        try:
+            fake.enable()
+            fake.self_test()
+        except fake.CannotFake as reason:
+            approximate = str(reason)
+        say("build", 0)
+    return simulation.Simulation(jobs, card, limits, approximate=approximate, say=say)
+
+
+def _answer(rehearsal: Any, requests: Any, tell: Callable[[dict[str, Any]], None], live_bytes: Callable[[], int]) -> None:
+    tell({"answer": {"subject": rehearsal.subject().as_dict(), "enforces": rehearsal.enforces}})
+    for line in requests:
+        asked = json.loads(line)
+        verb = asked.pop("do")
+        if verb == "budget":
+            tell({"answer": asdict(rehearsal.budget(**asked))})
+        elif verb == "compare":
+            found = rehearsal.compare(**asked)
+            tell({"answer": found and found.as_dict()})
+        elif verb in ("estimate", "tape"):
+            tell({"answer": getattr(rehearsal, verb + "d")(**asked)})
+        else:
+            held_before = live_bytes()
             reading = rehearsal.measure(**asked)
             # After an out-of-memory, proof that it all came back; the parent replaces a process that kept some.
-            clean = reading.fits or (device.live_bytes() <= held_before + 64 * MIB and not reading.doubtful)
+            clean = reading.fits or (live_bytes() <= held_before + 64 * MIB and not reading.doubtful)
             tell({"answer": {**reading.as_dict(), "clean": clean}})
 
 
@@ -278,7 +333,7 @@ def _die_with(parent: int) -> None:
             os._exit(1)
 
 
-def _told(error: Exception) -> dict[str, Any]:
+def told(error: Exception) -> dict[str, Any]:
     notes = [str(note) for note in getattr(error, "__notes__", ())]
     return {
         "type": type(error).__name__,

@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from autoaccum import oom, progress, report, tuning
+from autoaccum import drawing, estimating, oom, profiles, progress, report, tuning
 from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short
 from autoaccum.job import Source, source
 from autoaccum.plan import Plan
@@ -38,7 +38,7 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.argument("job", required=False),
         click.option("-b", "--target-batch", type=int, help="The effective batch: samples that one optimizer step sees."),
-        click.option("-d", "--device", default="auto", show_default=True, help="auto, cpu, cuda, cuda:INDEX, mps or xpu."),
+        click.option("-d", "--device", default="auto", show_default=True, help="auto, cpu, cuda[:INDEX], mps, xpu, or simulated: virtual:NAME, virtual:SIZE."),
         click.option("--memory-limit", metavar="SIZE", help="Use no more than this (512MiB, 2GiB); enforced while probing, on the CPU too."),
         click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of the budget free."),
         click.option("--max-micro-batch", type=int, metavar="M", help="Try no larger micro-batch."),
@@ -115,6 +115,100 @@ def train(rest: list[str] | None, /, epochs: int, **given: Any) -> None:
     asked.trained(planned, epochs)
 
 
+@cli.command(epilog=_EPILOG)
+@click.argument("job", required=False)
+@click.option("-b", "--target-batch", type=int, help="The effective batch: samples that one optimizer step sees.")
+@click.option("-g", "--gpu", "gpus", multiple=True, metavar="NAME|SIZE", help="A card (t4, a100-80gb) or a size (24GiB); may be repeated.")
+@click.option("--all-gpus", is_flag=True, help="Every card that is known: autoaccum profiles list.")
+@click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of the budget free.")
+@click.option("--max-micro-batch", type=int, metavar="M", help="Consider no larger micro-batch.")
+@click.option("--equal", is_flag=True, help="Equal micro-batches only, as most frameworks need.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated.")
+@click.option(
+    "--timeline", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help=".png, .svg: a picture. .pickle: for PyTorch's memory viewer."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, failures included.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Also write the document.")
+@click.option("-q", "--quiet", is_flag=True, help="None of the job's output on stderr.")
+@click.option("--traceback", is_flag=True, help="Show whole tracebacks of the job's failures.")
+@click.pass_obj
+def estimate(
+    rest: list[str] | None,
+    /,
+    job: str | None,
+    target_batch: int | None,
+    gpus: tuple[str, ...],
+    all_gpus: bool,
+    headroom: str,
+    max_micro_batch: int | None,
+    equal: bool,
+    settings: tuple[str, ...],
+    timeline: Path | None,
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+    traceback: bool,
+) -> int:
+    """The same plan for GPUs that are not here: simulated, no hardware needed."""
+    if target_batch is None:
+        raise UsageError("Missing option '-b' / '--target-batch': the effective batch")
+    if bool(gpus) == all_gpus:
+        raise UsageError("name the cards with --gpu NAME, or take --all-gpus" + (", not both" if gpus else "; `autoaccum profiles list` shows them"))
+    if timeline is not None and (len(gpus) != 1 or timeline.suffix not in (".png", ".svg", ".pdf", ".pickle")):
+        raise UsageError(f"--timeline draws one card's window: give one --gpu and a file that ends in .png, .svg, .pdf or .pickle, not {str(timeline)!r}")
+    for path in (output, timeline):
+        if path is not None:
+            _writable(path)
+    names = profiles.names() if all_gpus else list(gpus)
+    wish = tuning.Wish(target_batch, None, headroom, max_micro_batch, equal)
+    found = estimating.estimate_source(
+        source(job, settings, rest or ()), wish, names, said=_said_nothing if quiet else _said, timeline=gpus[0] if timeline is not None else None
+    )
+    if timeline is not None:
+        drawing.draw(found, timeline)
+    if output is not None:
+        output.write_text(report.as_json(found.as_dict()) + "\n")
+    click.echo(report.as_json(found.as_dict()) if as_json else report.estimates(found))
+    return 3 if gpus and not all(each.fits for each in found.gpus) else 0
+
+
+@cli.group(name="profiles")
+def profiles_() -> None:
+    """GPU data files: what is known of cards that are not here."""
+
+
+@profiles_.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def list_(as_json: bool) -> None:
+    """Every card that is known."""
+    found = [profiles.load(name) for name in profiles.names()]
+    click.echo(report.as_json({"schema": "autoaccum.profiles/1", "gpus": [profiles.document(each) for each in found]}) if as_json else report.profiles(found))
+
+
+@profiles_.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def show(name: str, as_json: bool) -> None:
+    """One card, each number with its source. NAME may be a file of your own, NAME.toml."""
+    found = profiles.read(Path(name)) if name.endswith(".toml") else profiles.load(name)
+    click.echo(report.as_json({"schema": "autoaccum.profile/1", **profiles.document(found)}) if as_json else report.profile(found))
+
+
+@profiles_.command()
+@click.option("-d", "--device", default="cuda", show_default=True, help="cuda or cuda:INDEX.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.toml", help="Write it there instead of to stdout.")
+def record(device: str, output: Path | None) -> None:
+    """Measure the card that is here and write its data file."""
+    from autoaccum import recording  # torch, and a card
+
+    text = profiles.written(recording.record(device))
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        _writable(output)
+        output.write_text(text)
+
+
 class _Asked:
     """What the options of one call say together."""
 
@@ -144,12 +238,17 @@ class _Asked:
         if as_json and form == "env":
             raise UsageError("--json and --format env both say how to print: give one")
         self.memory_limit = memory_limit
+        self.virtual = device.removeprefix("virtual:") if device.startswith("virtual:") else None
         self.wish = tuning.Wish(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout)
         if output is not None:
             _writable(output)
         if rest == [] and job is None:
             raise UsageError("nothing follows `--`: give the command there, or leave `--` out")
         self.command = rest if job is None and rest else None
+        if self.command and self.virtual is not None:
+            raise UsageError("--device virtual: needs a JOB that builds the model: a command cannot be simulated")
+        if self.virtual is not None:
+            profiles.load(self.virtual)  # an unknown card is told before anything is built
         if self.command and (settings or largest):
             raise UsageError("--set and --largest are for a JOB: a command gets its arguments in its own words, and equal micro-batches")
         if self.form == "env" and job is None and not self.command:
@@ -200,7 +299,9 @@ class _Asked:
             click.echo(report.text(planned))
         run = []
         with _stdout_for_us() as answer:
-            for epoch in training.train(self.source, planned, epochs=epochs, memory_limit=self.memory_limit, say=_said_nothing if self.quiet else _said):
+            for epoch in training.train(
+                self.source, planned, epochs=epochs, memory_limit=self.memory_limit, virtual=self.virtual, say=_said_nothing if self.quiet else _said
+            ):
                 run.append(epoch)
                 if self.form == "text":
                     answer(f"epoch {epoch.number}  loss {epoch.loss:.6f}  {epoch.steps} step{'s' if epoch.steps != 1 else ''} of {planned.target_batch}")

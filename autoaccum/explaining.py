@@ -30,7 +30,8 @@ def lines(plan: Plan) -> Iterator[str]:
 def headline(plan: Plan) -> str:
     """`"512 = 40 x 5 + 39 x 8     13 micro-batches a step on cuda:0, Tesla T4"`."""
     steps = "in one piece" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} micro-batches a step"
-    return f"{plan.target_batch} = {notation(plan.micro_batches)}     {steps} on {plan.device.label}, {plan.device.name}"
+    on = f"a simulated {plan.device.name}" if plan.predicted else f"{plan.device.label}, {plan.device.name}"
+    return f"{plan.target_batch} = {notation(plan.micro_batches)}     {steps} on {on}"
 
 
 def notation(sizes: Sequence[int]) -> str:
@@ -75,7 +76,7 @@ def _budget(plan: Plan) -> str:
     terms = [f"{number(bytes_, unit)} {word}" for bytes_, word in plan.arithmetic]
     parts = [f"{number(plan.budget_bytes, unit)} = {' - '.join(terms)}"] if terms else []
     if plan.shapes:
-        parts.append("measured at " + ", ".join(f"{path} {shape}" for path, shape in list(plan.shapes.items())[:4]))
+        parts.append(("simulated at " if plan.predicted else "measured at ") + ", ".join(f"{path} {shape}" for path, shape in list(plan.shapes.items())[:4]))
     if plan.allocator:
         parts.append(plan.allocator)
     trials = len(plan.trials)

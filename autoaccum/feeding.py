@@ -18,7 +18,26 @@ def feed(pieces: Iterable[Piece], device: torch.device) -> Iterable[Piece]:
     On CUDA the next piece is copied on a stream of its own, from pinned memory, while the current one
     computes: two pieces of the input are on the device at once, never more.
     """
-    return _ahead(pieces, device) if device.type == "cuda" else pieces
+    if device.type != "cuda":
+        return pieces
+    # Without a context the tensors of the job are not there either: only their memory is simulated.
+    return _ahead(pieces, device) if torch.cuda.is_initialized() else _one_early(pieces, device)
+
+
+def _one_early(pieces: Iterable[Piece], device: torch.device) -> Iterator[Piece]:
+    """As `_ahead` without its streams: the same tensors are born and die in the same order."""
+    remaining = iter(pieces)
+
+    def following() -> Piece | None:
+        piece = next(remaining, None)
+        return None if piece is None else (batches.move(piece[0], device), piece[1])
+
+    piece = following()
+    while piece is not None:
+        moved, samples = piece
+        piece = following()
+        yield moved, samples
+        del moved
 
 
 def _ahead(pieces: Iterable[Piece], device: torch.device) -> Iterator[Piece]:

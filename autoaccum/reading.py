@@ -128,6 +128,7 @@ class Subject:
 
     gradient_bytes: of all gradients at once. batch_norms: names of BatchNorm layers in training mode.
     snapshot_bytes: host memory that the copies of the training state take. allocator: its settings, in words.
+    predicted: True where trials are simulated.
     """
 
     device: Facts
@@ -137,6 +138,7 @@ class Subject:
     snapshot_bytes: int
     allocator: str
     remarks: tuple[str, ...]
+    predicted: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -145,6 +147,56 @@ class Subject:
     def from_dict(cls, fields: dict[str, Any]) -> Subject:
         tidy = {"device": Facts(**fields["device"]), "batch_norms": tuple(fields["batch_norms"]), "remarks": tuple(fields["remarks"])}
         return cls(**{**fields, **tidy})
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a card that is not here would make of a job; bytes.
+
+    fits, micro_batch, accumulation_steps, micro_batches: the plan whose peak stays below the budget even at the upper
+    end of its interval; None and empty where not even the smallest micro-batch does, and the figures are then that one's.
+    peak_bytes: simulated; peak_interval_bytes: where the real one lies in nine of ten published cases of its family.
+    breakdown: what is held at the peak: parameters, gradients, optimizer, activations, workspace, context (outside of
+    the allocator), and unused (reserved, and free between blocks). largest_micro_batch: the largest of all without a
+    flush of the cache, with gradients resident and all of the card; hard_largest_micro_batch: the largest that survives
+    with flushes. estimated: names of the card's numbers that nobody measured or published. margin: where the interval
+    comes from. advice: what would make room.
+    """
+
+    gpu: str
+    name: str
+    total_bytes: int
+    budget_bytes: int
+    fits: bool
+    micro_batch: int | None
+    accumulation_steps: int | None
+    micro_batches: tuple[int, ...]
+    peak_bytes: int
+    peak_interval_bytes: tuple[int, int]
+    breakdown: dict[str, int]
+    largest_micro_batch: int | None
+    hard_largest_micro_batch: int | None
+    estimated: tuple[str, ...]
+    margin: str
+    warnings: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
+    measured_at: dict[str, tuple[int, ...]] | None = None
+
+    @property
+    def headroom_bytes(self) -> int:
+        """What the budget leaves above the simulated peak."""
+        return self.budget_bytes - self.peak_bytes
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "headroom_bytes": self.headroom_bytes}
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> Estimate:
+        given = {name: value for name, value in told.items() if name != "headroom_bytes"}
+        for name in ("micro_batches", "peak_interval_bytes", "estimated", "warnings", "advice"):
+            given[name] = tuple(given[name])
+        given["measured_at"] = given["measured_at"] and {path: tuple(shape) for path, shape in given["measured_at"].items()}
+        return cls(**given)
 
 
 class Rehearser(Protocol):

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from autoaccum import devices
+from autoaccum.devices.virtual import VirtualGpu
 from autoaccum.errors import PlanError
 from autoaccum.job import Job, Source, in_turn, load
 from autoaccum.loop import Accumulator
@@ -29,23 +30,38 @@ class Epoch:
     seconds: float
 
 
-def train(where: Source, plan: Plan, *, epochs: int, memory_limit: int | str | None = None, say: Callable[[str], None] = print) -> Iterator[Epoch]:
+def train(
+    where: Source,
+    plan: Plan,
+    *,
+    epochs: int,
+    memory_limit: int | str | None = None,
+    virtual: str | None = None,
+    say: Callable[[str], None] = print,
+) -> Iterator[Epoch]:
     """Trains the job as planned and yields each epoch when it has ended.
 
-    memory_limit: enforced while training on a CPU or a GPU, as a container would. A job without `data`
+    memory_limit: enforced while training on a CPU or a GPU, as a container would. virtual: a card to charge it all to,
+    while it runs on the CPU. A job without `data`
     trains on its batch, one step an epoch, and `say` is told. The order of samples depends on nothing but the
     epoch. Raises `PlanError` for data of fewer samples than the plan's share.
     """
-    device = devices.get(plan.device.label)
+    label = plan.device.label if virtual is None else "cpu"
+    device = devices.get(label)
     device.prepare()
-    jobs = load(where, device=plan.device.label)
+    jobs = load(where, device=label)
     loop, job = Accumulator(jobs, plan), in_turn(jobs)[0]
     if job.data is None:
         say(f"the job has no data=...: training on its batch alone, {plan.share} samples a step\n")
     elif _is_dataset(job.data) and len(job.data) < plan.share:
         raise PlanError(f"the job's data has {len(job.data)} samples, fewer than the target batch of {plan.share}: choose a smaller one")
     limit = parse_size(memory_limit) if memory_limit is not None else None
-    with device.capped(limit) if limit is not None else nullcontext():
+    held: Any = nullcontext()
+    if virtual is not None:
+        held = VirtualGpu(virtual)
+    elif limit is not None:
+        held = device.capped(limit)
+    with held:
         for number in range(1, epochs + 1):
             started, steps, samples, total = time.perf_counter(), 0, 0, 0.0
             for window in plan.windows(_loader(job, plan, number), split=job.split):

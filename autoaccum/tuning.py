@@ -352,6 +352,7 @@ def _plan(
         job_fingerprint=subject.fingerprint,
         job=label,
         allocator=subject.allocator,
+        predicted=subject.predicted,
         predicted_refusal=found.predicted_refusal,
         arithmetic=explaining.arithmetic(budget),
         warnings=tuple(said),

@@ -9,19 +9,23 @@ PACKAGE = Path(__file__).parent.parent / "autoaccum"
 ROWS = """
 version errors under_limit
 units oom
-batches devices.base
+batches devices.base profiles simulate.settings simulate.margins
+simulate simulate.allocator simulate.kernels simulate.fake simulate.attention
+simulate.tape
+simulate.trace simulate.timeline
 devices.cgroup devices.nvml
-devices.cpu devices.cuda devices.mps devices.xpu
+devices.cpu devices.cuda devices.mps devices.xpu devices.virtual
 devices
 reading weighting explaining losses rates
 job search regrouping feeding running_stats generators
-snapshot plan window refusing
-rewinding hints comparing
-trial command
+snapshot plan window refusing recording
+rewinding hints comparing phantom
+trial command simulation
 child
 tuning rescue
-loop report progress
-training demo
+estimating
+loop report progress plot
+training demo drawing
 cli
 __init__ __main__
 """

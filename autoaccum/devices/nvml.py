@@ -54,6 +54,20 @@ def ask(uuid: str | None, pci: str | None) -> Told:
             pynvml.nvmlShutdown()
 
 
+def driver_version() -> str:
+    """As NVML tells it, "unknown" where it does not."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            return str(pynvml.nvmlSystemGetDriverVersion())
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # the module, the library or the permission may be missing
+        return "unknown"
+
+
 def _handle(nvml: Any, uuid: str | None, pci: str | None) -> Any:
     # A MIG slice has a UUID of its own; its PCI id is that of the whole card, so it comes last.
     names = [f"{prefix}{uuid}" for prefix in ("GPU-", "MIG-", "")] if uuid else []

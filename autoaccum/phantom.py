@@ -1,0 +1,298 @@
+"""A job on tensors that are not there: its windows run for their memory alone, and become tapes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from autoaccum import batches, window
+from autoaccum.errors import JobError
+from autoaccum.job import Job
+from autoaccum.simulate import fake
+from autoaccum.simulate.attention import Asked, chosen_for
+from autoaccum.simulate.kernels import Card
+from autoaccum.simulate.tape import Tape, canonical
+from autoaccum.simulate.trace import Tracer
+
+_TEMPLATE = 2  # samples that are really made, to know their shapes
+
+
+@contextmanager
+def unfilled() -> Iterator[None]:
+    """Models built inside have their shapes and no values: large weights are never written, so they take no memory.
+
+    Nothing but `torch.nn.init`, random fills and conversions of more than a million elements are left out, so that what
+    a constructor computes from small tensors stays right.
+    """
+    names = [name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
+    kept = {name: getattr(torch.nn.init, name) for name in names}
+    try:
+        for name in names:
+            setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
+        with _Unwritten():  # type: ignore[no-untyped-call]
+            yield
+    finally:
+        for name, function in kept.items():
+            setattr(torch.nn.init, name, function)
+
+
+class _Unwritten(torch.utils._python_dispatch.TorchDispatchMode):
+    _FILLS = frozenset(("normal_", "uniform_", "fill_", "zero_", "copy_", "erfinv_", "mul_", "add_", "clamp_", "random_"))
+    _LARGE = 1_000_000
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        first = args[0] if args and isinstance(args[0], torch.Tensor) else None
+        if first is not None and first.numel() > self._LARGE and first.device.type == "cpu":
+            name = func._overloadpacket.__name__
+            if name in self._FILLS:
+                return first
+            if name == "_to_copy":
+                wanted = dict(kwargs or {})
+                return torch.empty_like(first, dtype=wanted.get("dtype") or first.dtype, device=wanted.get("device") or first.device)
+            if name == "clone":
+                return torch.empty_like(first)
+        return func(*args, **(kwargs or {}))
+
+
+class Phantom:
+    """Jobs that run in turn, turned into phantoms for good: their parameters have no memory any more.
+
+    kind: "cuda", or "cpu" where CUDA tensors cannot be faked. Raises `JobError` for what cannot be traced.
+    """
+
+    def __init__(self, jobs: Sequence[Job], kind: str = "cuda") -> None:
+        self._jobs, self._kind = jobs, kind
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._templates: dict[int, Any] = {}
+        if jobs[0].split is None:
+            self._templates[0] = jobs[0].batch_of(_TEMPLATE)
+        fake.quieten_transformers()
+        self._swapped: dict[int, torch.Tensor] = {}
+        self._resident: list[torch.Tensor] = []
+        self.attention: set[Asked] = set()  # what attention was asked for in any tape
+        self._originals: list[torch.Tensor] = []
+        with self._mode:
+            for job in jobs:
+                self._swap(job)
+        self._states = [[dict(state) for state in optimizer.state.values()] for job in jobs for optimizer in job.optimizers]
+        self.compiled = any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) for job in jobs for module in job.model.modules())
+
+    def tape(self, windows: Sequence[Sequence[int]], card: Card) -> Tape:
+        """The tape of these windows, each given as its micro-batches, on such a card. The optimizer has no state when the first begins."""
+
+        def run(tracer: Tracer) -> None:
+            held = self._kept_for_rescue()
+            scalers = [None if job.scaler is None else torch.amp.GradScaler(self._kind, init_scale=1.0, growth_interval=10**9) for job in self._jobs]
+            for sizes in windows:
+                self._window(tracer, sizes, scalers)
+            del held
+
+        return self.recorded(run, card)
+
+    def recorded(self, run: Callable[[Tracer], None], card: Card) -> Tape:
+        """The tape of whatever `run` does with the jobs' phantoms, and these as they were before."""
+        tracer = Tracer(card, self._kind)
+        with ExitStack() as inside:
+            inside.enter_context(torch.compiler.set_stance("force_eager"))
+            asked = inside.enter_context(chosen_for(card.capability))
+            inside.enter_context(self._mode)
+            inside.enter_context(tracer)
+            for tensor in self._resident:
+                tracer.track(tensor, "parameter")
+            try:
+                run(tracer)
+            except Exception as error:
+                raise self._told(error, tracer) from error
+            finally:
+                tape = tracer.finished()
+                self._rewind()
+        self.attention |= asked
+        return canonical(tape)
+
+    def shapes(self, micro_batch: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of a micro-batch, by path; empty where batches are cut by the job's own `split`."""
+        if 0 not in self._templates:
+            return {}
+        found = batches.shapes(self._templates[0])
+        return {path: (micro_batch, *shape[1:]) if shape and shape[0] == _TEMPLATE else shape for path, shape in found.items()}
+
+    # -- one window --
+
+    def _window(self, tracer: Tracer, sizes: Sequence[int], scalers: Sequence[Any]) -> None:
+        for job, scaler in zip(self._jobs, scalers):
+            steps = [optimizer.register_step_pre_hook(lambda *_, job=job: _name_gradients(tracer, job)) for optimizer in job.optimizers]
+            try:
+                window.run(
+                    job,
+                    job.loss,
+                    [(self.batch(size), size) for size in sizes],
+                    samples=sum(sizes),
+                    device=torch.device(self._kind),
+                    scaler=scaler,
+                    say=tracer.say,
+                )
+            finally:
+                for step in steps:
+                    step.remove()
+        tracer.ended()
+
+    def batch(self, samples: int) -> Any:
+        """A batch on the host, without values."""
+        if 0 not in self._templates:
+            if samples not in self._templates:
+                self._templates[samples] = self._jobs[0].batch_of(samples)
+            return batches.changed(self._templates[samples], self._phantom)
+        return batches.resize(batches.changed(self._templates[0], self._phantom), samples)
+
+    def _phantom(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the batch: on the host still, and without its values."""
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu", requires_grad=tensor.requires_grad)
+
+    def _kept_for_rescue(self) -> list[torch.Tensor]:
+        small: dict[torch.dtype, int] = {}
+        for job in self._jobs:
+            for buffer in job.model.buffers():
+                if buffer.nbytes <= 2**20:
+                    small[buffer.dtype] = small.get(buffer.dtype, 0) + buffer.numel()
+        return [torch.empty(count, dtype=dtype, device=self._kind) for dtype, count in small.items()]
+
+    def _rewind(self) -> None:
+        states = iter(self._states)
+        for job in self._jobs:
+            for optimizer in job.optimizers:
+                kept = next(states)
+                found = list(optimizer.state)
+                optimizer.state.clear()
+                for parameter, state in zip(found, kept):
+                    optimizer.state[parameter] = dict(state)
+            for parameter in job.trained():
+                parameter.grad = None
+
+    def _told(self, error: Exception, tracer: Tracer) -> Exception:
+        from torch._subclasses.fake_tensor import UnsupportedFakeTensorException, UnsupportedOperatorException
+
+        if isinstance(error, JobError):
+            return error
+        where = f"in {tracer.phase}, micro-batch {tracer.piece + 1}"
+        if isinstance(error, UnsupportedOperatorException):
+            return JobError(
+                f"{error.args[0] if error.args else error} cannot be traced {where}: it has no rule for the shapes of its results; "
+                "register one with torch.library.register_fake, or tune on a real card"
+            )
+        text = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, UnsupportedFakeTensorException) or "two different devices" in text or "Expected all tensors to be on the same device" in text:
+            return JobError(
+                f"a tensor of the loss or the model is not where the parameters are ({text}), {where}: make it a buffer of the model, or move it with .to(x.device)"
+            )
+        return error
+
+    # -- from real to phantom --
+
+    def _swap(self, job: Job) -> None:
+        roots = [job.model, *(each for each in job.keep if isinstance(each, torch.nn.Module))]
+        for root in roots:
+            self._swap_module(root)
+        for found in _reachable(job.loss):
+            if isinstance(found, torch.nn.Module):
+                self._swap_module(found)
+        _swap_cells(job.loss, self._swap_tensor)
+        for optimizer in job.optimizers:
+            states = dict(optimizer.state)
+            for group in optimizer.param_groups:
+                group["params"] = [self._swap_tensor(parameter) for parameter in group["params"]]
+            optimizer.state.clear()
+            for parameter, state in states.items():
+                moved = {name: self._swap_tensor(value) if isinstance(value, torch.Tensor) and value.dim() else value for name, value in state.items()}
+                optimizer.state[self._swap_tensor(parameter)] = moved
+
+    def _swap_module(self, root: torch.nn.Module) -> None:
+        def visit(module: torch.nn.Module) -> None:  # in the order of Module.to()
+            for child in module.children():
+                visit(child)
+            for slots in (module._parameters, module._buffers):
+                for name, tensor in slots.items():
+                    if tensor is not None:
+                        slots[name] = self._swap_tensor(tensor)
+            for name, value in list(vars(module).items()):
+                if type(value) is torch.Tensor and value.device.type == "cpu" and value.dim():
+                    vars(module)[name] = self._swap_tensor(value)
+
+        visit(root)
+
+    def _swap_tensor(self, tensor: torch.Tensor) -> Any:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) in self._swapped:
+            return self._swapped[id(tensor)]
+        if tensor.layout != torch.strided or (type(tensor) not in (torch.Tensor, torch.nn.Parameter) and not isinstance(tensor, torch.nn.Parameter)):
+            raise JobError(f"a {type(tensor).__name__} of layout {tensor.layout} cannot be simulated: tune on a real card")
+        blank: torch.Tensor = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self._kind)
+        if isinstance(tensor, torch.nn.Parameter):
+            blank = torch.nn.Parameter(blank, tensor.requires_grad)
+        self._swapped[id(tensor)] = blank
+        self._originals.append(tensor)  # ids are only unique among the living
+        self._resident.append(blank)
+        return blank
+
+
+def _name_gradients(tracer: Tracer, job: Job) -> None:
+    tracer.named([parameter.grad for parameter in job.trained() if parameter.grad is not None], "gradients")
+
+
+def _reachable(loss: Any, depth: int = 0) -> Iterator[Any]:
+    """What a loss refers to: its closure, its defaults, what it is bound to, and the globals it names."""
+    if depth > 3:
+        return
+    if isinstance(loss, functools.partial):
+        for each in (loss.func, *loss.args, *loss.keywords.values()):
+            yield each
+            yield from _reachable(each, depth + 1)
+        return
+    if hasattr(loss, "__self__"):
+        yield loss.__self__
+    code = getattr(loss, "__code__", None)
+    if code is None:
+        return
+    held = [cell.cell_contents for cell in loss.__closure__ or () if _filled(cell)]
+    held += [loss.__globals__[name] for name in code.co_names if name in loss.__globals__]
+    held += list(loss.__defaults__ or ())
+    for each in held:
+        yield each
+        if callable(each) and not isinstance(each, (type, torch.nn.Module)) and getattr(each, "__module__", "").split(".")[0] != "torch":
+            yield from _reachable(each, depth + 1)
+
+
+def _filled(cell: Any) -> bool:
+    try:
+        _ = cell.cell_contents
+    except ValueError:
+        return False
+    return True
+
+
+def _swap_cells(loss: Any, swapped: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    """Tensors in the loss's closure, and the name of the device that the job was built on."""
+    code = getattr(loss, "__code__", None)
+    if code is None:
+        return
+    for cell in loss.__closure__ or ():
+        if _filled(cell):
+            cell.cell_contents = _elsewhere(cell.cell_contents, swapped)
+    for name in code.co_names:
+        if name in loss.__globals__:
+            loss.__globals__[name] = _elsewhere(loss.__globals__[name], swapped)
+    if loss.__defaults__:
+        loss.__defaults__ = tuple(_elsewhere(each, swapped) for each in loss.__defaults__)
+
+
+def _elsewhere(value: Any, swapped: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided:
+        return swapped(value)
+    if isinstance(value, torch.device) and value.type == "cpu":
+        return torch.device("cuda")
+    return "cuda" if isinstance(value, str) and value == "cpu" else value

@@ -1,0 +1,1 @@
+"""What a GPU's memory would do, without the GPU."""

@@ -1,0 +1,228 @@
+"""A window's memory as a tape: which blocks are born and die, in order. Replayed by an allocator; needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from autoaccum.simulate.allocator import Allocator, Block
+
+EMPTY_CACHE = -(1 << 62)  # an event that is no block's: `torch.cuda.empty_cache()`, or cuDNN's benchmark doing the same
+KINDS = ("parameters", "gradients", "optimizer", "activations", "workspace")
+
+
+@dataclass(frozen=True)
+class Mark:
+    """From this event on the job is in `phase`: "setup", "forward", "backward", "clip", "step" or "end", of that window and micro-batch."""
+
+    event: int
+    phase: str
+    window: int
+    piece: int
+
+
+@dataclass
+class Tape:
+    """events: the number of a block that is born, or `~number` of one that dies. For each block its size in bytes, its
+    kind (one of `KINDS`) and the operator it came from. assumed: what was taken for granted along the way, in words.
+    """
+
+    events: list[int] = field(default_factory=list)
+    sizes: list[int] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    operators: list[str] = field(default_factory=list)
+    marks: list[Mark] = field(default_factory=list)
+    assumed: tuple[str, ...] = ()
+
+    def born(self, nbytes: int, kind: str, operator: str) -> int:
+        number = len(self.sizes)
+        self.sizes.append(nbytes)
+        self.kinds.append(kind)
+        self.operators.append(operator)
+        self.events.append(number)
+        return number
+
+    def died(self, number: int) -> None:
+        self.events.append(~number)
+
+    def emptied(self) -> None:
+        self.events.append(EMPTY_CACHE)
+
+    def mark(self, phase: str, window: int, piece: int) -> None:
+        self.marks.append(Mark(len(self.events), phase, window, piece))
+
+    def phase_at(self, event: int) -> Mark:
+        """Where the job was at an event."""
+        return next((mark for mark in reversed(self.marks) if mark.event <= event), Mark(0, "setup", 0, 0))
+
+    def sized(self, operator: str, nbytes: int) -> Tape:
+        """The same with every block of that operator's of another size."""
+        sizes = [max(nbytes, 1) if name == operator else size for name, size in zip(self.operators, self.sizes)]
+        return Tape(self.events, sizes, self.kinds, self.operators, self.marks, self.assumed)
+
+    def requested_peak(self) -> int:
+        """The most bytes that were asked for and alive at once, without any allocator."""
+        now = most = 0
+        for event in self.events:
+            if event >= 0:
+                now += self.sizes[event]
+                most = max(most, now)
+            elif event != EMPTY_CACHE:
+                now -= self.sizes[~event]
+        return most
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """What an allocator made of a tape; bytes. `failed_at`: the event that ran out of memory, None where all went well.
+
+    resident_bytes: alive between the last window's micro-batches and at its end, whichever is more.
+    activation_bytes: the most allocated in forward and backward of the last window that ran.
+    """
+
+    peak_reserved_bytes: int
+    peak_allocated_bytes: int
+    peak_requested_bytes: int
+    retries: int
+    failed_at: int | None
+    peak_event: int
+    base_bytes: int
+    activation_bytes: int
+
+
+def replay(tape: Tape, allocator: Allocator) -> Replayed:
+    """Runs a tape through an allocator. Running out of memory ends it, and is told, not raised."""
+    import torch
+
+    blocks: dict[int, Block] = {}
+    sizes, malloc, free = tape.sizes, allocator.malloc, allocator.free
+    boundaries = [mark.event for mark in tape.marks] + [len(tape.events)]
+    phases = [mark.phase for mark in tape.marks]
+    most, peak_event, failed_at, base, activation = 0, 0, None, 0, 0
+    at = 0
+    try:
+        for number, phase in enumerate(["setup", *phases]):
+            start, stop = (0 if number == 0 else boundaries[number - 1]), boundaries[number]
+            at = start
+            lap = allocator.allocated_bytes
+            for event in tape.events[start:stop]:
+                if event >= 0:
+                    blocks[event] = malloc(sizes[event])
+                    if allocator.allocated_bytes > lap:
+                        lap = allocator.allocated_bytes
+                        if lap > most:
+                            most, peak_event = lap, at
+                elif event == EMPTY_CACHE:
+                    allocator.empty_cache()
+                else:
+                    free(blocks.pop(~event))
+                at += 1
+            if phase in ("forward", "backward"):
+                activation = max(activation, lap)
+            if phase == "end":
+                base = allocator.allocated_bytes
+    except torch.OutOfMemoryError:
+        failed_at = at
+    return Replayed(
+        allocator.peak_reserved_bytes,
+        allocator.peak_allocated_bytes,
+        allocator.peak_requested_bytes,
+        allocator.retries,
+        failed_at,
+        peak_event,
+        base,
+        activation,
+    )
+
+
+def held_at(tape: Tape, event: int) -> dict[str, int]:
+    """Bytes asked for and alive right after an event, by kind."""
+    held = dict.fromkeys(KINDS, 0)
+    for each in tape.events[: event + 1]:
+        if each == EMPTY_CACHE:
+            continue
+        number = each if each >= 0 else ~each
+        held[tape.kinds[number]] += tape.sizes[number] if each >= 0 else -tape.sizes[number]
+    return held
+
+
+def canonical(tape: Tape) -> Tape:
+    """The same tape with deaths that follow each other in order of birth: their order may be an accident of hashing."""
+    events: list[int] = []
+    deaths: list[int] = []
+    bounds = {mark.event for mark in tape.marks}
+    for at, event in enumerate(tape.events):
+        if at in bounds or event >= 0 or event == EMPTY_CACHE:
+            events += sorted(deaths, reverse=True)
+            deaths = []
+        if event >= 0 or event == EMPTY_CACHE:
+            events.append(event)
+        else:
+            deaths.append(event)
+    events += sorted(deaths, reverse=True)
+    return Tape(events, tape.sizes, tape.kinds, tape.operators, tape.marks, tape.assumed)
+
+
+class NotAlike(Exception):
+    """Two tapes differ in more than their sizes."""
+
+
+@dataclass(frozen=True)
+class Growth:
+    """A tape as a function of the micro-batch: what happens stays, and each block's size is a line through two traces."""
+
+    low: Tape
+    high: Tape
+    low_batch: int
+    high_batch: int
+
+    def __post_init__(self) -> None:
+        if self.low.events != self.high.events:
+            raise NotAlike(_first_difference(self.low, self.high))
+
+    def at(self, micro_batch: int) -> Tape:
+        """The tape at another micro-batch."""
+        span, beyond = self.high_batch - self.low_batch, micro_batch - self.low_batch
+        sizes = [max(low + (high - low) * beyond // span, 1) if high != low else low for low, high in zip(self.low.sizes, self.high.sizes)]
+        return Tape(self.low.events, sizes, self.low.kinds, self.low.operators, self.low.marks, self.low.assumed)
+
+
+def _first_difference(low: Tape, high: Tape) -> str:
+    for at, (one, other) in enumerate(zip(low.events, high.events)):
+        if one != other:
+            name = "emptying the cache" if one == EMPTY_CACHE else low.operators[one if one >= 0 else ~one]
+            return f"at event {at}, {name}"
+    return f"{len(low.events)} and {len(high.events)} events"
+
+
+def same(one: Tape, other: Tape) -> bool:
+    """True where both tapes hold the same events and sizes."""
+    return one.events == other.events and one.sizes == other.sizes
+
+
+def from_json(told: dict[str, Any]) -> Tape:
+    """A tape from `as_json`."""
+    names: Sequence[str] = told["names"]
+    return Tape(
+        told["events"],
+        told["sizes"],
+        [KINDS[kind] for kind in told["kinds"]],
+        [names[number] for number in told["operators"]],
+        [Mark(*mark) for mark in told["marks"]],
+        tuple(told["assumed"]),
+    )
+
+
+def as_json(tape: Tape) -> dict[str, Any]:
+    """Plain lists and numbers, for a golden file or another process."""
+    names = {name: number for number, name in enumerate(dict.fromkeys(tape.operators))}
+    return {
+        "events": tape.events,
+        "sizes": tape.sizes,
+        "kinds": [KINDS.index(kind) for kind in tape.kinds],
+        "operators": [names[name] for name in tape.operators],
+        "names": list(names),
+        "marks": [[mark.event, mark.phase, mark.window, mark.piece] for mark in tape.marks],
+        "assumed": list(tape.assumed),
+    }

@@ -1,0 +1,217 @@
+"""Writes down when every CUDA storage is born and when it dies, while a job runs on tensors that are not there."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoaccum.errors import JobError
+from autoaccum.simulate import kernels
+from autoaccum.simulate.tape import Tape
+
+aten = torch.ops.aten
+
+
+class Tracer(TorchDispatchMode):
+    """Inside, storages on `kind` ("cuda", or "cpu" for an approximation) are written to `tape`.
+
+    Operators whose result depends on values that nobody has are answered by rule, and every such answer is counted:
+    a number is 1, a comparison False, `all()` True; `nonzero` and masks select everything.
+    """
+
+    def __init__(self, card: kernels.Card, kind: str = "cuda") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape = Tape()
+        self.phase, self.window, self.piece = "setup", 0, 0
+        self._card, self._kind = card, kind
+        self._live: dict[int, int] = {}
+        self._handles: set[int] = set()
+        self._main = threading.get_ident()
+        self._assumed: Counter[str] = Counter()
+        self._done = False
+        self._benchmarked: set[Any] = set()
+
+    # -- what the caller tells --
+
+    def say(self, phase: str, index: int) -> None:
+        """A `reading.Say`: the window's phases."""
+        self.phase, self.piece = phase, index
+        self.tape.mark(phase, self.window, index)
+
+    def ended(self) -> None:
+        """A window is over."""
+        self.tape.mark("end", self.window, 0)
+        self.window += 1
+        self.phase = "forward"
+
+    def named(self, tensors: Sequence[torch.Tensor], kind: str) -> None:
+        """These tensors' blocks are of that kind, whenever they were born."""
+        for tensor in tensors:
+            number = self._live.get(tensor.untyped_storage()._cdata)
+            if number is not None:
+                self.tape.kinds[number] = kind
+
+    def finished(self) -> Tape:
+        """The tape; what dies from now on is no part of it."""
+        self._done = True
+        self.tape.assumed = tuple(f"{what} ({count} times)" if count > 1 else what for what, count in self._assumed.items())
+        return self.tape
+
+    # -- what torch calls --
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        if func is aten._local_scalar_dense.default:
+            return self._number(func, args)
+        if func is aten.nonzero.default and args[0].device.type != "cpu":
+            return self._everywhere(args[0])
+        if kernels.takes_cublas(name) and any(self._here(each) for each in args):
+            self._handle()
+        try:
+            out = func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            out = self._all_of(func, args, kwargs)
+        if func is aten.add.Tensor and self._summed_in_place(args, out):
+            return out
+        _follow_truth(name, args, out)
+        taken = kernels.taken(name, args, out, self._card)
+        _each(out, lambda tensor: self.track(tensor, name))
+        if taken and any(self._here(each) for each in args):
+            numbers = [self.tape.born(nbytes, "workspace", name) for nbytes in taken]
+            for number in numbers:
+                self.tape.died(number)
+        if self._card.benchmark and kernels.is_benchmarked(name) and any(self._here(each) for each in args):
+            self._benchmark(name, args, out)
+        return out
+
+    def _here(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.device.type == self._kind
+
+    def track(self, tensor: torch.Tensor, operator: str) -> None:
+        """Counts a tensor's storage from now on, if it is not counted yet."""
+        if tensor.device.type != self._kind or self._done:
+            return
+        storage = tensor.untyped_storage()
+        key, nbytes = storage._cdata, storage.nbytes()
+        if key in self._live or not nbytes:
+            return
+        kind = "parameters" if self.phase == "setup" else "optimizer" if self.phase == "step" else "activations"
+        self._live[key] = number = self.tape.born(nbytes, kind, operator)
+        weakref.finalize(storage, self._dropped, key, number).atexit = False
+
+    def _dropped(self, key: int, number: int) -> None:
+        if self._live.get(key) == number:
+            del self._live[key]
+            if not self._done:
+                self.tape.died(number)
+
+    def _handle(self) -> None:
+        """One cuBLAS handle a thread, with a workspace for good: the main thread's and autograd's."""
+        thread = threading.get_ident()
+        if thread not in self._handles and self._card.cublas_workspace_bytes:
+            self._handles.add(thread)
+            self.tape.born(self._card.cublas_workspace_bytes, "workspace", "cublas")
+
+    def _benchmark(self, name: str, args: Sequence[Any], out: Any) -> None:
+        """cuDNN's benchmark mode tries every algorithm of a new convolution with its workspace, then empties the cache."""
+        signature = (name, *(tuple(each.shape) if isinstance(each, torch.Tensor) else str(each) for each in args))
+        if signature in self._benchmarked:
+            return
+        self._benchmarked.add(signature)
+        self.tape.died(self.tape.born(kernels.benchmark_bytes(name, args, out), "workspace", "cudnn benchmark"))
+        self.tape.emptied()
+
+    def _summed_in_place(self, args: Sequence[Any], out: torch.Tensor) -> bool:
+        """Autograd adds up gradients that meet in place, but for tensors of a subclass, as fakes are: so the sum takes
+        over the block of the first, if nobody else holds that. (torch/csrc/autograd/input_buffer.cpp)"""
+        if threading.get_ident() == self._main or torch.is_grad_enabled():
+            return False
+        first, second = args[0], args[1]
+        if not isinstance(second, torch.Tensor) or first.shape != second.shape or not self._here(first):
+            return False
+        storage = first.untyped_storage()
+        key = storage._cdata
+        if 0 in first.stride() or first.numel() * first.element_size() != storage.nbytes():
+            return False  # an expanded gradient, or a part of something, is not written to
+        if key not in self._live or torch._C._storage_Use_Count(key) > 2:
+            return False
+        made = out.untyped_storage()
+        self._live[made._cdata] = number = self._live.pop(key)
+        weakref.finalize(made, self._dropped, made._cdata, number).atexit = False
+        return True
+
+    # -- values that nobody has --
+
+    def _number(self, func: Any, args: Sequence[Any]) -> Any:
+        try:
+            return func(*args)  # a constant is known
+        except DataDependentOutputException:
+            told = getattr(args[0], "_autoaccum_truth", None)
+            if told is not None:
+                return told
+            self._assumed[f"a value that is read from the device was taken to be {'False' if args[0].dtype is torch.bool else 1}, at {_where()}"] += 1
+            if args[0].dtype is torch.bool:
+                return False
+            return 1.0 if args[0].is_floating_point() else 1
+
+    def _everywhere(self, mask: torch.Tensor) -> torch.Tensor:
+        self._assumed[f"nonzero() was taken to find every element, at {_where()}"] += 1
+        out = mask.new_empty((mask.dim(), mask.numel()), dtype=torch.int64).t()
+        self.track(out, "nonzero")
+        return out
+
+    def _all_of(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        name = func._overloadpacket.__name__
+        if name == "masked_select":
+            self._assumed[f"masked_select() was taken to select every element, at {_where()}"] += 1
+            return args[0].new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
+        if name in ("_unique2", "unique_dim", "unique_consecutive"):
+            self._assumed[f"unique() was taken to find no duplicates, at {_where()}"] += 1
+            flat = args[0].new_empty(args[0].numel())
+            counts = args[0].new_empty(args[0].numel(), dtype=torch.int64)
+            return flat, counts, counts.clone()
+        raise JobError(
+            f"{name} (at {_where()}) makes a tensor whose shape depends on values, which a simulated card does not have: "
+            "give it a fixed size for this estimate, or tune on a real card"
+        )
+
+
+def _each(out: Any, do: Any) -> None:
+    if isinstance(out, torch.Tensor):
+        do(out)
+    elif isinstance(out, (tuple, list)):
+        for each in out:
+            _each(each, do)
+
+
+def _follow_truth(name: str, args: Sequence[Any], out: Any) -> None:
+    """Answers that are known without values: nothing overflowed, and what is asked of everything holds."""
+    if name == "_amp_foreach_non_finite_check_and_unscale_":
+        args[1]._autoaccum_truth = 0.0
+    elif name in ("any", "is_nonzero") and isinstance(out, torch.Tensor):
+        out._autoaccum_truth = False  # type: ignore[attr-defined]
+    elif name == "all" and isinstance(out, torch.Tensor):
+        out._autoaccum_truth = True  # type: ignore[attr-defined]
+    elif name in ("gt", "lt", "ne") and isinstance(out, torch.Tensor) and getattr(args[0], "_autoaccum_truth", None) == 0.0:
+        out._autoaccum_truth = False  # type: ignore[attr-defined]
+
+
+def _where() -> str:
+    """The line of the user's that asks: the innermost one outside torch and of ours."""
+    frame: Any = sys._getframe(2)
+    here = __file__.rsplit("/", 2)[0]
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if "/torch/" not in path and not path.startswith(here) and "<" not in path:
+            return f"{path.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return "a library"

@@ -1,0 +1,364 @@
+"""Trials of a job on cards that are not here: traced once or twice, replayed for every size and every card.
+
+A `reading.Rehearser`, as a real rehearsal is: the search does not know that nothing runs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from autoaccum import profiles, search
+from autoaccum.devices.base import Budget, Facts, Memory, budget
+from autoaccum.errors import JobError
+from autoaccum.job import Job, fingerprint
+from autoaccum.phantom import Phantom
+from autoaccum.plan import micro_batches as cut
+from autoaccum.profiles import Profile
+from autoaccum.reading import Equivalence, Estimate, Limits, Reading, Say, Subject
+from autoaccum.running_stats import batch_norms
+from autoaccum.simulate import margins
+from autoaccum.simulate.allocator import Allocator
+from autoaccum.simulate.attention import backend
+from autoaccum.simulate.kernels import Card
+from autoaccum.simulate.settings import Settings, from_environment
+from autoaccum.simulate.tape import Growth, NotAlike, Replayed, Tape, as_json, held_at, replay, same
+from autoaccum.units import in_words
+
+_ANCHORS = (8, 12)  # micro-batches that are traced first; fake tensors cost the same at any size
+_SIZES = 1 << 20  # no larger micro-batch is looked for
+_PIECES = 3  # a window's third micro-batch holds what the tenth does: gradients, and the next piece of the input
+
+
+@dataclass
+class Traced:
+    """The tapes of some jobs, by card and size."""
+
+    phantom: Phantom
+    shortest: int  # the smallest micro-batch that may be traced
+    remarks: dict[str, None] = field(default_factory=dict)
+    _growths: dict[Any, Growth | None] = field(default_factory=dict)
+    _tapes: dict[Any, Tape] = field(default_factory=dict)
+    _looked_at: set[Any] = field(default_factory=set)
+
+    def alike(self, card: Card) -> Card:
+        """A card whose tapes are there and must be this one's, too, because attention would take the same kernels; else itself."""
+        known: dict[Card, None] = dict.fromkeys(key[0] for key in self._growths)
+        for other in known:
+            same_kernels = all(backend(card.capability, asked) == backend(other.capability, asked) for asked in self.phantom.attention)
+            if replace(other, capability=card.capability) == card and same_kernels:
+                return other
+        return card
+
+    def exactly(self, card: Card, sizes: Sequence[int], *, twice: bool = False) -> Tape:
+        """The tape of a window of these micro-batches, traced as it is."""
+        told = (sizes[0],) if len(sizes) == 1 else (sizes[0], sizes[-1]) if len(sizes) == 2 else (sizes[0], sizes[1], sizes[-1])
+        key = (card, told, twice)
+        if key not in self._tapes:
+            if len(self._tapes) > 64:  # a tape of a large model takes a few MB
+                self._tapes.clear()
+            self._tapes[key] = self.phantom.tape([told[:1], *([told] * (2 if twice else 1))], card)
+            self.remarks.update(dict.fromkeys(self._tapes[key].assumed))
+        return self._tapes[key]
+
+    def about(self, card: Card, micro_batch: int, steps: int) -> Tape:
+        """The tape of a window of equal micro-batches, from two traces at other sizes if sizes change nothing else."""
+        pieces = min(steps, _PIECES)
+        key = (card, pieces)
+        if key not in self._growths:
+            low, high = (max(each, self.shortest) for each in _ANCHORS)
+            try:
+                self._growths[key] = Growth(self.exactly(card, (low,) * pieces), self.exactly(card, (high,) * pieces), low, high)
+            except NotAlike as difference:
+                self._growths[key] = None
+                self.remarks[f"what the job does changes with the micro-batch ({difference}), so every size was traced by itself"] = None
+        growth = self._growths[key]
+        return self.exactly(card, (micro_batch,) * pieces) if growth is None else growth.at(micro_batch)
+
+    def anchor(self, card: Card, pieces: int) -> int:
+        """The micro-batch through which the line is drawn; 0 without a line."""
+        growth = self._growths.get((card, pieces))
+        return 0 if growth is None else growth.low_batch
+
+    def is_anchored(self, card: Card, steps: int) -> bool:
+        """True where that was looked at before."""
+        return (card, min(steps, _PIECES)) in self._looked_at
+
+    def anchored(self, card: Card, micro_batch: int, steps: int) -> bool:
+        """Traces this size itself and says whether the line through the anchors had told its peak; if not, the line is
+        drawn through this size from now on. Kernels have thresholds that two small sizes do not show."""
+        pieces = min(steps, _PIECES)
+        self._looked_at.add((card, pieces))
+        growth = self._growths.get((card, pieces))
+        if growth is None or micro_batch in (growth.low_batch, growth.high_batch):
+            return True
+        traced = self.exactly(card, (micro_batch,) * pieces)
+        if same(growth.at(micro_batch), traced):
+            return True
+        told, true = (replay(tape, Allocator()).peak_reserved_bytes for tape in (growth.at(micro_batch), traced))
+        if told == true:
+            return True
+        near = max(micro_batch + max(micro_batch // 8, 1), self.shortest)
+        try:
+            self._growths[(card, pieces)] = Growth(traced, self.exactly(card, (near,) * pieces), micro_batch, near)
+        except NotAlike:
+            self._growths[(card, pieces)] = None
+        return abs(told - true) <= 0.002 * true
+
+
+class Simulation:
+    """Rehearses jobs on one card that is not here. `approximate`: why it is not CUDA tensors that are traced, or ""."""
+
+    enforces = True
+
+    def __init__(self, jobs: Sequence[Job], profile: Profile, limits: Limits, *, approximate: str = "", say: Say | None = None) -> None:
+        self._jobs, self._limits, self._say = jobs, limits, say
+        self._norms = tuple(dict.fromkeys(name for job in jobs for name in batch_norms(job.model)))
+        self._remarks = self._first_remarks(approximate)
+        self._fingerprint = fingerprint(jobs)
+        self._gradient_bytes = max(job.gradient_bytes() for job in jobs)
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        # Compared on the CPU where the weights have their values; here they have none.
+        self._traced = Traced(Phantom(jobs, "cpu" if approximate else "cuda"), 2 if self._norms else 1)
+        self._approximate = bool(approximate)
+        self._peaks: dict[Any, Replayed] = {}
+        self.use(profile)
+
+    def use(self, profile: Profile) -> None:
+        """Goes on with another card."""
+        self._profile = profile
+        self._settings = from_environment() if profile.backend in ("cuda", "rocm") else Settings()
+        self._card = self._traced.alike(card_of(profile))
+
+    # -- as a Rehearser --
+
+    def subject(self) -> Subject:
+        kind = "cuda" if self._profile.backend == "rocm" else self._profile.backend
+        facts = Facts(kind, None if kind == "mps" else 0, self._profile.name, None)
+        return Subject(facts, self._gradient_bytes, self._fingerprint, self._norms, 0, "", (*self._remarks, *self._of_the_card()), predicted=True)
+
+    def budget(self, *, limited: bool = True) -> Budget:
+        profile = self._profile
+        memory = Memory(profile.total_bytes, profile.available_bytes, 0, profile.context_bytes, (), "physical")
+        return budget(memory, kind="cuda", limit_bytes=self._limits.memory_bytes if limited else None, headroom=self._limits.headroom)
+
+    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
+        """One simulated trial; `full` traces the very window, and any smaller trial takes it from two traces."""
+        started = time.perf_counter()
+        if self._say is not None:
+            self._say("batch", 0)
+        largest, steps = micro_batches[0], len(micro_batches)
+        tape = self._on_card(self._traced.exactly(self._card, micro_batches, twice=True) if full else self._traced.about(self._card, largest, steps))
+        allowed = self.budget(limited=limited).budget_bytes
+        ran = replay(tape, Allocator(self._profile.total_bytes, available_bytes=allowed, settings=self._settings, name=self._profile.name))
+        over = ran.retries > 0
+        phase = tape.phase_at(ran.failed_at).phase if ran.failed_at is not None else "step"
+        return Reading(
+            largest,
+            steps,
+            "oom" if ran.failed_at is not None else "over-budget" if over else "fits",
+            phase if phase in ("forward", "backward", "clip", "step") else "batch",
+            ran.peak_reserved_bytes,
+            time.perf_counter() - started,
+            base_bytes=ran.base_bytes + (self._gradient_bytes if steps > 1 else 0) if ran.failed_at is None else None,
+            # The search's line is one of what is reserved: that is what the budget counts.
+            activation_bytes=ran.peak_reserved_bytes if ran.failed_at is None else None,
+            full=full,
+            shapes=self._traced.phantom.shapes(largest),
+            remarks=tuple(self._traced.remarks),
+        )
+
+    def compare(self, samples: int) -> Equivalence | None:
+        return None
+
+    def fresh(self) -> None:
+        """Every trial starts afresh already."""
+
+    # -- for estimates over many cards --
+
+    def estimate(self, target: int, *, most: int | None = None, equal: bool = False, both: bool = True) -> Estimate:
+        """The plan for the present card. both: also the largest micro-batch at all, without and with flushes of the cache."""
+        smallest = 2 if self._norms else 1
+        candidates = search.sizes(target, smallest=smallest, most=most, equal=equal)
+        margin = margins.of(
+            self._traced.about(self._card, max(_ANCHORS[0], smallest), 2).operators,
+            approximate=self._approximate or self._profile.backend not in ("cuda", "rocm"),
+        )
+        allowed = self.budget().budget_bytes
+
+        def high(size: int, steps: int) -> float:
+            return self._peak(size, steps) * (1 + margin.high)
+
+        found = 0
+        for _ in range(4):  # until the line is anchored where the answer lies; for many cards, where the first one's does
+            found = _largest(candidates, lambda size: high(size, 2 if size == target else math.ceil(target / size)) <= allowed)
+            steps = 2 if found == target else math.ceil(target / max(found, 1))
+            if not found or (not both and self._traced.is_anchored(self._card, steps)) or self._traced.anchored(self._card, found, steps):
+                break
+        whole = bool(candidates) and candidates[-1] == target
+        # In one piece no gradients are held between micro-batches, so it may fit where two halves do not.
+        if whole and high(target, 2) - self._gradient_bytes <= allowed and high(target, 1) <= allowed:
+            found = target
+        elif found == target:
+            found = _largest(candidates[:-1], lambda size: high(size, math.ceil(target / size)) <= allowed)
+        if not candidates:
+            raise JobError(f"no micro-batch is allowed for a target batch of {target}: BatchNorm needs 2 samples in each")
+        size = found or candidates[0]
+        steps = math.ceil(target / size)
+        sizes = cut(target, steps)
+        tape = self._on_card(self._traced.about(self._card, size, steps))
+        ran = self._replayed(size, steps)
+        held = held_at(tape, ran.peak_event)
+        return Estimate(
+            gpu=self._profile.label,
+            name=self._profile.name,
+            total_bytes=self._profile.total_bytes,
+            budget_bytes=allowed,
+            fits=bool(found),
+            micro_batch=sizes[0] if found else None,
+            accumulation_steps=steps if found else None,
+            micro_batches=sizes if found else (),
+            peak_bytes=ran.peak_reserved_bytes,
+            peak_interval_bytes=(int(ran.peak_reserved_bytes * (1 - margin.low)), int(ran.peak_reserved_bytes * (1 + margin.high))),
+            breakdown={**held, "context": self._profile.context_bytes, "unused": max(ran.peak_reserved_bytes - sum(held.values()), 0)},
+            largest_micro_batch=self._most(lambda each: self._peak(each, 2) <= self._profile.available_bytes) if both else None,
+            hard_largest_micro_batch=self._most(self._survives) if both else None,
+            estimated=tuple(name for name, figure in self._profile.figures() if figure.estimated),
+            margin=margin.provenance,
+            warnings=(*self._remarks, *self._of_the_card(), *self._traced.remarks),
+            measured_at=self._traced.phantom.shapes(size),
+        )
+
+    # -- the same, told to another process --
+
+    def estimated(self, gpu: str, target: int, **wish: Any) -> dict[str, Any]:
+        """`estimate` on the card of that name, with advice, as a plain document."""
+        self.use(profiles.load(gpu))
+        return with_advice(self.estimate(target, **wish), self._jobs).as_dict()
+
+    def taped(self, sizes: Sequence[int]) -> dict[str, Any]:
+        """The tape of a window on the present card, as a plain document."""
+        return as_json(self._on_card(self._traced.exactly(self._card, sizes)))
+
+    def _peak(self, size: int, steps: int) -> int:
+        return self._replayed(size, steps).peak_reserved_bytes
+
+    def _replayed(self, size: int, steps: int) -> Replayed:
+        pieces = min(steps, _PIECES)
+        key = (self._card, self._profile.cublas_workspace.value, size, pieces, self._traced.anchor(self._card, pieces))
+        if key not in self._peaks:
+            self._peaks[key] = replay(self._on_card(self._traced.about(self._card, size, steps)), Allocator(settings=self._settings))
+        return self._peaks[key]
+
+    def _survives(self, size: int) -> bool:
+        profile = self._profile
+        allocator = Allocator(profile.total_bytes, available_bytes=profile.available_bytes, settings=self._settings)
+        return replay(self._on_card(self._traced.about(self._card, size, 2)), allocator).failed_at is None
+
+    def _on_card(self, tape: Tape) -> Tape:
+        return tape.sized("cublas", self._profile.cublas_workspace.value)
+
+    def _most(self, fits: Callable[[int], bool]) -> int:
+        """The largest size of all that fits, from a line's guess by growing steps, then by halving; 0 for none.
+
+        Neighbours are looked at, because memory is not monotone.
+        """
+        least = 2 if self._norms else 1
+        near, far = 16, 256
+        slope = max((self._peak(far, 2) - self._peak(near, 2)) / (far - near), 1.0)
+        size = int(min(max((self._profile.available_bytes - self._peak(near, 2)) / slope + near, least), _SIZES))
+        step = max(size // 64, 1)
+        if fits(size):
+            while size < _SIZES and fits(size + step):
+                size, step = size + step, step * 2
+            low, high = size, size + step
+        else:
+            while size - step >= least and not fits(size - step):
+                size, step = size - step, step * 2
+            low, high = size - step, size
+            if low < least:
+                low = least if high > least and fits(least) else 0
+        while high - max(low, least - 1) > 1 and low:
+            middle = (low + high) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle)
+        for ahead in (2, 3):
+            if low and fits(low + ahead):
+                low += ahead
+        return low
+
+    def _first_remarks(self, approximate: str) -> tuple[str, ...]:
+        said = []
+        if not all(job.model.training for job in self._jobs):
+            said.append("the model is in eval mode and was simulated so: call model.train() if that is how it trains")
+        if approximate:
+            said.append(f"approximate: traced on CPU tensors, because {approximate}")
+        if any(hasattr(module, "_orig_mod") for job in self._jobs for module in job.model.modules()):
+            said.append("a compiled model was simulated as it is written: what the compiler fuses may take less, and sometimes more")
+        return tuple(said)
+
+    def _of_the_card(self) -> tuple[str, ...]:
+        profile = self._profile
+        said = []
+        if profile.backend == "mps":
+            said.append(f"{profile.name}: Apple's allocator has rules of its own; simulated with CUDA's")
+        elif profile.backend in ("rocm", "xpu"):
+            said.append(f"{profile.name}: kernels of {profile.backend} take other workspaces; simulated with CUDA's")
+        if profile.backend == "cuda" and profile.capability < 80 and any(job.autocast is torch.bfloat16 for job in self._jobs):
+            said.append(f"{profile.name} has no bfloat16 of its own: it runs, slowly, and attention in its plain form; float16 with a GradScaler suits it")
+        return tuple(said)
+
+
+def card_of(profile: Profile) -> Card:
+    """What of a card decides on a tape: cards alike in it share their traces."""
+    capability = profile.capability
+    kind = capability if capability < 80 else 90 if capability // 10 in (9, 10) else 80
+    # The workspace's size changes nothing else on a tape: it is put in when that is replayed.
+    return Card(75 if kind < 80 else kind, 1, benchmark=bool(torch.backends.cudnn.benchmark))
+
+
+def _largest(candidates: Sequence[int], fits: Any) -> int:
+    """The largest candidate that fits, 0 for none; the two above the answer are looked at, because memory is not monotone."""
+    low, high = -1, len(candidates)
+    while high - low > 1:
+        middle = (low + high) // 2
+        if fits(candidates[middle]):
+            low = middle
+        else:
+            high = middle
+    for near in (low + 2, low + 3):
+        if low >= 0 and near < len(candidates) and fits(candidates[near]):
+            low = near
+    return candidates[low] if low >= 0 else 0
+
+
+def advice(estimate: Estimate, *, autocast: bool, optimizer: str) -> tuple[str, ...]:
+    """What would make room on a card that is too small, from what its memory would hold."""
+    parts, peak = estimate.breakdown, estimate.peak_bytes
+    said = []
+
+    def would(saved: int, what: str) -> None:
+        if saved > 0.02 * peak:
+            left = peak - saved
+            verdict = "fits" if left <= estimate.budget_bytes else "still too much"
+            said.append(f"{what}: about {in_words(left)} ({verdict})")
+
+    if parts["optimizer"] > 0:
+        would(parts["optimizer"], f"an optimizer without state (SGD) for {optimizer}")
+        would(int(parts["optimizer"] * 0.75), "optimizer state in 8 bits")
+    if not autocast:
+        would(parts["activations"] // 2, "bfloat16 autocast, activations about halved")
+    would(int(parts["activations"] * 0.7), "gradient checkpointing, activations about a third")
+    would((parts["parameters"] + parts["gradients"]) // 2, "parameters and gradients in bfloat16")
+    return tuple(said)
+
+
+def with_advice(estimate: Estimate, jobs: Sequence[Job]) -> Estimate:
+    """The same, with advice where it does not fit."""
+    if estimate.fits:
+        return estimate
+    return replace(estimate, advice=advice(estimate, autocast=jobs[0].autocast is not None, optimizer=type(jobs[0].optimizers[0]).__name__))
