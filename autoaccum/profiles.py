@@ -99,13 +99,20 @@ def load(label: str) -> Profile:
     Raises `UsageError` for an unknown card, with the nearest names, and `ProfileError` for a file that is wrong.
     """
     wanted = label.strip().lower().replace(" ", "-").replace("_", "-")
-    if re.match(r"\d+(\.\d+)?[a-z]*$", wanted) and not (folder() / f"{wanted}.toml").is_file():
+    file = folder() / f"{wanted}.toml"
+    if re.fullmatch(r"[\w.-]+", wanted) and file.is_file():
+        return read(file)
+    if re.fullmatch(r"\d+(\.\d+)?[a-z]*", wanted):
         return of_size(parse_size(label))
-    known = _aliases()
-    if wanted in known:
-        return read(folder() / f"{known[wanted]}.toml")
-    near = difflib.get_close_matches(wanted, known, n=4, cutoff=0.5) + [name for name in known if wanted and wanted in name][:4]
-    nearest = list(dict.fromkeys(known[name] for name in near))[:5]
+    known = _spellings()
+    labels = known.get(wanted, ())
+    if len(labels) == 1:
+        return read(folder() / f"{labels[0]}.toml")
+    if labels:
+        raise UsageError(f"{label!r} is what the driver calls {' and '.join(labels)}: say which")
+    near = [name for name in known if wanted and name.startswith(wanted)] + difflib.get_close_matches(wanted, known, n=4, cutoff=0.5)
+    near += [name for name in known if wanted and wanted in name]
+    nearest = list(dict.fromkeys(each for name in near for each in known[name]))[:5]
     hint = f"the nearest are {', '.join(nearest)}" if nearest else "`autoaccum profiles list` shows all"
     raise UsageError(f"there is no GPU data file for {label!r}: {hint}; or give a size such as 24GiB")
 
@@ -127,13 +134,17 @@ def of_size(nbytes: int) -> Profile:
 
 
 @functools.cache
-def _aliases() -> dict[str, str]:
-    """Every spelling and its label."""
-    found: dict[str, str] = {}
-    for name in names():
-        profile = read(folder() / f"{name}.toml")
-        for spelling in (name, profile.name.lower().replace(" ", "-"), *profile.aliases):
-            found.setdefault(spelling, name)
+def _spellings() -> dict[str, tuple[str, ...]]:
+    """Every spelling and the labels it may mean: a file's name and its aliases mean one, a driver's name may mean two."""
+    found: dict[str, tuple[str, ...]] = {}
+    cards = [read(folder() / f"{name}.toml") for name in names()]
+    for card in cards:
+        for spelling in (card.label, *card.aliases):
+            found[spelling] = (card.label,)
+    for card in cards:
+        spelling = card.name.lower().replace(" ", "-")
+        if card.label not in found.get(spelling, ()):
+            found[spelling] = (*found.get(spelling, ()), card.label)
     return found
 
 

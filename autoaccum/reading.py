@@ -38,6 +38,7 @@ class Reading:
     activation_bytes: the most that was live in forward and backward, which is what grows with the micro-batch;
     the optimizer's step may peak above it, whatever the size. None where the trial did not get so far.
     seconds: the whole trial; window_seconds: its last window.
+    least_bytes: what the size takes whatever an allocator makes of it, known where it was simulated.
     limited: False for a run without the user's limit, for its figure. full: True for a confirming run, the whole window twice. doubtful: True for an out-of-memory that a library
     told of in words it also uses for other failures; such a library may refuse the same again in this process,
     whatever memory there is (oneDNN remembers).
@@ -58,6 +59,7 @@ class Reading:
     limited: bool = True
     shapes: dict[str, tuple[int, ...]] | None = None
     remarks: tuple[str, ...] = ()
+    least_bytes: int | None = None
 
     @property
     def fits(self) -> bool:

@@ -171,6 +171,7 @@ class Simulation:
             full=full,
             shapes=self._traced.phantom.shapes(largest),
             remarks=tuple(self._traced.remarks),
+            least_bytes=tape.requested_peak(),
         )
 
     def compare(self, samples: int) -> Equivalence | None:

@@ -231,8 +231,10 @@ def _line(rehearsal: Rehearser, wish: Wish, tell: _Teller, label: str, remarked:
         found = search.largest(fits, target, candidates, budget_bytes=budget_bytes, gradient_bytes=subject.gradient_bytes, daring=rehearsal.enforces)
         if not found.micro_batch:
             raise _nothing_fits(rehearsal, tell, candidates[0], target, budget)
+        if subject.predicted and wish.largest:
+            found = _beyond(rehearsal, tell, candidates, found, target, budget.budget_bytes)
         sizes = plan.micro_batches(target, found.accumulation_steps)
-        if len(sizes) == 1:
+        if len(sizes) == 1 and (target, False) in tell.known:
             confirmed = tell.known[(target, False)]  # its trial was the whole window twice already
             break
         if subject.device.kind == "cpu":
@@ -247,6 +249,21 @@ def _line(rehearsal: Rehearser, wish: Wish, tell: _Teller, label: str, remarked:
         if not candidates:
             raise _nothing_fits(rehearsal, tell, sizes[0], target, budget)
     return _plan(rehearsal, wish, tell, label, found, confirmed, sizes, budget, started, (*remarked, *explaining.drift(first_budget, rehearsal.budget())))
+
+
+def _beyond(rehearsal: Rehearser, tell: _Teller, candidates: Sequence[int], found: search.Found, target: int, budget_bytes: int) -> search.Found:
+    """Simulated trials cost nothing, so the sizes above the answer are gone through until one takes too much by what it
+    holds alone: an allocator's segments make some size fail where a larger one fits."""
+    above = [size for size in candidates if size > found.micro_batch and size not in tell.refused][:512]
+    for size in above:
+        reading = rehearsal.measure(_window(target, size))
+        if reading.fits:
+            tell.tried.append(reading)
+            tell.known[(size, reading.accumulation_steps > 1)] = reading
+            found = replace(found, micro_batch=size, accumulation_steps=math.ceil(target / size), largest_fit=size)
+        elif reading.least_bytes is not None and reading.least_bytes > budget_bytes:
+            break
+    return found
 
 
 class _Teller:

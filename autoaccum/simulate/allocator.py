@@ -85,6 +85,7 @@ class Allocator:
         self.peak_allocated_bytes = self.peak_reserved_bytes = self.peak_requested_bytes = 0
         self.retries = self.ooms = self.allocations = self.frees = 0
         self.observer: Observer | None = None
+        self._live: dict[int, Block] = {}
         self._pools: dict[Any, tuple[Pool, Pool]] = {}
         self._pair(0)
         self._numbers = 0
@@ -126,6 +127,7 @@ class Allocator:
             block = head
         block.live = True
         block.requested = nbytes
+        self._live[block.address] = block
         given = block.size
         pool.blocks += 1
         pool.requested += nbytes
@@ -145,6 +147,7 @@ class Allocator:
         """Gives a block back; it grows together with free neighbours."""
         pool = block.pool
         block.live = False
+        del self._live[block.address]
         self.frees += 1
         self.allocated_bytes -= block.size
         self.requested_bytes -= block.requested
@@ -202,18 +205,11 @@ class Allocator:
 
     def blocks(self) -> list[Block]:
         """Every block of every segment, by address; free ones too."""
-        seen: dict[int, Block] = {}
+        found = list(self._live.values())
         for pair in self._pools.values():
             for pool in pair:
-                for _, _, block in (*pool.free, *pool.unmapped):
-                    seen[block.address] = block
-        for block in list(seen.values()):
-            for side in ("preceding", "following"):
-                near = getattr(block, side)
-                while near is not None and near.address not in seen:
-                    seen[near.address] = near
-                    near = getattr(near, side)
-        return [seen[address] for address in sorted(seen)]
+                found += [block for _, _, block in (*pool.free, *pool.unmapped)]
+        return sorted(found, key=lambda block: block.address)
 
     def rounded(self, nbytes: int) -> int:
         """The block size that a request gets."""

@@ -16,8 +16,10 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 class Asked(NamedTuple):
-    """What the choice depends on, beside the card. width: of a head. grouped: fewer heads of keys than of queries."""
+    """What the choice depends on, beside the card. dims: of the queries, 4 for (batch, heads, length, width).
+    width: of a head. grouped: fewer heads of keys than of queries."""
 
+    dims: int
     dtype: torch.dtype
     width: int
     alike: bool  # queries and values are of one width
@@ -27,6 +29,8 @@ class Asked(NamedTuple):
 
 def backend(capability: int, asked: Asked) -> str:
     """`"cudnn"`, `"flash"`, `"efficient"` or `"math"`. capability: 75 for sm_75."""
+    if asked.dims != 4:
+        return "math"
     half = asked.dtype in _HALVES
     if half and asked.alike and asked.width % 8 == 0:
         if capability // 10 in (9, 10) and asked.width <= 128:
@@ -63,7 +67,7 @@ def chosen_for(capability: int) -> Iterator[set[Asked]]:
             dtype = torch.get_autocast_dtype("cuda")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         grouped = enable_gqa and key.shape[1] != query.shape[1]
-        asked = Asked(query.dtype, query.shape[-1], query.shape[-1] == value.shape[-1], attn_mask is not None, grouped)
+        asked = Asked(query.dim(), query.dtype, query.shape[-1], query.shape[-1] == value.shape[-1], attn_mask is not None, grouped)
         seen.add(asked)
         taken = backend(capability, asked)
         if taken == "math":

@@ -18,6 +18,8 @@ from autoaccum.simulate import kernels
 from autoaccum.simulate.tape import Tape
 
 aten = torch.ops.aten
+_INDEXED = frozenset(("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"))
+_MASKS = (torch.bool, torch.uint8)
 
 
 class Tracer(TorchDispatchMode):
@@ -74,6 +76,8 @@ class Tracer(TorchDispatchMode):
             return self._number(func, args)
         if func is aten.nonzero.default and args[0].device.type != "cpu":
             return self._everywhere(args[0])
+        if name in _INDEXED and any(isinstance(each, torch.Tensor) and each.dtype in _MASKS and self._here(each) for each in args[1] or ()):
+            args = (args[0], self._selecting_all(args[1]), *args[2:])
         if kernels.takes_cublas(name) and any(self._here(each) for each in args):
             self._handle()
         try:
@@ -168,6 +172,17 @@ class Tracer(TorchDispatchMode):
         out = mask.new_empty((mask.dim(), mask.numel()), dtype=torch.int64).t()
         self.track(out, "nonzero")
         return out
+
+    def _selecting_all(self, indices: Sequence[Any]) -> list[Any]:
+        """Masks among the indices as the indices of every element."""
+        self._assumed[f"a mask was taken to select every element, at {_where()}"] += 1
+        found: list[Any] = []
+        for each in indices:
+            if isinstance(each, torch.Tensor) and each.dtype in _MASKS:
+                found += [each.new_empty(each.numel(), dtype=torch.int64) for _ in range(each.dim())]
+            else:
+                found.append(each)
+        return found
 
     def _all_of(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = func._overloadpacket.__name__

@@ -1,0 +1,192 @@
+import json
+
+import pytest
+import torch
+
+import autoaccum
+from autoaccum import profiles
+from autoaccum.reading import Estimate
+from autoaccum.simulate import margins
+from tests import command_line, simulated
+from tests.command_line import ROOT, document
+
+MIB = 2**20
+FILE = "tests/simulated.py"
+
+
+@pytest.fixture(scope="module")
+def both():
+    """Two cards, one of them too small for even one sample; the whole document and the exit code."""
+    finished = command_line.autoaccum("estimate", f"{FILE}:decoder", "-b", 120, "-g", "t4", "-g", "330MiB", "-g", "264MiB", "--json")
+    return finished.returncode, document(finished)
+
+
+def test_the_document_is_what_was_promised(both):
+    code, told = both
+    assert code == 3  # one of those that were named cannot hold it
+    assert (told["schema"], told["job"], told["target_batch"]) == ("autoaccum.estimate/1", f"{FILE}:decoder", 120)
+    large, middle, small = told["gpus"]
+    assert (large["gpu"], large["fits"], large["micro_batches"], large["accumulation_steps"]) == ("t4", True, [120], 1)
+    assert middle["fits"] and sum(middle["micro_batches"]) == 120 and middle["accumulation_steps"] > 1
+    assert (small["fits"], small["micro_batch"], small["accumulation_steps"]) == (False, None, None)
+    for each in told["gpus"]:
+        low, high = each["peak_interval_bytes"]
+        assert low <= each["peak_bytes"] <= high
+        assert set(each["breakdown"]) >= {"parameters", "gradients", "optimizer", "activations", "workspace", "context"}
+        inside = sum(value for name, value in each["breakdown"].items() if name != "context")
+        assert inside == each["peak_bytes"]
+    assert middle["peak_interval_bytes"][1] <= middle["budget_bytes"]
+    assert small["peak_interval_bytes"][1] > small["budget_bytes"]
+    assert middle["largest_micro_batch"] <= middle["hard_largest_micro_batch"] < large["largest_micro_batch"]
+
+
+def test_what_does_not_fit_gets_advice_with_figures(both):
+    small = both[1]["gpus"][2]
+    assert any("SGD" in each and "MiB" in each for each in small["advice"])
+    assert any("8 bits" in each for each in small["advice"])
+
+
+def test_the_table_says_it_in_words():
+    finished = command_line.autoaccum("estimate", f"{FILE}:conv", "-b", 64, "-g", "t4", "-g", "rtx-3060-12gb")
+    assert finished.returncode == 0, finished.stderr
+    first, head, t4, *rest = finished.stdout.splitlines()
+    assert first == f"64 samples a step of {FILE}:conv, simulated at batch[0] (n, 3, 32, 32), batch[1] (n,)"
+    assert head.split()[:3] == ["gpu", "plan", "peak"]
+    assert t4.split()[:4] == ["t4", "64", "x", "1"]
+    assert any(line.startswith("margin: 151 published runs of convolutional nets") for line in rest)
+
+
+def test_every_card_is_answered_and_none_is_an_error():
+    finished = command_line.autoaccum("estimate", f"{FILE}:mlp", "-b", 32, "--all-gpus", "--json")
+    assert finished.returncode == 0, finished.stderr
+    assert [each["gpu"] for each in document(finished)["gpus"]] == profiles.names()
+
+
+def test_a_function_is_simulated_in_a_copy_of_the_process():
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    made = []
+
+    def make():
+        made.append(1)
+        return simulated.mlp()
+
+    code = """
+import autoaccum
+found = autoaccum.estimate(mlp, target_batch=48, gpus=["t4", "1GiB"])
+tell([[each.gpu, each.fits, each.micro_batch] for each in found.gpus] + [torch.cuda.is_available(), torch.zeros(1).device.type])
+"""
+    assert simulated.in_a_process(code) == [["t4", True, 48], ["1.0GiB", True, 48], False, "cpu"]
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_process_that_has_trained_can_still_be_copied():
+    code = """
+import autoaccum
+torch.ones(1, requires_grad=True).sum().backward()
+tell(autoaccum.estimate(mlp, target_batch=48, gpus="t4").gpus[0].fits)
+"""
+    assert simulated.in_a_process(code) is True
+
+
+def test_a_job_itself_is_refused():
+    with pytest.raises(autoaccum.UsageError, match="a function that builds the job"):
+        autoaccum.estimate(simulated.mlp(), target_batch=8, gpus="t4")
+
+
+def test_27_billion_weights_on_a_laptop():
+    finished = command_line.autoaccum("estimate", f"{FILE}:huge", "-b", 8, "-g", "b200", "-g", "t4", "--json")
+    large, small = document(finished)["gpus"]
+    assert large["breakdown"]["parameters"] == small["breakdown"]["parameters"] == 27 * 2**30
+    assert (large["fits"], small["fits"]) == (True, False)
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ((f"{FILE}:mlp", "-g", "t4"), "--target-batch"),
+        ((f"{FILE}:mlp", "-b", 8), "name the cards with --gpu NAME, or take --all-gpus"),
+        ((f"{FILE}:mlp", "-b", 8, "-g", "t4", "--all-gpus"), "not both"),
+        ((f"{FILE}:mlp", "-b", 8, "-g", "t5"), "no GPU data file for 't5': the nearest are"),
+        ((f"{FILE}:mlp", "-b", 0, "-g", "t4"), "at least 1, not 0"),
+        ((f"{FILE}:mlp", "-b", 8, "-g", "t4", "--timeline", "x.txt"), "ends in .png, .svg, .pdf or .pickle"),
+        ((f"{FILE}:mlp", "-b", 8, "-g", "t4", "-g", "l4", "--timeline", "x.png"), "one --gpu"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_2(words, says):
+    finished = command_line.autoaccum("estimate", *words)
+    assert finished.returncode == 2
+    assert says in finished.stderr and len(finished.stderr.splitlines()) == 1
+
+
+def test_what_cannot_be_traced_is_exit_5_with_the_operator():
+    finished = command_line.autoaccum("estimate", f"{FILE}:ragged", "-b", 8, "-g", "t4")
+    assert finished.returncode == 5
+    assert "bincount" in finished.stderr
+
+
+def test_what_was_assumed_is_said():
+    told = document(command_line.autoaccum("estimate", f"{FILE}:asking", "-b", 8, "-g", "8GiB", "--json"))
+    assert any("a value that is read from the device was taken to be 1" in each for each in told["gpus"][0]["warnings"])
+
+
+def test_a_job_that_branches_on_its_size_is_traced_size_by_size():
+    told = document(command_line.autoaccum("estimate", f"{FILE}:branching", "-b", 64, "-g", "300MiB", "--json"))
+    assert told["gpus"][0]["fits"]
+    assert any("every size was traced by itself" in each for each in told["gpus"][0]["warnings"])
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg", "pickle"])
+def test_a_timeline_is_drawn(tmp_path, suffix):
+    path = tmp_path / f"window.{suffix}"
+    finished = command_line.autoaccum("estimate", f"{FILE}:decoder", "-b", 120, "-g", "330MiB", "--timeline", path)
+    assert finished.returncode == 0, finished.stderr
+    heads = {"png": b"\x89PNG", "svg": b"<?xml", "pickle": b"\x80"}
+    assert path.read_bytes().startswith(heads[suffix])
+
+
+def test_tune_and_check_run_on_a_card_that_is_not_here(tmp_path):
+    path = tmp_path / "plan.json"
+    finished = command_line.autoaccum("tune", f"{FILE}:decoder", "-b", 120, "-d", "virtual:330MiB", "--json", "-o", path)
+    told = document(finished)
+    assert told["predicted"] is True
+    assert sum(told["micro_batches"]) == 120 and told["peak_bytes"] <= told["budget_bytes"]
+    assert told["device"]["kind"] == "cuda" and told["device"]["total_bytes"] == 330 * MIB
+    refused = told["smallest_refused"]
+    assert command_line.autoaccum("check", f"{FILE}:decoder", "-b", 120, "-m", told["micro_batch"], "-d", "virtual:330MiB").returncode == 0
+    assert command_line.autoaccum("check", f"{FILE}:decoder", "-b", 120, "-m", refused, "-d", "virtual:330MiB").returncode == 3
+    assert autoaccum.Plan.load(path).micro_batches == tuple(told["micro_batches"])
+
+
+def test_train_is_charged_to_the_card():
+    finished = command_line.autoaccum("train", "-b", 120, "-e", 2, "-d", "virtual:300MiB")
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.splitlines()[-1].startswith("epoch 2")
+
+
+def test_a_command_cannot_be_simulated():
+    finished = command_line.autoaccum("tune", "-b", 8, "-d", "virtual:t4", "--", "python", "x.py", "{micro_batch}", "{accumulation_steps}")
+    assert finished.returncode == 2
+    assert "a command cannot be simulated" in finished.stderr
+
+
+def test_profiles_are_listed_and_shown(tmp_path):
+    assert len(command_line.autoaccum("profiles", "list").stdout.splitlines()) == len(profiles.names()) + 1
+    shown = command_line.autoaccum("profiles", "show", "t4").stdout
+    assert "total_bytes: 15,835,660,288 bytes" in shown and "estimated:" in shown
+    own = tmp_path / "mine.toml"
+    own.write_text(profiles.written(profiles.load("l4")).replace("value", "valeu", 1))
+    wrong = command_line.autoaccum("profiles", "show", own)
+    assert wrong.returncode == 2 and "mine.toml: total_bytes" in wrong.stderr
+
+
+def test_the_margins_are_those_of_the_published_rows():
+    committed = json.loads((ROOT / "benchmarks/results/estimate_published.json").read_text())["margins"]
+    for family, seen in committed.items():
+        assert (margins.SEEN[family].low, margins.SEEN[family].high) == (seen["low"], seen["high"])
+        assert margins.SEEN[family].provenance.startswith(f"{seen['rows']} published runs")
+
+
+def test_an_estimate_survives_json(both):
+    for told in both[1]["gpus"]:
+        assert json.loads(json.dumps(Estimate.from_dict(told).as_dict())) == told

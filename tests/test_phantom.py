@@ -1,0 +1,141 @@
+"""Each test traces in a process of its own."""
+
+import pytest
+
+from tests.simulated import in_a_process
+
+MIB = 2**20
+HEAD = "fake.enable(); fake.self_test()\ncard = kernels.Card(80, 0)\n"
+
+
+def test_what_is_asked_for_at_once_equals_torchs_own_count():
+    """torch's MemTracker follows the same storages with code of its own; it rounds each up to 512 bytes."""
+    code = """
+from torch.distributed._tools.mem_tracker import MemTracker
+from autoaccum import batches
+from autoaccum.simulate.attention import chosen_for
+found = {}
+for name, make, n in (("mlp", mlp, 64), ("conv", conv, 8), ("decoder", decoder, 16)):
+    job = make()
+    made = phantom.Phantom([job])
+    def loop(begin):
+        for _ in range(2):
+            begin()
+            x = batches.move(made.batch(n), torch.device("cuda"))
+            out = job.loss(job.model, x)
+            out.backward()
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+            del out, x
+    ours = made.recorded(lambda tracer: loop(lambda: None), card)
+    seen = [max(-(-size // 512) * 512, 512) if kind != "workspace" else 0 for size, kind in zip(ours.sizes, ours.kinds)]
+    ours.sizes[:] = seen
+    tracker = MemTracker()
+    tracker.track_external(job.model, job.optimizer)
+    with chosen_for(80), made._mode, tracker:
+        loop(tracker.reset_mod_stats)
+    (theirs,) = [each["Total"] for device, each in tracker.get_tracker_snapshot("peak").items() if device.type == "cuda"]
+    found[name] = [ours.requested_peak(), theirs]
+tell(found)
+"""
+    for name, (ours, theirs) in in_a_process(HEAD + code).items():
+        assert abs(ours - theirs) <= 1e-4 * theirs, (name, ours, theirs)
+
+
+def test_every_way_of_training_is_traced_and_costs_what_it_must():
+    code = """
+def peak(job, windows=([16], [16, 16]), capability=80):
+    made = phantom.Phantom([job]).tape(windows, kernels.Card(capability, 0))
+    ran = tape.replay(made, Allocator())
+    return ran.peak_allocated_bytes, tape.held_at(made, ran.peak_event), made.assumed
+scaler = torch.amp.GradScaler("cpu")
+tell({
+    "plain": peak(decoder()),
+    "bf16": peak(decoder(autocast=torch.bfloat16)),
+    "fp16": peak(decoder(autocast=torch.float16, scaler=scaler, max_grad_norm=1.0)),
+    "again": peak(decoder(again=True)),
+    "sgd": peak(decoder(optimizer=torch.optim.SGD)),
+    "loop": peak(decoder(optimizer_options={"foreach": False})),
+    "fused": peak(decoder(optimizer_options={"fused": True})),
+    "old": peak(decoder(autocast=torch.bfloat16), capability=75),
+    "conv": peak(conv()),
+    "asking": peak(asking()),
+    "closure": peak(closure_on_a_device()),
+})
+"""
+    found = in_a_process(HEAD + code)
+    weights = found["plain"][1]["parameters"]
+    assert found["plain"][1]["optimizer"] >= 2 * weights  # Adam's two moments
+    assert found["plain"][1]["gradients"] > 0
+    assert found["bf16"][0] < found["plain"][0]
+    assert found["again"][1]["activations"] < 0.7 * found["plain"][1]["activations"]
+    assert found["sgd"][1]["optimizer"] == 0
+    assert found["fp16"][1]["optimizer"] >= 2 * weights  # no step was skipped
+    assert found["old"][0] > found["bf16"][0]  # attention in its plain form holds what is quadratic in the length
+    assert found["conv"][1]["activations"] > 0
+    assert any("was taken to be 1" in said for said in found["asking"][2])
+    assert found["closure"][0] > 0
+
+
+def test_gradients_are_accumulated_in_place_and_the_third_micro_batch_peaks_no_higher():
+    code = """
+made = phantom.Phantom([decoder()])
+tell([tape.replay(made.tape([[8], [8] * pieces], card), Allocator()).peak_requested_bytes for pieces in (1, 2, 3, 5)])
+"""
+    one, two, three, five = in_a_process(HEAD + code)
+    assert one < two <= three == pytest.approx(five, rel=1e-3)
+
+
+def test_a_line_through_two_sizes_tells_a_third():
+    code = """
+found = {}
+for name, job in (("mlp", mlp()), ("conv", conv()), ("decoder", decoder(autocast=torch.bfloat16))):
+    made = phantom.Phantom([job])
+    low, high, true = (made.tape([[n], [n] * 3], card) for n in (8, 12, 37))
+    found[name] = tape.same(tape.Growth(low, high, 8, 12).at(37), true)
+tell(found)
+"""
+    assert in_a_process(HEAD + code) == {"mlp": True, "conv": True, "decoder": True}
+
+
+@pytest.mark.parametrize(
+    ("job", "says"),
+    [("ragged", "bincount"), ("elsewhere", "is not where the parameters are")],
+)
+def test_what_cannot_be_traced_says_what_and_what_to_do(job, says):
+    code = f"""
+from autoaccum.errors import JobError
+try:
+    phantom.Phantom([{job}()]).tape([[4], [4]], card)
+    tell("traced")
+except JobError as error:
+    tell(str(error))
+"""
+    told = in_a_process(HEAD + code)
+    assert says in told
+    assert "\n" not in told
+
+
+def test_the_approximation_on_cpu_tensors_needs_nothing_of_cuda():
+    code = """
+made = phantom.Phantom([decoder()], "cpu").tape([[8], [8, 8]], card)
+ran = tape.replay(made, Allocator())
+tell([ran.peak_allocated_bytes, tape.held_at(made, ran.peak_event)])
+"""
+    peak, held = in_a_process(code.replace("card", "kernels.Card(80, 0)"))
+    assert held["parameters"] > 0
+    assert peak > held["parameters"] * 4
+
+
+def test_large_weights_are_never_written():
+    code = """
+import resource
+with phantom.unfilled():
+    job = huge()
+fake.enable()
+made = phantom.Phantom([job]).tape([[2], [2, 2]], kernels.Card(80, 0))
+tell([made.requested_peak(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
+"""
+    peak, resident = in_a_process(code)
+    assert peak > 100 * 2**30
+    assert resident < 2 * 2**30
