@@ -103,7 +103,7 @@ def load(label: str) -> Profile:
     if re.fullmatch(r"[\w.-]+", wanted) and file.is_file():
         return read(file)
     if re.fullmatch(r"\d+(\.\d+)?[a-z]*", wanted):
-        return of_size(parse_size(label))
+        return of_size(parse_size(label), label.strip())
     known = _spellings()
     labels = known.get(wanted, ())
     if len(labels) == 1:
@@ -117,12 +117,12 @@ def load(label: str) -> Profile:
     raise UsageError(f"there is no GPU data file for {label!r}: {hint}; or give a size such as 24GiB")
 
 
-def of_size(nbytes: int) -> Profile:
-    """A card without a name whose allocator may have exactly that much."""
+def of_size(nbytes: int, label: str = "") -> Profile:
+    """A card without a name whose allocator may have exactly that much. label: as the size was written."""
     given = Figure(nbytes, "as given", False)
     words = in_words(nbytes)
     return Profile(
-        words.replace(" ", ""),
+        label or words.replace(" ", ""),
         f"virtual GPU of {words}",
         "cuda",
         "sm_80",

@@ -79,7 +79,7 @@ def trial(reading: Reading) -> dict[str, Any]:
     return {name: getattr(reading, name) for name in told}
 
 
-_TABLE = (("gpu", 24), ("plan", 18), ("peak", 26), ("budget", 10), ("weights", 10), ("gradients", 10), ("optimizer", 10), ("activations", 12), ("rest", 10))
+_TABLE = (("gpu", 24), ("plan", 21), ("peak", 26), ("budget", 10), ("weights", 10), ("gradients", 10), ("optimizer", 10), ("activations", 12), ("rest", 10))
 
 
 def estimates(found: Estimates) -> str:

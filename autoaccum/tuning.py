@@ -426,6 +426,10 @@ def _window(target: int, micro_batch: int) -> tuple[int, ...]:
 def _where(job: Job, device: str | None) -> devices.Device:
     """The device of the parameters. Raises `NoSuchDevice` if another was asked for."""
     placed = str(job.device)
+    if device is not None and device.startswith("virtual:"):
+        raise UsageError(
+            f"tune() rehearses the objects it is given, which are on {placed}: for {device} use autoaccum.estimate, or autoaccum tune FILE --device {device}"
+        )
     if device not in (None, "auto", placed) and f"{device}:0" != placed:
         raise NoSuchDevice(f"the model is on {placed}, not on {device}: move the model there first, or leave device out")
     return devices.get(placed)

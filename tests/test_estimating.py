@@ -76,7 +76,7 @@ import autoaccum
 found = autoaccum.estimate(mlp, target_batch=48, gpus=["t4", "1GiB"])
 tell([[each.gpu, each.fits, each.micro_batch] for each in found.gpus] + [torch.cuda.is_available(), torch.zeros(1).device.type])
 """
-    assert simulated.in_a_process(code) == [["t4", True, 48], ["1.0GiB", True, 48], False, "cpu"]
+    assert simulated.in_a_process(code) == [["t4", True, 48], ["1GiB", True, 48], False, "cpu"]
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -190,3 +190,28 @@ def test_the_margins_are_those_of_the_published_rows():
 def test_an_estimate_survives_json(both):
     for told in both[1]["gpus"]:
         assert json.loads(json.dumps(Estimate.from_dict(told).as_dict())) == told
+
+
+@pytest.mark.parametrize(
+    ("does", "says"),
+    [("pass", "kept the stub of CUDA's device guard"), ("os.abort()", "this torch ended the process when CUDA tensors were faked (exit code -6)")],
+    ids=["one that refuses", "one that aborts"],
+)
+def test_a_torch_that_cannot_fake_cuda_gets_an_approximation_that_says_so(tmp_path, does, says):
+    (tmp_path / "sitecustomize.py").write_text(f"""
+import os, sys, torch
+def ensure():
+    if sys._getframe(1).f_code.co_filename.endswith("simulate/fake.py"):
+        {does}
+torch._C._ensureCUDADeviceGuardSet = ensure
+""")
+    finished = command_line.autoaccum("estimate", f"{FILE}:decoder", "-b", 16, "-g", "t4", "--json", env={"PYTHONPATH": str(tmp_path)})
+    (t4,) = document(finished)["gpus"]
+    assert t4["fits"] and t4["breakdown"]["optimizer"] > 0
+    assert any(each.startswith("approximate: traced on CPU tensors") and says in each for each in t4["warnings"])
+    assert t4["peak_interval_bytes"][1] > 1.2 * t4["peak_bytes"]
+
+
+def test_tuning_in_place_on_a_card_that_is_not_here_is_told_where_to_go():
+    with pytest.raises(autoaccum.UsageError, match=r"for virtual:t4 use autoaccum\.estimate"):
+        autoaccum.tune(simulated.mlp(), target_batch=8, device="virtual:t4")

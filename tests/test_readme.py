@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from autoaccum import profiles
 from tests.command_line import ROOT, autoaccum
 
 TEXT = (ROOT / "README.md").read_text()
@@ -62,7 +63,7 @@ def test_every_command_and_file_that_is_named_exists():
 
 
 def test_every_flag_that_is_named_exists():
-    known = "".join(autoaccum(name, "--help").stdout for name in ("tune", "check", "train")) + " --batch-size --accum --max-steps"
+    known = "".join(autoaccum(name, "--help").stdout for name in ("tune", "check", "train", "estimate")) + " --batch-size --accum --max-steps"
     for flag in set(re.findall(r"--[a-z][a-z-]+", TEXT)):
         assert flag in known, flag
 
@@ -76,3 +77,11 @@ def test_the_loops_figures_are_those_of_the_committed_run():
     allocator = {name: f"{microseconds / 1000:.1f} ms" for name, microseconds in document["allocator_at_one_millisecond"].items()}
     assert f"a micro-step of {allocator['default']} took {allocator['steady']}" in TEXT
     assert all(document["versions"][name] in TEXT for name in ("accelerate", "lightning", "transformers"))
+
+
+def test_the_simulations_figures_are_those_of_the_committed_run():
+    import estimate_published
+
+    document = json.loads((ROOT / "benchmarks/results/estimate_published.json").read_text())
+    assert estimate_published.table(document) in TEXT
+    assert f"all {len(profiles.names())} cards" in TEXT
