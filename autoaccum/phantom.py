@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -26,15 +27,15 @@ _TEMPLATE = 2  # samples that are really made, to know their shapes
 def unfilled() -> Iterator[None]:
     """Models built inside have their shapes and no values: large weights are never written, so they take no memory.
 
-    Nothing but `torch.nn.init`, random fills and conversions of more than a million elements are left out, so that what
-    a constructor computes from small tensors stays right.
+    Left out are `torch.nn.init`, and whatever fills, converts or clones a tensor of more than a million elements that
+    was made empty and never written. Data keep their values, and so does what a constructor computes from small tensors.
     """
     names = [name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
     kept = {name: getattr(torch.nn.init, name) for name in names}
     try:
         for name in names:
             setattr(torch.nn.init, name, lambda tensor, *_, **__: tensor)
-        with _Unwritten():  # type: ignore[no-untyped-call]
+        with _Unwritten():
             yield
     finally:
         for name, function in kept.items():
@@ -42,21 +43,40 @@ def unfilled() -> Iterator[None]:
 
 
 class _Unwritten(torch.utils._python_dispatch.TorchDispatchMode):
-    _FILLS = frozenset(("normal_", "uniform_", "fill_", "zero_", "copy_", "erfinv_", "mul_", "add_", "clamp_", "random_"))
+    _MAKES = frozenset(("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"))
+    _FILLS = frozenset(("normal_", "uniform_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_", "random_", "bernoulli_"))
+    _COPIES = frozenset(("_to_copy", "clone"))
     _LARGE = 1_000_000
 
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._blank: dict[int, Any] = {}  # storages that nobody has written to; by address, which the dead give up
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name, kwargs = func._overloadpacket.__name__, kwargs or {}
         first = args[0] if args and isinstance(args[0], torch.Tensor) else None
-        if first is not None and first.numel() > self._LARGE and first.device.type == "cpu":
-            name = func._overloadpacket.__name__
-            if name in self._FILLS:
+        if first is not None and self._is_blank(first):
+            if name in self._FILLS or (name == "copy_" and self._is_blank(args[1])):
                 return first
-            if name == "_to_copy":
-                wanted = dict(kwargs or {})
-                return torch.empty_like(first, dtype=wanted.get("dtype") or first.dtype, device=wanted.get("device") or first.device)
-            if name == "clone":
-                return torch.empty_like(first)
-        return func(*args, **(kwargs or {}))
+            if name in self._COPIES:
+                return self._noted(torch.empty_like(first, dtype=kwargs.get("dtype") or first.dtype, device=kwargs.get("device") or first.device))
+            if name.endswith("_") and not name.endswith("__") and first.numel() > self._LARGE:
+                self._blank.pop(first.untyped_storage()._cdata, None)  # it has values now
+        out = func(*args, **kwargs)
+        return self._noted(out) if name in self._MAKES else out
+
+    def _noted(self, tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.device.type == "cpu" and tensor.numel() > self._LARGE:
+            storage = tensor.untyped_storage()
+            self._blank[storage._cdata] = weakref.ref(storage)
+        return tensor
+
+    def _is_blank(self, tensor: Any) -> bool:
+        if not isinstance(tensor, torch.Tensor) or tensor.numel() <= self._LARGE or tensor.layout != torch.strided:
+            return False
+        storage = tensor.untyped_storage()
+        found = self._blank.get(storage._cdata)
+        return found is not None and found() is storage
 
 
 class Phantom:

@@ -95,7 +95,8 @@ def estimates(found: Estimates) -> str:
             lines.append(f"{each.gpu}: the largest micro-batch by the simulation alone, no headroom, is {each.largest_micro_batch}{more}")
         if not each.fits:
             need, there = in_words(each.peak_bytes), in_words(each.budget_bytes)
-            lines.append(f"{each.gpu}: the smallest micro-batch needs {need} of {there}" + (f"; with {'; '.join(each.advice)}" if each.advice else ""))
+            close = " by the simulation, which may be off by more than what is left" if each.peak_bytes <= each.budget_bytes else ""
+            lines.append(f"{each.gpu}: the smallest micro-batch needs {need} of {there}{close}" + (f"; with {'; '.join(each.advice)}" if each.advice else ""))
     said: dict[str, list[str]] = {}
     for each in found.gpus:
         for warning in each.warnings:

@@ -127,11 +127,24 @@ tell([ran.peak_allocated_bytes, tape.held_at(made, ran.peak_event)])
     assert peak > held["parameters"] * 4
 
 
+def test_data_keep_their_values_while_a_job_is_built():
+    code = """
+with phantom.unfilled():
+    labels = torch.arange(2_000_000, dtype=torch.int32).remainder(7)
+    kinds = int(labels.long().clone().max()) + 1
+    table = torch.empty(1500, 1000).copy_(torch.ones(1500, 1000) * 3)
+    weight = torch.nn.Linear(2000, 2000).to(torch.bfloat16).weight
+tell([kinds, table.mean().item(), str(weight.dtype), list(weight.shape)])
+"""
+    assert in_a_process(code) == [7, 3.0, "torch.bfloat16", [2000, 2000]]
+
+
 def test_large_weights_are_never_written():
     code = """
 import resource
 with phantom.unfilled():
     job = huge()
+    torch.nn.Linear(16384, 16384).to(torch.bfloat16)
 fake.enable()
 made = phantom.Phantom([job]).tape([[2], [2, 2]], kernels.Card(80, 0))
 tell([made.requested_peak(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024])
