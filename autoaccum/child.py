@@ -246,7 +246,7 @@ def raised(told: dict[str, Any]) -> errors.AutoaccumError:
 def main(receive: int, send: int, parent: int) -> None:
     """Serves one parent until it closes the pipe."""
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; nobody here needs NumPy
-    _die_with(parent)
+    die_with(parent)
     requests, lock = os.fdopen(receive, "rb"), threading.Lock()
     # The user's own children must not hold the pipes open.
     os.set_inheritable(receive, False)
@@ -291,6 +291,9 @@ def _simulation(source: Source, opened: dict[str, Any], limits: Limits, say: Say
     from autoaccum.simulate import fake
 
     card = profiles.load(opened["device"].removeprefix("virtual:"))
+    # Of the machine that simulates, not of the card.
+    for said in ("torch.cuda.amp.GradScaler is enabled, but CUDA", "PyTorch was compiled without cuDNN"):
+        warnings.filterwarnings("ignore", message=said)
     with phantom.unfilled():
         jobs = in_turn(load(source, device="cpu"))
     approximate = opened["approximate"]
@@ -301,6 +304,8 @@ def _simulation(source: Source, opened: dict[str, Any], limits: Limits, say: Say
             fake.self_test()
         except fake.CannotFake as reason:
             approximate = str(reason)
+            if "device.index()" in approximate:
+                approximate = "the job runs backward while it is built, and then CUDA tensors cannot be faked any more: leave that out of its function"
         say("build", 0)
     return simulation.Simulation(jobs, card, limits, approximate=approximate, say=say)
 
@@ -325,7 +330,7 @@ def _answer(rehearsal: Any, requests: Any, tell: Callable[[dict[str, Any]], None
             tell({"answer": {**reading.as_dict(), "clean": clean}})
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """Ends this process when its parent ends, however that happens. https://man7.org/linux/man-pages/man2/prctl.2.html"""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

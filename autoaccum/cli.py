@@ -118,14 +118,21 @@ def train(rest: list[str] | None, /, epochs: int, **given: Any) -> None:
 @cli.command(epilog=_EPILOG)
 @click.argument("job", required=False)
 @click.option("-b", "--target-batch", type=int, help="The effective batch: samples that one optimizer step sees.")
-@click.option("-g", "--gpu", "gpus", multiple=True, metavar="NAME|SIZE", help="A card (t4, a100-80gb) or a size (24GiB); may be repeated.")
+@click.option(
+    "-g",
+    "--gpu",
+    "gpus",
+    multiple=True,
+    metavar="NAME|SIZE",
+    help="A card (t4, a100-80gb) or a size (24GiB); may be repeated. Up to eight also get their largest micro-batch.",
+)
 @click.option("--all-gpus", is_flag=True, help="Every card that is known: autoaccum profiles list.")
 @click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of the budget free.")
 @click.option("--max-micro-batch", type=int, metavar="M", help="Consider no larger micro-batch.")
 @click.option("--equal", is_flag=True, help="Equal micro-batches only, as most frameworks need.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated.")
 @click.option(
-    "--timeline", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help=".png, .svg: a picture. .pickle: for PyTorch's memory viewer."
+    "--timeline", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help=".png, .svg, .pdf: a picture. .pickle: for PyTorch's memory viewer."
 )
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document, failures included.")
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Also write the document.")
@@ -159,16 +166,18 @@ def estimate(
     for path in (output, timeline):
         if path is not None:
             _writable(path)
+    if timeline is not None and timeline.suffix != ".pickle":
+        drawing.ready()
     names = profiles.names() if all_gpus else list(gpus)
     wish = tuning.Wish(target_batch, None, headroom, max_micro_batch, equal)
     found = estimating.estimate_source(
         source(job, settings, rest or ()), wish, names, said=_said_nothing if quiet else _said, timeline=gpus[0] if timeline is not None else None
     )
-    if timeline is not None:
-        drawing.draw(found, timeline)
+    click.echo(report.as_json(found.as_dict()) if as_json else found.explain())
     if output is not None:
         output.write_text(report.as_json(found.as_dict()) + "\n")
-    click.echo(report.as_json(found.as_dict()) if as_json else report.estimates(found))
+    if timeline is not None:
+        drawing.draw(found, timeline)
     return 3 if gpus and not all(each.fits for each in found.gpus) else 0
 
 
@@ -280,6 +289,8 @@ class _Asked:
             click.echo(f"splitting: {found}")
 
     def equivalence(self) -> Equivalence:
+        if self.virtual is not None:
+            raise UsageError("--equivalence needs values, and a simulated card has none: ask with --device cpu")
         if self.command:
             raise UsageError("--equivalence needs a JOB that builds the model: a command's loss is out of reach")
         return tuning.compare_source(self.source, self.wish, device=self.device, said=_said_nothing if self.quiet else _said)
@@ -297,6 +308,8 @@ class _Asked:
             planned.save(self.output)
         if self.form == "text":
             click.echo(report.text(planned))
+        if self.virtual is not None and not self.quiet:
+            _said("training on the CPU; what its tensors take is charged to the card, in the sizes of CPU kernels\n")
         run = []
         with _stdout_for_us() as answer:
             for epoch in training.train(

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NoReturn
 
 from autoaccum import profiles
-from autoaccum.child import Child
-from autoaccum.errors import UsageError
+from autoaccum.child import Child, die_with
+from autoaccum.devices.base import LEAST_GPU_HEADROOM
+from autoaccum.errors import JobError, UsageError
+from autoaccum.explaining import notation
 from autoaccum.job import Source, source
 from autoaccum.reading import Estimate
 from autoaccum.tuning import Wish
+from autoaccum.units import in_words, number, parse_headroom, unit_for
 
 _DETAILED = 8  # for up to so many cards the largest micro-batches are searched, too
 
@@ -30,6 +34,25 @@ class Estimates:
     seconds: float
     tape: dict[str, Any] | None = field(default=None, repr=False)
 
+    def __str__(self) -> str:
+        return self.explain()
+
+    def explain(self) -> str:
+        """A table of cards, one a line, and what is to be said of them below."""
+        shapes = next((each.measured_at for each in self.gpus if each.measured_at), None) or {}
+        of = ", ".join(f"{path} {('n', *shape[1:])}".replace("'", "") for path, shape in list(shapes.items())[:4])
+        lines = [f"{self.target_batch} samples a step of {self.job}" + (f", simulated at {of}" if of else "") + "; from weights on what is held at the peak"]
+        lines.append("".join(f"{title:<{width}}" for title, width in _TABLE).rstrip())
+        lines += [_row(each) for each in self.gpus]
+        for each in self.gpus:
+            lines += _said_of(each)
+        lines += [f"warning: {warning}" for warning in dict.fromkeys(warning for each in self.gpus for warning in each.warnings)]
+        lines += [f"margin: {margin}" for margin in dict.fromkeys(each.margin for each in self.gpus)]
+        guessed = sorted({name for each in self.gpus for name in each.estimated if name in ("total_bytes", "context_bytes", "cublas_workspace_bytes")})
+        if guessed:
+            lines.append(f"estimated, not measured, for some of these cards: {', '.join(guessed)} (autoaccum profiles show NAME)")
+        return "\n".join(lines)
+
     def as_dict(self) -> dict[str, Any]:
         """The document that `estimate --json` prints, schema autoaccum.estimate/1."""
         return {
@@ -39,6 +62,45 @@ class Estimates:
             "gpus": [each.as_dict() for each in self.gpus],
             "seconds": self.seconds,
         }
+
+
+_TABLE = (
+    ("gpu", 24),
+    ("plan", 21),
+    ("peak", 26),
+    ("budget", 10),
+    ("weights", 10),
+    ("gradients", 10),
+    ("optimizer", 10),
+    ("activations", 12),
+    ("rest", 10),
+)
+
+
+def _row(each: Estimate) -> str:
+    parts, unit = each.breakdown, unit_for(each.peak_bytes)
+    low, high = each.peak_interval_bytes
+    cells = [
+        each.gpu,
+        notation(each.micro_batches) if each.fits else "does not fit",
+        f"{in_words(each.peak_bytes, unit)} ({number(low, unit)} to {number(high, unit)})",
+        in_words(each.budget_bytes),
+        *(in_words(parts[kind]) for kind in ("parameters", "gradients", "optimizer", "activations")),
+        in_words(parts["workspace"] + parts["unused"]),
+    ]
+    return "".join(f"{cell:<{max(width, len(cell) + 1)}}" for cell, (_, width) in zip(cells, _TABLE)).rstrip()
+
+
+def _said_of(each: Estimate) -> Iterator[str]:
+    if not each.fits:
+        need, there = in_words(each.peak_bytes), in_words(each.budget_bytes)
+        close = " by the simulation, which may be off by more than what is left" if each.peak_bytes <= each.budget_bytes else ""
+        yield f"{each.gpu}: the smallest micro-batch needs {need} of {there}{close}"
+        yield from (f"  with {what}" for what in each.advice)
+    elif each.largest_micro_batch is not None and each.hard_largest_micro_batch is not None:
+        flushed = each.hard_largest_micro_batch
+        more = f", {flushed} if the allocator flushes its cache on the way, which is slow" if flushed > each.largest_micro_batch else ""
+        yield f"{each.gpu}: by the simulation alone, without headroom, the largest micro-batch is {each.largest_micro_batch}{more}"
 
 
 def estimate(
@@ -74,9 +136,7 @@ def estimate_source(
 ) -> Estimates:
     """As `estimate`, for a job that a file builds. timeline: the card whose window is wanted as a tape, too."""
     started = time.monotonic()
-    cards = [profiles.load(name) for name in names]  # an unknown one is told before anything is built
-    if not cards:
-        raise UsageError("no card was named: give --gpu NAME, or --all-gpus")
+    _known(names, wish)
     origin = where if isinstance(where, Source) else source(where)
     with Child(origin, f"virtual:{names[0]}", wish.limits, said=said) as child:
         found = [child.estimate(name, wish.target_batch, **_wishes(wish, len(names))) for name in names]
@@ -85,6 +145,19 @@ def estimate_source(
             chosen = child.estimate(timeline, wish.target_batch, **_wishes(wish, len(names)))
             tape = child.tape(chosen.micro_batches or (min(wish.target_batch, 1),))
     return Estimates(origin.label, wish.target_batch, tuple(found), round(time.monotonic() - started, 3), tape)
+
+
+def _known(names: Sequence[str], wish: Wish) -> None:
+    """Raises `UsageError` for no cards, an unknown one, and one that the headroom takes whole: before anything is built."""
+    if not names:
+        raise UsageError("no card was named: give --gpu NAME, or --all-gpus")
+    for name in names:
+        card = profiles.load(name)
+        kept = parse_headroom(wish.headroom, card.available_bytes)
+        if "%" in str(wish.headroom):
+            kept = max(kept, LEAST_GPU_HEADROOM)
+        if kept >= card.available_bytes:
+            raise UsageError(f"{name} leaves nothing beside a headroom of {in_words(kept)}: name a larger card, or give a smaller headroom as a size")
 
 
 def _wishes(wish: Wish, cards: int) -> dict[str, Any]:
@@ -99,19 +172,22 @@ def _forked(make: Callable[[], Any], wish: Wish, names: Sequence[str]) -> Estima
         raise UsageError("this process has used CUDA, so no copy of it can simulate a card: give the job's file, estimate('train.py:make_job', ...)")
     if not hasattr(os, "fork"):
         raise UsageError("this system cannot copy a process: give the job's file, estimate('train.py:make_job', ...)")
-    for name in names:
-        profiles.load(name)
+    _known(names, wish)
     receive, send = os.pipe()
-    copy = os.fork()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    parent, copy = os.getpid(), os.fork()
     if copy == 0:
-        os.close(receive)
-        with os.fdopen(send, "w") as answer:
-            json.dump(_in_the_copy(make, wish, names), answer)
-        os._exit(0)
+        _be_the_copy(make, wish, names, receive, send, parent)
     os.close(send)
-    with os.fdopen(receive) as told:
-        text = told.read()
-    os.waitpid(copy, 0)
+    try:
+        with os.fdopen(receive) as told:
+            text = told.read()
+    except BaseException:
+        os.kill(copy, signal.SIGKILL)
+        raise
+    finally:
+        os.waitpid(copy, 0)
     if not text:
         raise UsageError("the copy of this process ended while it simulated: give the job's file, estimate('train.py:make_job', ...)")
     answer = json.loads(text)
@@ -120,6 +196,21 @@ def _forked(make: Callable[[], Any], wish: Wish, names: Sequence[str]) -> Estima
 
         raise raised(answer["error"])
     return Estimates(getattr(make, "__name__", "job"), wish.target_batch, tuple(map(Estimate.from_dict, answer["gpus"])), round(time.monotonic() - started, 3))
+
+
+def _be_the_copy(make: Callable[[], Any], wish: Wish, names: Sequence[str], receive: int, send: int, parent: int) -> NoReturn:
+    """The copy's whole life. It must never come back into the caller's program."""
+    try:
+        die_with(parent)
+        os.close(receive)
+        os.dup2(2, 1)  # stdout is the caller's
+        import torch
+
+        torch.set_num_threads(1)  # the pool's other threads were not copied, and would be waited for
+        with os.fdopen(send, "w") as answer:
+            json.dump(_in_the_copy(make, wish, names), answer)
+    finally:
+        os._exit(0)
 
 
 def _in_the_copy(make: Callable[[], Any], wish: Wish, names: Sequence[str]) -> dict[str, Any]:
@@ -139,9 +230,11 @@ def _in_the_copy(make: Callable[[], Any], wish: Wish, names: Sequence[str]) -> d
             approximate = str(reason)
         simulated = simulation.Simulation(jobs, profiles.load(names[0]), wish.limits, approximate=approximate)
         return {"gpus": [simulated.estimated(name, wish.target_batch, **_wishes(wish, len(names))) for name in names]}
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if "fork-based multiprocessing" in str(error):
             error = UsageError(
                 "this process has run backward before, so no copy of it can: give the job's file, estimate('train.py:make_job', ...), or estimate first"
             )
+        if isinstance(error, SystemExit):
+            error = JobError(f"the function ended the process (exit code {error.code}): let it return the Job")
         return {"error": told(error)}

@@ -30,7 +30,7 @@ def lines(plan: Plan) -> Iterator[str]:
 def headline(plan: Plan) -> str:
     """`"512 = 40 x 5 + 39 x 8     13 micro-batches a step on cuda:0, Tesla T4"`."""
     steps = "in one piece" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} micro-batches a step"
-    on = f"a simulated {plan.device.name}" if plan.predicted else f"{plan.device.label}, {plan.device.name}"
+    on = f"a simulated {plan.device.name.removeprefix('virtual ')} (predicted)" if plan.predicted else f"{plan.device.label}, {plan.device.name}"
     return f"{plan.target_batch} = {notation(plan.micro_batches)}     {steps} on {on}"
 
 

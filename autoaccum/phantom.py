@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -12,7 +13,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from autoaccum import batches, window
-from autoaccum.errors import JobError
+from autoaccum.errors import JobError, noted
 from autoaccum.job import Job
 from autoaccum.simulate import fake
 from autoaccum.simulate.attention import Asked, chosen_for
@@ -107,10 +108,12 @@ class Phantom:
 
         def run(tracer: Tracer) -> None:
             held = self._kept_for_rescue()
+            history = self._history_to_come()
+            tracer.named(history, "optimizer")
             scalers = [None if job.scaler is None else torch.amp.GradScaler(self._kind, init_scale=1.0, growth_interval=10**9) for job in self._jobs]
             for sizes in windows:
                 self._window(tracer, sizes, scalers)
-            del held
+            del held, history
 
         return self.recorded(run, card)
 
@@ -124,6 +127,8 @@ class Phantom:
             inside.enter_context(tracer)
             for tensor in self._resident:
                 tracer.track(tensor, "parameter")
+            made_before = [each for kept in self._states for state in kept for each in state.values() if isinstance(each, FakeTensor)]
+            tracer.named([each for each in made_before if each.device.type == self._kind], "optimizer")  # by its constructor, as Adagrad does
             try:
                 run(tracer)
             except Exception as error:
@@ -145,6 +150,7 @@ class Phantom:
 
     def _window(self, tracer: Tracer, sizes: Sequence[int], scalers: Sequence[Any]) -> None:
         for job, scaler in zip(self._jobs, scalers):
+            tracer.phase = "forward"  # the second of several jobs begins after the first one's step
             steps = [optimizer.register_step_pre_hook(lambda *_, job=job: _name_gradients(tracer, job)) for optimizer in job.optimizers]
             try:
                 window.run(
@@ -181,6 +187,12 @@ class Phantom:
                     small[buffer.dtype] = small.get(buffer.dtype, 0) + buffer.numel()
         return [torch.empty(count, dtype=dtype, device=self._kind) for dtype, count in small.items()]
 
+    def _history_to_come(self) -> list[torch.Tensor]:
+        """Of an optimizer with a history (LBFGS): two vectors of all parameters, as often as that is long. Its own conditions
+        depend on values, and a few steps would fill a part of it."""
+        lengths = [(job, optimizer.defaults.get("history_size", 0)) for job in self._jobs for optimizer in job.optimizers]
+        return [torch.empty(2 * length * job.gradient_bytes(), dtype=torch.uint8, device=self._kind) for job, length in lengths if length]
+
     def _rewind(self) -> None:
         states = iter(self._states)
         for job in self._jobs:
@@ -209,6 +221,12 @@ class Phantom:
             return JobError(
                 f"a tensor of the loss or the model is not where the parameters are ({text}), {where}: make it a buffer of the model, or move it with .to(x.device)"
             )
+        if "is not supported for tensor subclasses" in text:
+            return JobError(
+                f"{text.rstrip('.')} ({where}): simulated tensors have no values to hand to NumPy or to lists; leave that out of the loss while simulating"
+            )
+        if tracer.assumed():
+            noted(error, f"autoaccum: simulated without values, so this may be no fault of the job: {'; '.join(tracer.assumed()[:3])}")
         return error
 
     # -- from real to phantom --
@@ -217,17 +235,14 @@ class Phantom:
         roots = [job.model, *(each for each in job.keep if isinstance(each, torch.nn.Module))]
         for root in roots:
             self._swap_module(root)
-        for found in _reachable(job.loss):
-            if isinstance(found, torch.nn.Module):
-                self._swap_module(found)
-        _swap_cells(job.loss, self._swap_tensor)
+        object.__setattr__(job, "loss", self._elsewhere(job.loss, set()))
         for optimizer in job.optimizers:
             states = dict(optimizer.state)
             for group in optimizer.param_groups:
                 group["params"] = [self._swap_tensor(parameter) for parameter in group["params"]]
             optimizer.state.clear()
             for parameter, state in states.items():
-                moved = {name: self._swap_tensor(value) if isinstance(value, torch.Tensor) and value.dim() else value for name, value in state.items()}
+                moved = {name: self._swap_state(value) for name, value in state.items()}
                 optimizer.state[self._swap_tensor(parameter)] = moved
 
     def _swap_module(self, root: torch.nn.Module) -> None:
@@ -239,10 +254,62 @@ class Phantom:
                     if tensor is not None:
                         slots[name] = self._swap_tensor(tensor)
             for name, value in list(vars(module).items()):
-                if type(value) is torch.Tensor and value.device.type == "cpu" and value.dim():
-                    vars(module)[name] = self._swap_tensor(value)
+                if (type(value) is torch.Tensor and value.dim()) or _is_cpu(value):
+                    vars(module)[name] = self._elsewhere(value, set())
 
         visit(root)
+
+    def _swap_state(self, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value
+        # A count of steps stays where it is, and what it counts is not known.
+        return self._swap_tensor(value) if value.dim() else torch.ones((), dtype=value.dtype, device=value.device.type)
+
+    def _elsewhere(self, value: Any, seen: set[int]) -> Any:
+        """`value` on the simulated device, as far as a loss's code can reach it: tensors, modules, the name of the device, and
+        containers, functions and objects around them. Containers and functions are changed in place."""
+        if isinstance(value, torch.Tensor):
+            return self._swap_tensor(value) if value.device.type == "cpu" and value.layout == torch.strided else value
+        if _is_cpu(value):
+            return torch.device(self._kind) if isinstance(value, torch.device) else self._kind
+        if id(value) in seen or isinstance(value, (type, str, bytes, int, float, complex)) or value is None:
+            return value
+        seen.add(id(value))
+        if isinstance(value, torch.nn.Module):
+            self._swap_module(value)
+        elif isinstance(value, functools.partial):
+            inner = self._elsewhere(value.func, seen)
+            return functools.partial(
+                inner, *(self._elsewhere(each, seen) for each in value.args), **{k: self._elsewhere(v, seen) for k, v in value.keywords.items()}
+            )
+        elif type(value) is dict:
+            value.update({name: self._elsewhere(each, seen) for name, each in value.items()})
+        elif type(value) is list:
+            value[:] = [self._elsewhere(each, seen) for each in value]
+        elif type(value) is tuple:
+            return tuple(self._elsewhere(each, seen) for each in value)
+        elif getattr(value, "__code__", None) is not None or inspect.ismethod(value):
+            self._inside_function(value, seen)
+        elif callable(value) and hasattr(value, "__dict__") and _is_the_users(type(value)):
+            vars(value).update({name: self._elsewhere(each, seen) for name, each in vars(value).items()})
+        return value
+
+    def _inside_function(self, function: Any, seen: set[int]) -> None:
+        if inspect.ismethod(function):
+            self._elsewhere(function.__self__, seen)
+            function = function.__func__
+        if not _is_the_users(function):
+            return
+        for cell in function.__closure__ or ():
+            if _filled(cell):
+                cell.cell_contents = self._elsewhere(cell.cell_contents, seen)
+        for name in function.__code__.co_names:
+            if name in function.__globals__ and not inspect.ismodule(function.__globals__[name]):
+                function.__globals__[name] = self._elsewhere(function.__globals__[name], seen)
+        if function.__defaults__:
+            function.__defaults__ = tuple(self._elsewhere(each, seen) for each in function.__defaults__)
+        if function.__kwdefaults__:
+            function.__kwdefaults__.update({name: self._elsewhere(each, seen) for name, each in function.__kwdefaults__.items()})
 
     def _swap_tensor(self, tensor: torch.Tensor) -> Any:
         if isinstance(tensor, FakeTensor):
@@ -251,9 +318,13 @@ class Phantom:
             return self._swapped[id(tensor)]
         if tensor.layout != torch.strided or (type(tensor) not in (torch.Tensor, torch.nn.Parameter) and not isinstance(tensor, torch.nn.Parameter)):
             raise JobError(f"a {type(tensor).__name__} of layout {tensor.layout} cannot be simulated: tune on a real card")
+        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            raise JobError("a parameter has a hook on its gradient, which a simulation would leave out: take it off for the estimate, or tune on a real card")
         blank: torch.Tensor = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self._kind)
         if isinstance(tensor, torch.nn.Parameter):
             blank = torch.nn.Parameter(blank, tensor.requires_grad)
+        elif tensor.is_leaf and tensor.requires_grad:
+            blank.requires_grad_()
         self._swapped[id(tensor)] = blank
         self._originals.append(tensor)  # ids are only unique among the living
         self._resident.append(blank)
@@ -264,27 +335,13 @@ def _name_gradients(tracer: Tracer, job: Job) -> None:
     tracer.named([parameter.grad for parameter in job.trained() if parameter.grad is not None], "gradients")
 
 
-def _reachable(loss: Any, depth: int = 0) -> Iterator[Any]:
-    """What a loss refers to: its closure, its defaults, what it is bound to, and the globals it names."""
-    if depth > 3:
-        return
-    if isinstance(loss, functools.partial):
-        for each in (loss.func, *loss.args, *loss.keywords.values()):
-            yield each
-            yield from _reachable(each, depth + 1)
-        return
-    if hasattr(loss, "__self__"):
-        yield loss.__self__
-    code = getattr(loss, "__code__", None)
-    if code is None:
-        return
-    held = [cell.cell_contents for cell in loss.__closure__ or () if _filled(cell)]
-    held += [loss.__globals__[name] for name in code.co_names if name in loss.__globals__]
-    held += list(loss.__defaults__ or ())
-    for each in held:
-        yield each
-        if callable(each) and not isinstance(each, (type, torch.nn.Module)) and getattr(each, "__module__", "").split(".")[0] != "torch":
-            yield from _reachable(each, depth + 1)
+def _is_cpu(value: Any) -> bool:
+    """True for a device's name: what a job kept that was told to build itself on the CPU."""
+    return (isinstance(value, torch.device) and value.type == "cpu") or (isinstance(value, str) and value == "cpu")
+
+
+def _is_the_users(found: Any) -> bool:
+    return str(getattr(found, "__module__", "")).split(".")[0] not in ("torch", "numpy", "autoaccum", "transformers", "builtins", "functools")
 
 
 def _filled(cell: Any) -> bool:
@@ -293,26 +350,3 @@ def _filled(cell: Any) -> bool:
     except ValueError:
         return False
     return True
-
-
-def _swap_cells(loss: Any, swapped: Callable[[torch.Tensor], torch.Tensor]) -> None:
-    """Tensors in the loss's closure, and the name of the device that the job was built on."""
-    code = getattr(loss, "__code__", None)
-    if code is None:
-        return
-    for cell in loss.__closure__ or ():
-        if _filled(cell):
-            cell.cell_contents = _elsewhere(cell.cell_contents, swapped)
-    for name in code.co_names:
-        if name in loss.__globals__:
-            loss.__globals__[name] = _elsewhere(loss.__globals__[name], swapped)
-    if loss.__defaults__:
-        loss.__defaults__ = tuple(_elsewhere(each, swapped) for each in loss.__defaults__)
-
-
-def _elsewhere(value: Any, swapped: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    if isinstance(value, torch.Tensor) and value.device.type == "cpu" and value.layout == torch.strided:
-        return swapped(value)
-    if isinstance(value, torch.device) and value.type == "cpu":
-        return torch.device("cuda")
-    return "cuda" if isinstance(value, str) and value == "cpu" else value

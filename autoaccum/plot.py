@@ -21,9 +21,9 @@ def timeline(found: Timeline, estimate: Estimate, path: Path) -> None:
 
     path: its suffix says the format, .png, .svg or .pdf. Raises `MissingExtra` without matplotlib.
     """
-    pyplot = _pyplot()
+    plt = pyplot()
     unit, word = (GIB, "GiB") if max(found.reserved) >= GIB else (MIB, "MiB")
-    figure, axes = pyplot.subplots(figsize=(9, 4.5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(9, 4.5), layout="constrained")
     steps = range(len(found))
     layers = [[each / unit for each in found.held[kind]] for kind in KINDS]
     axes.stackplot(steps, *layers, labels=KINDS, colors=[_COLOURS[kind] for kind in KINDS], step="post", linewidth=0)
@@ -34,16 +34,16 @@ def timeline(found: Timeline, estimate: Estimate, path: Path) -> None:
         top = max(top, estimate.budget_bytes / unit)
     axes.set_ylim(0, top * 1.15)
     axes.set_xlim(0, len(found))
-    last = -1.0
+    sizes = estimate.micro_batches
+    last = float("-inf")
     for event, phase, piece in found.marks:
-        if phase == "end":
+        if phase in ("clip", "end"):
             continue
         axes.axvline(event, color="#888888", linewidth=0.5, linestyle=":")
-        if event - last > len(found) * 0.06:
-            name = f"{phase} {piece + 1}" if phase in ("forward", "backward") else phase
-            axes.text(event, top * 1.13, f" {name}", fontsize=8, va="top", rotation=0, color="#444444")
+        if event - last > len(found) * 0.08 or phase == "step":
+            number = len(sizes) if piece == 2 else piece + 1  # the third that is simulated stands for the last
+            axes.text(event, top * 1.13, " step" if phase == "step" else f" {phase} {number}", fontsize=8, va="top", color="#444444")
             last = event
-    sizes = estimate.micro_batches
     part = "" if len(sizes) <= 3 else ": its first two micro-batches, the last, and the step"
     axes.set_title(f"{estimate.name}, simulated: a window of {sum(sizes)} = {notation(sizes)}{part}", fontsize=10, loc="left")
     axes.set_xlabel("allocations and frees, in order")
@@ -52,15 +52,16 @@ def timeline(found: Timeline, estimate: Estimate, path: Path) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plt.close(figure)
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's, drawing to files. Raises `MissingExtra` without it."""
     try:
         import matplotlib
     except ImportError:
         raise MissingExtra("pictures need matplotlib: pip install 'autoaccum[plot]'") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plt
 
-    return pyplot
+    return plt

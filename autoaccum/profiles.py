@@ -102,7 +102,7 @@ def load(label: str) -> Profile:
     file = folder() / f"{wanted}.toml"
     if re.fullmatch(r"[\w.-]+", wanted) and file.is_file():
         return read(file)
-    if re.fullmatch(r"\d+(\.\d+)?[a-z]*", wanted):
+    if re.fullmatch(r"\d+(\.\d+)?[a-z]+|\d{8,}", wanted):  # a bare number of up to seven digits is somebody's card, not bytes
         return of_size(parse_size(label), label.strip())
     known = _spellings()
     labels = known.get(wanted, ())
@@ -110,10 +110,12 @@ def load(label: str) -> Profile:
         return read(folder() / f"{labels[0]}.toml")
     if labels:
         raise UsageError(f"{label!r} is what the driver calls {' and '.join(labels)}: say which")
-    near = [name for name in known if wanted and name.startswith(wanted)] + difflib.get_close_matches(wanted, known, n=4, cutoff=0.5)
-    near += [name for name in known if wanted and wanted in name]
+    near = sorted((name for name in known if wanted and name.startswith(wanted)), key=len) + difflib.get_close_matches(wanted, known, n=4, cutoff=0.5)
+    near = [*near, *sorted((name for name in known if wanted and wanted in name), key=len)]
+    if wanted.isdigit():
+        near = [name for name in (f"rtx-{wanted}", f"rtx-{wanted}-ti", *near) if name in known]
     nearest = list(dict.fromkeys(each for name in near for each in known[name]))[:5]
-    hint = f"the nearest are {', '.join(nearest)}" if nearest else "`autoaccum profiles list` shows all"
+    hint = f"the nearest {'is' if len(nearest) == 1 else 'are'} {', '.join(nearest)}" if nearest else "`autoaccum profiles list` shows all"
     raise UsageError(f"there is no GPU data file for {label!r}: {hint}; or give a size such as 24GiB")
 
 

@@ -159,7 +159,7 @@ class Estimate:
     end of its interval; None and empty where not even the smallest micro-batch does, and the figures are then that one's.
     peak_bytes: simulated; peak_interval_bytes: where the real one lies in nine of ten published cases of its family.
     breakdown: what is held at the peak: parameters, gradients, optimizer, activations, workspace, context (outside of
-    the allocator), and unused (reserved, and free between blocks). largest_micro_batch: the largest of all without a
+    the allocator, so no part of the peak), and unused (reserved, and free between blocks). largest_micro_batch: the largest of all without a
     flush of the cache, with gradients resident and all of the card; hard_largest_micro_batch: the largest that survives
     with flushes. estimated: names of the card's numbers that nobody measured or published. margin: where the interval
     comes from. advice: what would make room.
@@ -185,16 +185,16 @@ class Estimate:
     measured_at: dict[str, tuple[int, ...]] | None = None
 
     @property
-    def headroom_bytes(self) -> int:
+    def spare_bytes(self) -> int:
         """What the budget leaves above the simulated peak."""
         return self.budget_bytes - self.peak_bytes
 
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "headroom_bytes": self.headroom_bytes}
+        return {**asdict(self), "spare_bytes": self.spare_bytes}
 
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> Estimate:
-        given = {name: value for name, value in told.items() if name != "headroom_bytes"}
+        given = {name: value for name, value in told.items() if name != "spare_bytes"}
         for name in ("micro_batches", "peak_interval_bytes", "estimated", "warnings", "advice"):
             given[name] = tuple(given[name])
         given["measured_at"] = given["measured_at"] and {path: tuple(shape) for path, shape in given["measured_at"].items()}

@@ -11,11 +11,9 @@ from typing import Any
 from autoaccum.devices.base import Facts, Memory
 from autoaccum.devices.cpu import STEADY_MALLOC, steady_wanted
 from autoaccum.errors import AutoaccumError, JobFailed
-from autoaccum.estimating import Estimates
-from autoaccum.explaining import notation
 from autoaccum.plan import Plan
 from autoaccum.profiles import Profile
-from autoaccum.reading import Estimate, Reading
+from autoaccum.reading import Reading
 from autoaccum.units import in_words, number, unit_for
 
 DEMO_INTRO = "demo: the 8-16-1 network of the classic tutorial, 1200 samples, SGD; its learning rate stays as it is"
@@ -77,50 +75,6 @@ def trial(reading: Reading) -> dict[str, Any]:
     """One trial as the documents show it."""
     told = ("micro_batch", "accumulation_steps", "outcome", "phase", "peak_bytes", "seconds", "cached", "full")
     return {name: getattr(reading, name) for name in told}
-
-
-_TABLE = (("gpu", 24), ("plan", 21), ("peak", 26), ("budget", 10), ("weights", 10), ("gradients", 10), ("optimizer", 10), ("activations", 12), ("rest", 10))
-
-
-def estimates(found: Estimates) -> str:
-    """A table of cards, one a line, and what is to be said of them below."""
-    shapes = next((each.measured_at for each in found.gpus if each.measured_at), None) or {}
-    of = ", ".join(f"{path} {('n', *shape[1:])}".replace("'", "") for path, shape in list(shapes.items())[:4])
-    lines = [f"{found.target_batch} samples a step of {found.job}" + (f", simulated at {of}" if of else "")]
-    lines.append("".join(f"{title:<{width}}" for title, width in _TABLE).rstrip())
-    lines += [_estimate_line(each) for each in found.gpus]
-    for each in found.gpus:
-        if each.largest_micro_batch is not None and each.fits and each.hard_largest_micro_batch is not None:
-            more = f", {each.hard_largest_micro_batch} with flushes of the cache" if each.hard_largest_micro_batch > each.largest_micro_batch else ""
-            lines.append(f"{each.gpu}: the largest micro-batch by the simulation alone, no headroom, is {each.largest_micro_batch}{more}")
-        if not each.fits:
-            need, there = in_words(each.peak_bytes), in_words(each.budget_bytes)
-            close = " by the simulation, which may be off by more than what is left" if each.peak_bytes <= each.budget_bytes else ""
-            lines.append(f"{each.gpu}: the smallest micro-batch needs {need} of {there}{close}" + (f"; with {'; '.join(each.advice)}" if each.advice else ""))
-    said: dict[str, list[str]] = {}
-    for each in found.gpus:
-        for warning in each.warnings:
-            said.setdefault(warning, []).append(each.gpu)
-    lines += [f"warning: {warning}" for warning in said]
-    lines += [f"margin: {margin}" for margin in dict.fromkeys(each.margin for each in found.gpus)]
-    guessed = sorted({name for each in found.gpus for name in each.estimated if name in ("total_bytes", "context_bytes", "cublas_workspace_bytes")})
-    if guessed:
-        lines.append(f"estimated, not measured, for some of these cards: {', '.join(guessed)} (autoaccum profiles show NAME)")
-    return "\n".join(lines)
-
-
-def _estimate_line(each: Estimate) -> str:
-    parts, unit = each.breakdown, unit_for(each.peak_bytes)
-    low, high = each.peak_interval_bytes
-    cells = [
-        each.gpu,
-        notation(each.micro_batches) if each.fits else "does not fit",
-        f"{in_words(each.peak_bytes, unit)} ({number(low, unit)} to {number(high, unit)})",
-        in_words(each.budget_bytes),
-        *(in_words(parts[kind]) for kind in ("parameters", "gradients", "optimizer", "activations")),
-        in_words(parts["workspace"] + parts["unused"]),
-    ]
-    return "".join(f"{cell:<{max(width, len(cell) + 1)}}" for cell, (_, width) in zip(cells, _TABLE)).rstrip()
 
 
 def profile(found: Profile) -> str:

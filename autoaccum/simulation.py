@@ -31,7 +31,7 @@ from autoaccum.simulate.tape import Growth, NotAlike, Replayed, Tape, as_json, h
 from autoaccum.units import in_words
 
 _ANCHORS = (8, 12)  # micro-batches that are traced first; fake tensors cost the same at any size
-_SIZES = 1 << 20  # no larger micro-batch is looked for
+_SIZES = 1 << 36  # no larger micro-batch is looked for
 _PIECES = 3  # a window's third micro-batch holds what the tenth does: gradients, and the next piece of the input
 
 
@@ -133,6 +133,8 @@ class Simulation:
         """Goes on with another card."""
         self._profile = profile
         self._settings = from_environment() if profile.backend in ("cuda", "rocm") else Settings()
+        fraction = self._settings.memory_fraction
+        self._available = min(profile.available_bytes, int(fraction * profile.total_bytes) if fraction is not None else profile.available_bytes)
         self._card = self._traced.alike(card_of(profile))
 
     # -- as a Rehearser --
@@ -144,7 +146,7 @@ class Simulation:
 
     def budget(self, *, limited: bool = True) -> Budget:
         profile = self._profile
-        memory = Memory(profile.total_bytes, profile.available_bytes, 0, profile.context_bytes, (), "physical")
+        memory = Memory(profile.total_bytes, self._available, 0, profile.context_bytes, (), "physical" if self._settings.memory_fraction is None else "cap")
         return budget(memory, kind="cuda", limit_bytes=self._limits.memory_bytes if limited else None, headroom=self._limits.headroom)
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
@@ -170,9 +172,15 @@ class Simulation:
             activation_bytes=ran.peak_reserved_bytes if ran.failed_at is None else None,
             full=full,
             shapes=self._traced.phantom.shapes(largest),
-            remarks=tuple(self._traced.remarks),
+            remarks=(*self._traced.remarks, *((self._how_far(tape),) if full else ())),
             least_bytes=tape.requested_peak(),
         )
+
+    def _how_far(self, tape: Tape) -> str:
+        return f"simulated, not measured, and without the margin for it that autoaccum estimate keeps: {self._margin(tape).provenance}"
+
+    def _margin(self, tape: Tape) -> margins.Margin:
+        return margins.of(tape.operators, approximate=self._approximate or self._profile.backend not in ("cuda", "rocm"))
 
     def compare(self, samples: int) -> Equivalence | None:
         return None
@@ -186,10 +194,9 @@ class Simulation:
         """The plan for the present card. both: also the largest micro-batch at all, without and with flushes of the cache."""
         smallest = 2 if self._norms else 1
         candidates = search.sizes(target, smallest=smallest, most=most, equal=equal)
-        margin = margins.of(
-            self._traced.about(self._card, max(_ANCHORS[0], smallest), 2).operators,
-            approximate=self._approximate or self._profile.backend not in ("cuda", "rocm"),
-        )
+        if not candidates:
+            raise JobError(f"no micro-batch is allowed for a target batch of {target}: BatchNorm needs 2 samples in each")
+        margin = self._margin(self._traced.about(self._card, max(_ANCHORS[0], smallest), math.ceil(target / candidates[0])))
         allowed = self.budget().budget_bytes
 
         def high(size: int, steps: int) -> float:
@@ -201,14 +208,18 @@ class Simulation:
             steps = 2 if found == target else math.ceil(target / max(found, 1))
             if not found or (not both and self._traced.is_anchored(self._card, steps)) or self._traced.anchored(self._card, found, steps):
                 break
+        while found and high(found, 2 if found == target else math.ceil(target / found)) > allowed:  # the line moved under it
+            found = max((size for size in candidates if size < found), default=0)
         whole = bool(candidates) and candidates[-1] == target
         # In one piece no gradients are held between micro-batches, so it may fit where two halves do not.
-        if whole and high(target, 2) - self._gradient_bytes <= allowed and high(target, 1) <= allowed:
+        in_one = whole and high(target, 2) - self._gradient_bytes <= allowed and high(target, 1) <= allowed
+        if in_one and (both or not self._traced.is_anchored(self._card, 1)):
+            self._traced.anchored(self._card, target, 1)
+            in_one = high(target, 1) <= allowed
+        if in_one:
             found = target
         elif found == target:
             found = _largest(candidates[:-1], lambda size: high(size, math.ceil(target / size)) <= allowed)
-        if not candidates:
-            raise JobError(f"no micro-batch is allowed for a target batch of {target}: BatchNorm needs 2 samples in each")
         size = found or candidates[0]
         steps = math.ceil(target / size)
         sizes = cut(target, steps)
@@ -227,8 +238,8 @@ class Simulation:
             peak_bytes=ran.peak_reserved_bytes,
             peak_interval_bytes=(int(ran.peak_reserved_bytes * (1 - margin.low)), int(ran.peak_reserved_bytes * (1 + margin.high))),
             breakdown={**held, "context": self._profile.context_bytes, "unused": max(ran.peak_reserved_bytes - sum(held.values()), 0)},
-            largest_micro_batch=self._most(lambda each: self._peak(each, 2) <= self._profile.available_bytes) if both else None,
-            hard_largest_micro_batch=self._most(self._survives) if both else None,
+            largest_micro_batch=self._most(lambda each: self._peak(each, 2) <= self._available) if both and self._jobs[0].split is None else None,
+            hard_largest_micro_batch=self._most(self._survives) if both and self._jobs[0].split is None else None,
             estimated=tuple(name for name, figure in self._profile.figures() if figure.estimated),
             margin=margin.provenance,
             warnings=(*self._remarks, *self._of_the_card(), *self._traced.remarks),
@@ -251,14 +262,16 @@ class Simulation:
 
     def _replayed(self, size: int, steps: int) -> Replayed:
         pieces = min(steps, _PIECES)
-        key = (self._card, self._profile.cublas_workspace.value, size, pieces, self._traced.anchor(self._card, pieces))
+        key = (self._card, self._settings, self._profile.cublas_workspace.value, size, pieces, self._traced.anchor(self._card, pieces))
         if key not in self._peaks:
-            self._peaks[key] = replay(self._on_card(self._traced.about(self._card, size, steps)), Allocator(settings=self._settings))
+            self._peaks[key] = replay(
+                self._on_card(self._traced.about(self._card, size, steps)), Allocator(settings=replace(self._settings, memory_fraction=None))
+            )
         return self._peaks[key]
 
     def _survives(self, size: int) -> bool:
         profile = self._profile
-        allocator = Allocator(profile.total_bytes, available_bytes=profile.available_bytes, settings=self._settings)
+        allocator = Allocator(profile.total_bytes, available_bytes=self._available, settings=self._settings)
         return replay(self._on_card(self._traced.about(self._card, size, 2)), allocator).failed_at is None
 
     def _on_card(self, tape: Tape) -> Tape:
@@ -272,7 +285,7 @@ class Simulation:
         least = 2 if self._norms else 1
         near, far = 16, 256
         slope = max((self._peak(far, 2) - self._peak(near, 2)) / (far - near), 1.0)
-        size = int(min(max((self._profile.available_bytes - self._peak(near, 2)) / slope + near, least), _SIZES))
+        size = int(min(max((self._available - self._peak(near, 2)) / slope + near, least), _SIZES))
         step = max(size // 64, 1)
         if fits(size):
             while size < _SIZES and fits(size + step):
@@ -287,10 +300,14 @@ class Simulation:
         while high - max(low, least - 1) > 1 and low:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
-        for ahead in (2, 3):
-            if low and fits(low + ahead):
-                low += ahead
+        ahead = low + 1
+        while low and ahead <= low + 40 and self._least(ahead) <= self._available:
+            low = ahead if fits(ahead) else low
+            ahead += 1
         return low
+
+    def _least(self, size: int) -> int:
+        return self._traced.about(self._card, size, 2).requested_peak()
 
     def _first_remarks(self, approximate: str) -> tuple[str, ...]:
         said = []
@@ -298,6 +315,12 @@ class Simulation:
             said.append("the model is in eval mode and was simulated so: call model.train() if that is how it trains")
         if approximate:
             said.append(f"approximate: traced on CPU tensors, because {approximate}")
+        if any(isinstance(module, torch.nn.RNNBase) for job in self._jobs for module in job.model.modules()):
+            said.append("recurrent layers are simulated step by step, which takes more than cuDNN's fused kernels do: an upper bound")
+        if self._jobs[0].wants_closure:
+            said.append(
+                f"{self._jobs[0].wants_closure} steps by values, which a simulated card does not have: its whole history is counted, its line search is not"
+            )
         if any(hasattr(module, "_orig_mod") for job in self._jobs for module in job.model.modules()):
             said.append("a compiled model was simulated as it is written: what the compiler fuses may take less, and sometimes more")
         return tuple(said)
@@ -354,7 +377,7 @@ def advice(estimate: Estimate, *, autocast: bool, optimizer: str) -> tuple[str, 
     if not autocast:
         would(parts["activations"] // 2, "bfloat16 autocast, activations about halved")
     would(int(parts["activations"] * 0.7), "gradient checkpointing, activations about a third")
-    would((parts["parameters"] + parts["gradients"]) // 2, "parameters and gradients in bfloat16")
+    would((parts["parameters"] + parts["gradients"] + parts["optimizer"]) // 2, "the model in bfloat16, and with it gradients and optimizer state")
     return tuple(said)
 
 

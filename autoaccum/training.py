@@ -5,17 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sized
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from autoaccum import devices
+from autoaccum import batches, devices
 from autoaccum.devices.virtual import VirtualGpu
 from autoaccum.errors import PlanError
 from autoaccum.job import Job, Source, in_turn, load
 from autoaccum.loop import Accumulator
 from autoaccum.plan import Plan
+from autoaccum.regrouping import Window
 from autoaccum.units import parse_size
 
 
@@ -50,27 +52,44 @@ def train(
     device = devices.get(label)
     device.prepare()
     jobs = load(where, device=label)
+    if virtual is not None:
+        jobs = [replace(each, loss=partial(_on_the_card, each.loss)) for each in in_turn(jobs)]
     loop, job = Accumulator(jobs, plan), in_turn(jobs)[0]
     if job.data is None:
         say(f"the job has no data=...: training on its batch alone, {plan.share} samples a step\n")
     elif _is_dataset(job.data) and len(job.data) < plan.share:
         raise PlanError(f"the job's data has {len(job.data)} samples, fewer than the target batch of {plan.share}: choose a smaller one")
     limit = parse_size(memory_limit) if memory_limit is not None else None
-    held: Any = nullcontext()
-    if virtual is not None:
-        held = VirtualGpu(virtual)
-    elif limit is not None:
-        held = device.capped(limit)
-    with held:
+    gpu = None if virtual is None else VirtualGpu(virtual)
+    held: Any = device.capped(limit) if limit is not None else nullcontext()
+    with held, gpu or nullcontext():
         for number in range(1, epochs + 1):
             started, steps, samples, total = time.perf_counter(), 0, 0, 0.0
-            for window in plan.windows(_loader(job, plan, number), split=job.split):
+            windows = iter(plan.windows(_loader(job, plan, number), split=job.split))
+            while (window := _next(windows, gpu)) is not None:
                 results = loop.step(window)
                 last = results[-1] if isinstance(results, tuple) else results
                 total += last.loss * last.samples
                 steps, samples = steps + 1, samples + last.samples
             device.synchronize()
-            yield Epoch(number, total / max(samples, 1), steps, samples, time.perf_counter() - started)
+            with gpu.paused() if gpu is not None else nullcontext():
+                yield Epoch(number, total / max(samples, 1), steps, samples, time.perf_counter() - started)
+
+
+def _next(windows: Iterator[Window], gpu: VirtualGpu | None) -> Window | None:
+    """The next window, None after the last. It and what it is loaded from lie in host memory, also of a card that is not here."""
+    if gpu is None:
+        return next(windows, None)
+    with gpu.paused():
+        window = next(windows, None)
+        if window is not None:
+            gpu.on_host(tensor for batch in window.parts for _, tensor in batches.tensors(batch))
+    return window
+
+
+def _on_the_card(loss: Callable[[Any, Any], Any], model: Any, batch: Any) -> Any:
+    """The loss on a copy of the micro-batch, as moving it to a card would make one."""
+    return loss(model, batches.changed(batch, torch.clone))
 
 
 def _loader(job: Job, plan: Plan, epoch: int) -> Iterable[Any]:

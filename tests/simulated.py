@@ -1,5 +1,6 @@
 """Jobs to simulate, and a process of its own to do it in: tracing turns torch inside out for good."""
 
+import functools
 import json
 import subprocess
 import sys
@@ -25,9 +26,13 @@ def in_a_process(code, *arguments, timeout=200):
         "from autoaccum.simulate.allocator import Allocator\n"
         "def tell(value): print('\\ntold:' + json.dumps(value))\n"
     )
-    done = subprocess.run([sys.executable, "-c", head + code, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=timeout, check=False)
+    # What was put into torch's tables is gone before its own destructors run.
+    tail = "\nimport os\nsys.stdout.flush(); os._exit(0)\n"
+    done = subprocess.run(
+        [sys.executable, "-c", head + code + tail, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=timeout, check=False
+    )
     told = [line for line in done.stdout.splitlines() if line.startswith("told:")]
-    assert told, f"nothing was told (exit code {done.returncode}): {done.stdout[-2000:]}{done.stderr[-3000:]}"
+    assert told and done.returncode == 0, f"nothing was told (exit code {done.returncode}): {done.stdout[-2000:]}{done.stderr[-3000:]}"
     return json.loads(told[-1].removeprefix("told:"))
 
 
@@ -156,6 +161,57 @@ def closure_on_a_device(device="cpu"):
         return F.cross_entropy(model(batch[0].to(device)), batch[1].to(device), weight=weights)
 
     return autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, (torch.zeros(2, 8), torch.zeros(2, dtype=torch.long)))
+
+
+def hooked():
+    """Steps inside backward, as some optimizers do to hold no gradients."""
+    job = mlp()
+    for parameter in job.model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: None)
+    return job
+
+
+def sparse():
+    model = nn.Sequential(nn.Embedding(1000, 16, sparse=True), nn.Flatten(), nn.Linear(64, 10))
+    batch = (torch.zeros(2, 4, dtype=torch.long), torch.zeros(2, dtype=torch.long))
+    return autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.1), classes, batch)
+
+
+def helped(device="cpu"):
+    """A loss that is a partial, of a function that calls another, with a configuration around its tensors."""
+    model = nn.Linear(8, 4)
+    model.device = device
+    config = {"device": device, "weights": [torch.ones(4)]}
+
+    def moved(batch):
+        return batch[0].to(config["device"]), batch[1].to(device)
+
+    def loss(model, batch, smoothing):
+        inputs, targets = moved(batch)
+        return F.cross_entropy(model(inputs.to(model.device)), targets, weight=config["weights"][0]) + smoothing.sum()
+
+    return autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.1), functools.partial(loss, smoothing=torch.ones(1)), closure_on_a_device().batch)
+
+
+def adds_its_own():
+    """A backward that adds two tensors out of place, while both live on."""
+
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, gradient):
+            one, other = gradient * 2, gradient * 3
+            both = one + other if adds_its_own.plus else one - other
+            return both * one
+
+    model = nn.Linear(1024, 1024)
+    return autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, b: Twice.apply(m(b)).mean(), torch.zeros(2, 1024))
+
+
+adds_its_own.plus = True
 
 
 def huge():

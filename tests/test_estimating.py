@@ -1,7 +1,6 @@
 import json
 
 import pytest
-import torch
 
 import autoaccum
 from autoaccum import profiles
@@ -50,7 +49,7 @@ def test_the_table_says_it_in_words():
     finished = command_line.autoaccum("estimate", f"{FILE}:conv", "-b", 64, "-g", "t4", "-g", "rtx-3060-12gb")
     assert finished.returncode == 0, finished.stderr
     first, head, t4, *rest = finished.stdout.splitlines()
-    assert first == f"64 samples a step of {FILE}:conv, simulated at batch[0] (n, 3, 32, 32), batch[1] (n,)"
+    assert first == f"64 samples a step of {FILE}:conv, simulated at batch[0] (n, 3, 32, 32), batch[1] (n,); from weights on what is held at the peak"
     assert head.split()[:3] == ["gpu", "plan", "peak"]
     assert t4.split()[:4] == ["t4", "64", "x", "1"]
     assert any(line.startswith("margin: 151 published runs of convolutional nets") for line in rest)
@@ -63,21 +62,62 @@ def test_every_card_is_answered_and_none_is_an_error():
 
 
 def test_a_function_is_simulated_in_a_copy_of_the_process():
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    made = []
-
-    def make():
-        made.append(1)
-        return simulated.mlp()
-
     code = """
 import autoaccum
-found = autoaccum.estimate(mlp, target_batch=48, gpus=["t4", "1GiB"])
-tell([[each.gpu, each.fits, each.micro_batch] for each in found.gpus] + [torch.cuda.is_available(), torch.zeros(1).device.type])
+calls, before = [], torch.get_rng_state()
+def make():
+    calls.append(torch.rand(1))
+    print("said by the job")
+    return mlp()
+found = autoaccum.estimate(make, target_batch=48, gpus=["t4", "1GiB"])
+changed = bool(calls) or not torch.equal(torch.get_rng_state(), before)
+tell([[each.gpu, each.fits, each.micro_batch] for each in found.gpus] + [changed, torch.zeros(1).device.type, str(found).splitlines()[2][:2]])
 """
-    assert simulated.in_a_process(code) == [["t4", True, 48], ["1GiB", True, 48], False, "cpu"]
-    assert torch.equal(torch.get_rng_state(), before)
+    assert simulated.in_a_process(code) == [["t4", True, 48], ["1GiB", True, 48], False, "cpu", "t4"]
+
+
+def test_a_copy_never_comes_back_into_the_caller_and_what_it_raised_does():
+    code = """
+import autoaccum, os
+def leaves():
+    raise SystemExit("bye")
+def fails():
+    raise ValueError("no such checkpoint")
+said = []
+for make in (leaves, fails):
+    try:
+        autoaccum.estimate(make, target_batch=48, gpus="t4")
+    except BaseException as error:
+        said.append([type(error).__name__, str(error)])
+print(f"process {os.getpid()} goes on")
+tell(said)
+"""
+    (left, failed) = simulated.in_a_process(code)
+    assert left[0] == "JobError" and "exit code bye" in left[1]
+    assert failed == ["JobFailed", "no such checkpoint"]
+
+
+def test_threads_that_were_not_copied_are_not_waited_for():
+    code = """
+import autoaccum
+torch.set_num_threads(2)
+torch.randn(2000, 2000).exp() @ torch.randn(2000, 2000)
+def make():
+    torch.randn(600, 600).exp() @ torch.randn(600, 600)
+    return mlp()
+tell(autoaccum.estimate(make, target_batch=48, gpus="t4").gpus[0].fits)
+"""
+    assert simulated.in_a_process(code, timeout=60) is True
+
+
+def test_the_environments_cap_is_the_cards():
+    told = command_line.autoaccum(
+        "estimate", f"{FILE}:decoder", "-b", 400, "-g", "1GiB", "--json", env={"PYTORCH_CUDA_ALLOC_CONF": "per_process_memory_fraction:0.4"}
+    )
+    (card,) = document(told)["gpus"]
+    assert card["budget_bytes"] == int(0.4 * 2**30) - 256 * MIB
+    assert card["peak_interval_bytes"][1] <= card["budget_bytes"]
+    assert card["largest_micro_batch"] <= card["hard_largest_micro_batch"]
 
 
 def test_a_process_that_has_trained_can_still_be_copied():
@@ -94,7 +134,7 @@ def test_a_job_itself_is_refused():
         autoaccum.estimate(simulated.mlp(), target_batch=8, gpus="t4")
 
 
-def test_27_billion_weights_on_a_laptop():
+def test_7_billion_weights_on_a_laptop():
     finished = command_line.autoaccum("estimate", f"{FILE}:huge", "-b", 8, "-g", "b200", "-g", "t4", "--json")
     large, small = document(finished)["gpus"]
     assert large["breakdown"]["parameters"] == small["breakdown"]["parameters"] == 27 * 2**30
@@ -107,8 +147,10 @@ def test_27_billion_weights_on_a_laptop():
         ((f"{FILE}:mlp", "-g", "t4"), "--target-batch"),
         ((f"{FILE}:mlp", "-b", 8), "name the cards with --gpu NAME, or take --all-gpus"),
         ((f"{FILE}:mlp", "-b", 8, "-g", "t4", "--all-gpus"), "not both"),
-        ((f"{FILE}:mlp", "-b", 8, "-g", "t5"), "no GPU data file for 't5': the nearest are"),
+        ((f"{FILE}:mlp", "-b", 8, "-g", "t5"), "no GPU data file for 't5': the nearest is t4"),
         ((f"{FILE}:mlp", "-b", 0, "-g", "t4"), "at least 1, not 0"),
+        ((f"{FILE}:mlp", "-b", 8, "-g", "3090"), "the nearest are rtx-3090"),
+        ((f"{FILE}:mlp", "-b", 8, "-g", "100MiB"), "100MiB leaves nothing beside a headroom of 256 MiB"),
         ((f"{FILE}:mlp", "-b", 8, "-g", "t4", "--timeline", "x.txt"), "ends in .png, .svg, .pdf or .pickle"),
         ((f"{FILE}:mlp", "-b", 8, "-g", "t4", "-g", "l4", "--timeline", "x.png"), "one --gpu"),
     ],
@@ -162,6 +204,27 @@ def test_train_is_charged_to_the_card():
     finished = command_line.autoaccum("train", "-b", 120, "-e", 2, "-d", "virtual:300MiB")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.splitlines()[-1].startswith("epoch 2")
+
+
+def test_only_what_would_be_on_the_card_is_charged(tmp_path):
+    job = tmp_path / "job.py"
+    job.write_text("""
+import torch, autoaccum
+def make_job():
+    model = torch.nn.Linear(1000, 1)
+    data = torch.utils.data.TensorDataset(torch.zeros(100_000, 1000), torch.zeros(100_000, 1))  # 381 MiB, on the host
+    data = torch.utils.data.Subset(data, range(640))
+    loss = lambda m, b: torch.nn.functional.mse_loss(m(b[0]), b[1])
+    return autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), loss, (torch.zeros(4, 1000), torch.zeros(4, 1)), data=data)
+""")
+    finished = command_line.autoaccum("train", job, "-b", 64, "-d", "virtual:300MiB")
+    assert finished.returncode == 0, finished.stderr
+    assert "charged to the card" in finished.stderr
+
+
+def test_equivalence_is_not_asked_of_a_card_without_values():
+    finished = command_line.autoaccum("check", f"{FILE}:mlp", "--equivalence", "-d", "virtual:t4")
+    assert finished.returncode == 2 and "--device cpu" in finished.stderr
 
 
 def test_a_command_cannot_be_simulated():

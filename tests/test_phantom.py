@@ -61,6 +61,10 @@ tell({
     "conv": peak(conv()),
     "asking": peak(asking()),
     "closure": peak(closure_on_a_device()),
+    "helped": peak(helped()),
+    "elsewhere": peak(elsewhere()),
+    "adagrad": peak(decoder(optimizer=torch.optim.Adagrad)),
+    "lbfgs": peak(decoder(optimizer=torch.optim.LBFGS, optimizer_options={"history_size": 5})),
 })
 """
     found = in_a_process(HEAD + code)
@@ -74,7 +78,9 @@ tell({
     assert found["old"][0] > found["bf16"][0]  # attention in its plain form holds what is quadratic in the length
     assert found["conv"][1]["activations"] > 0
     assert any("was taken to be 1" in said for said in found["asking"][2])
-    assert found["closure"][0] > 0
+    assert found["closure"][0] > 0 and found["helped"][0] > 0 and found["elsewhere"][0] > 0
+    assert found["adagrad"][1]["parameters"] == weights and found["adagrad"][1]["optimizer"] >= weights
+    assert found["lbfgs"][1]["optimizer"] >= 10 * weights  # five pairs of vectors
 
 
 def test_gradients_are_accumulated_in_place_and_the_third_micro_batch_peaks_no_higher():
@@ -84,6 +90,28 @@ tell([tape.replay(made.tape([[8], [8] * pieces], card), Allocator()).peak_reques
 """
     one, two, three, five = in_a_process(HEAD + code)
     assert one < two <= three == pytest.approx(five, rel=1e-3)
+
+
+def test_only_autograds_own_sums_are_in_place():
+    code = """
+found = []
+for plus in (True, False):
+    adds_its_own.plus = plus
+    found.append(phantom.Phantom([adds_its_own()]).tape([[512], [512]], card).requested_peak())
+tell(found)
+"""
+    plus, minus = in_a_process(HEAD + code)
+    assert plus == minus
+
+
+def test_the_second_of_two_jobs_books_its_batch_as_its_own():
+    code = """
+made = phantom.Phantom([mlp(), mlp()])
+ran = made.tape([[256], [256]], card)
+tell([size for size, kind in zip(ran.sizes, ran.kinds) if kind == "optimizer" and size >= 256 * 256 * 4])
+"""
+    weights = {256 * 1024 * 4}
+    assert set(in_a_process(HEAD + code)) <= weights
 
 
 def test_a_line_through_two_sizes_tells_a_third():
@@ -100,7 +128,7 @@ tell(found)
 
 @pytest.mark.parametrize(
     ("job", "says"),
-    [("ragged", "bincount"), ("elsewhere", "is not where the parameters are")],
+    [("ragged", "bincount"), ("hooked", "has a hook on its gradient"), ("sparse", "use dense ones (sparse=False)")],
 )
 def test_what_cannot_be_traced_says_what_and_what_to_do(job, says):
     code = f"""
@@ -119,6 +147,7 @@ except JobError as error:
 def test_the_approximation_on_cpu_tensors_needs_nothing_of_cuda():
     code = """
 made = phantom.Phantom([decoder()], "cpu").tape([[8], [8, 8]], card)
+phantom.Phantom([closure_on_a_device()], "cpu").tape([[8], [8, 8]], card)
 ran = tape.replay(made, Allocator())
 tell([ran.peak_allocated_bytes, tape.held_at(made, ran.peak_event)])
 """

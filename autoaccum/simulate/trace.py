@@ -20,6 +20,7 @@ from autoaccum.simulate.tape import Tape
 aten = torch.ops.aten
 _INDEXED = frozenset(("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"))
 _MASKS = (torch.bool, torch.uint8)
+_IN_TORCH = "an optimizer or another part of torch"
 
 
 class Tracer(TorchDispatchMode):
@@ -64,8 +65,12 @@ class Tracer(TorchDispatchMode):
     def finished(self) -> Tape:
         """The tape; what dies from now on is no part of it."""
         self._done = True
-        self.tape.assumed = tuple(f"{what} ({count} times)" if count > 1 else what for what, count in self._assumed.items())
+        self.tape.assumed = self.assumed()
         return self.tape
+
+    def assumed(self) -> tuple[str, ...]:
+        """What was taken for granted so far, in words."""
+        return tuple(self._assumed)
 
     # -- what torch calls --
 
@@ -104,10 +109,16 @@ class Tracer(TorchDispatchMode):
         """Counts a tensor's storage from now on, if it is not counted yet."""
         if tensor.device.type != self._kind or self._done:
             return
+        if tensor.layout != torch.strided:
+            raise JobError(
+                f"{operator} makes a tensor of layout {tensor.layout}, which cannot be simulated: use dense ones (sparse=False), or tune on a real card"
+            )
         storage = tensor.untyped_storage()
         key, nbytes = storage._cdata, storage.nbytes()
-        if key in self._live or not nbytes:
+        if not nbytes or (key in self._live and self.tape.sizes[self._live[key]] >= nbytes):
             return
+        if key in self._live:  # it was resized
+            self.tape.died(self._live.pop(key))
         kind = "parameters" if self.phase == "setup" else "optimizer" if self.phase == "step" else "activations"
         self._live[key] = number = self.tape.born(nbytes, kind, operator)
         weakref.finalize(storage, self._dropped, key, number).atexit = False
@@ -137,7 +148,7 @@ class Tracer(TorchDispatchMode):
     def _summed_in_place(self, args: Sequence[Any], out: torch.Tensor) -> bool:
         """Autograd adds up gradients that meet in place, but for tensors of a subclass, as fakes are: so the sum takes
         over the block of the first, if nobody else holds that. (torch/csrc/autograd/input_buffer.cpp)"""
-        if threading.get_ident() == self._main or torch.is_grad_enabled():
+        if threading.get_ident() == self._main or torch.is_grad_enabled() or not _asked_by_the_engine():
             return False
         first, second = args[0], args[1]
         if not isinstance(second, torch.Tensor) or first.shape != second.shape or not self._here(first):
@@ -162,7 +173,9 @@ class Tracer(TorchDispatchMode):
             told = getattr(args[0], "_autoaccum_truth", None)
             if told is not None:
                 return told
-            self._assumed[f"a value that is read from the device was taken to be {'False' if args[0].dtype is torch.bool else 1}, at {_where()}"] += 1
+            where = _where()
+            if self.phase != "step" or where != _IN_TORCH:  # an optimizer's count of its own steps is no assumption
+                self._assumed[f"a value that is read from the device was taken to be {'False' if args[0].dtype is torch.bool else 1}, at {where}"] += 1
             if args[0].dtype is torch.bool:
                 return False
             return 1.0 if args[0].is_floating_point() else 1
@@ -175,7 +188,7 @@ class Tracer(TorchDispatchMode):
 
     def _selecting_all(self, indices: Sequence[Any]) -> list[Any]:
         """Masks among the indices as the indices of every element."""
-        self._assumed[f"a mask was taken to select every element, at {_where()}"] += 1
+        self._assumed[f"a mask was taken to select every element, at {_where()}: an upper bound"] += 1
         found: list[Any] = []
         for each in indices:
             if isinstance(each, torch.Tensor) and each.dtype in _MASKS:
@@ -229,4 +242,14 @@ def _where() -> str:
         if "/torch/" not in path and not path.startswith(here) and "<" not in path:
             return f"{path.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         frame = frame.f_back
-    return "a library"
+    return _IN_TORCH
+
+
+def _asked_by_the_engine() -> bool:
+    """True where no Python code but torch's wrappers stands between autograd's engine and this operator."""
+    frame: Any = sys._getframe(3)
+    while frame is not None:
+        if not frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py", "simulate/trace.py")):
+            return False
+        frame = frame.f_back
+    return True

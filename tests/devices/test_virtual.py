@@ -74,6 +74,43 @@ def test_what_was_made_outside_is_charged_when_it_is_used():
     assert weight[0] == 2  # and lives on
 
 
+def test_what_is_resized_is_charged_anew():
+    with autoaccum.VirtualGpu("64MiB") as gpu:
+        grown = torch.empty(1)
+        grown.resize_(4 * MIB // 4)
+        assert gpu.memory_allocated() == 4 * MIB
+        with pytest.raises(torch.OutOfMemoryError):
+            grown.resize_(100 * MIB)
+
+
+def test_garbage_that_dies_while_the_allocator_works_does_no_harm():
+    class Cycle:
+        def __init__(self, tensor):
+            self.tensor, self.me = tensor, self
+
+    kept = gc.get_threshold()
+    gc.set_threshold(3, 1, 1)
+    try:
+        with autoaccum.VirtualGpu("1GiB") as gpu:
+            for number in range(400):
+                Cycle(torch.empty(1000 * (number % 97 + 1)))
+            gc.collect()
+            assert gpu.memory_allocated() == 0
+            assert sum(block.size for block in gpu.allocator.blocks()) == gpu.memory_reserved()
+    finally:
+        gc.set_threshold(*kept)
+
+
+def test_the_hosts_own_work_is_not_charged():
+    with autoaccum.VirtualGpu("64MiB") as gpu:
+        with gpu.paused():
+            data = torch.zeros(100 * MIB // 4)
+        gpu.on_host([data])
+        piece = data[:10].clone()
+        assert gpu.memory_allocated() == 512
+        del piece
+
+
 def test_results_are_those_without_it():
     torch.manual_seed(0)
     model = nn.Linear(8, 8)
@@ -100,6 +137,9 @@ def test_a_named_card_has_its_context_taken_off():
 def test_bad_ones_are_told():
     with pytest.raises(autoaccum.UsageError, match="no GPU data file for 'tt4'"):
         autoaccum.VirtualGpu("tt4")
+    for wrong in (-5, 8.0, True, 0):
+        with pytest.raises(autoaccum.UsageError):
+            autoaccum.VirtualGpu(wrong)
     with autoaccum.VirtualGpu("1GiB") as gpu, pytest.raises(autoaccum.UsageError, match="in use already"), gpu:
         pass
 
