@@ -44,7 +44,7 @@ def timeline(found: Timeline, estimate: Estimate, path: Path) -> None:
             number = len(sizes) if piece == 2 else piece + 1  # the third that is simulated stands for the last
             axes.text(event, top * 1.13, " step" if phase == "step" else f" {phase} {number}", fontsize=8, va="top", color="#444444")
             last = event
-    part = "" if len(sizes) <= 3 else ": its first two micro-batches, the last, and the step"
+    part = "" if len(sizes) <= 3 else "\nits first two micro-batches, the last, and the step"
     axes.set_title(f"{estimate.name}, simulated: a window of {sum(sizes)} = {notation(sizes)}{part}", fontsize=10, loc="left")
     axes.set_xlabel("allocations and frees, in order")
     axes.set_ylabel(f"memory, {word}")
