@@ -7,6 +7,7 @@ CUDA builds without a card.
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import sys
@@ -92,7 +93,10 @@ def _stand_in_for_the_driver() -> None:
     no = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.c_void_p, ctypes.c_int8)(lambda _, device: False)
     answers[2], answers[4] = _address(yes), _address(no)
     _kept.extend([yes, no, answers])
+    before = hooks[0]
     hooks[0] = ctypes.addressof(answers)
+    # Python's functions are gone when torch's own destructors ask at the end of the process.
+    atexit.register(hooks.__setitem__, 0, before)
 
 
 def _address(function: Any) -> int | None:
