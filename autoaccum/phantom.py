@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -28,8 +29,8 @@ _TEMPLATE = 2  # samples that are really made, to know their shapes
 def unfilled() -> Iterator[None]:
     """Models built inside have their shapes and no values: large weights are never written, so they take no memory.
 
-    Left out are `torch.nn.init`, and whatever fills, converts or clones a tensor of more than a million elements that
-    was made empty and never written. Data keep their values, and so does what a constructor computes from small tensors.
+    Left out are `torch.nn.init`, and what fills by chance, converts or clones a floating point tensor of more than a million
+    elements that was made empty and that no operator has written to. Data keep their values, and so does what a constructor computes from small tensors.
     """
     names = [name for name in dir(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
     kept = {name: getattr(torch.nn.init, name) for name in names}
@@ -45,7 +46,7 @@ def unfilled() -> Iterator[None]:
 
 class _Unwritten(torch.utils._python_dispatch.TorchDispatchMode):
     _MAKES = frozenset(("empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided"))
-    _FILLS = frozenset(("normal_", "uniform_", "fill_", "zero_", "erfinv_", "mul_", "add_", "clamp_", "random_", "bernoulli_"))
+    _FILLS = frozenset(("normal_", "uniform_", "erfinv_", "mul_", "add_", "clamp_", "bernoulli_"))
     _COPIES = frozenset(("_to_copy", "clone"))
     _LARGE = 1_000_000
 
@@ -61,13 +62,16 @@ class _Unwritten(torch.utils._python_dispatch.TorchDispatchMode):
                 return first
             if name in self._COPIES:
                 return self._noted(torch.empty_like(first, dtype=kwargs.get("dtype") or first.dtype, device=kwargs.get("device") or first.device))
-            if name.endswith("_") and not name.endswith("__") and first.numel() > self._LARGE:
-                self._blank.pop(first.untyped_storage()._cdata, None)  # it has values now
+        if self._blank and func._schema.is_mutable:  # whatever is written to has values now, also by a view of a part
+            for each in (*args, *kwargs.values()):
+                for tensor in each if isinstance(each, (list, tuple)) else (each,):
+                    if isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided:
+                        self._blank.pop(tensor.untyped_storage()._cdata, None)
         out = func(*args, **kwargs)
         return self._noted(out) if name in self._MAKES else out
 
     def _noted(self, tensor: torch.Tensor) -> torch.Tensor:
-        if tensor.device.type == "cpu" and tensor.numel() > self._LARGE:
+        if tensor.device.type == "cpu" and tensor.numel() > self._LARGE and tensor.is_floating_point():
             storage = tensor.untyped_storage()
             self._blank[storage._cdata] = weakref.ref(storage)
         return tensor
@@ -96,6 +100,7 @@ class Phantom:
         self._swapped: dict[int, torch.Tensor] = {}
         self._resident: list[torch.Tensor] = []
         self.attention: set[Asked] = set()  # what attention was asked for in any tape
+        self._late: list[torch.Tensor] = []
         self._originals: list[torch.Tensor] = []
         with self._mode:
             for job in jobs:
@@ -127,6 +132,7 @@ class Phantom:
             inside.enter_context(tracer)
             for tensor in self._resident:
                 tracer.track(tensor, "parameter")
+            tracer.late = {tensor.untyped_storage()._cdata for tensor in self._late}
             made_before = [each for kept in self._states for state in kept for each in state.values() if isinstance(each, FakeTensor)]
             tracer.named([each for each in made_before if each.device.type == self._kind], "optimizer")  # by its constructor, as Adagrad does
             try:
@@ -235,7 +241,7 @@ class Phantom:
         roots = [job.model, *(each for each in job.keep if isinstance(each, torch.nn.Module))]
         for root in roots:
             self._swap_module(root)
-        object.__setattr__(job, "loss", self._elsewhere(job.loss, set()))
+        object.__setattr__(job, "loss", self._elsewhere(job.loss, {}))
         for optimizer in job.optimizers:
             states = dict(optimizer.state)
             for group in optimizer.param_groups:
@@ -255,7 +261,7 @@ class Phantom:
                         slots[name] = self._swap_tensor(tensor)
             for name, value in list(vars(module).items()):
                 if (type(value) is torch.Tensor and value.dim()) or _is_cpu(value):
-                    vars(module)[name] = self._elsewhere(value, set())
+                    vars(module)[name] = self._elsewhere(value, {})
 
         visit(root)
 
@@ -263,47 +269,62 @@ class Phantom:
         if not isinstance(value, torch.Tensor):
             return value
         # A count of steps stays where it is, and what it counts is not known.
-        return self._swap_tensor(value) if value.dim() else torch.ones((), dtype=value.dtype, device=value.device.type)
+        return self._swap_tensor(value) if value.dim() else torch.tensor(1, dtype=value.dtype, device=value.device.type)
 
-    def _elsewhere(self, value: Any, seen: set[int]) -> Any:
+    def _elsewhere(self, value: Any, seen: dict[int, Any]) -> Any:
         """`value` on the simulated device, as far as a loss's code can reach it: tensors, modules, the name of the device, and
-        containers, functions and objects around them. Containers and functions are changed in place."""
+        containers, functions and objects around them. Dicts, lists, functions and objects are changed in place.
+
+        seen: what became of what, by id, with the original, whose id must stay its own.
+        """
         if isinstance(value, torch.Tensor):
-            return self._swap_tensor(value) if value.device.type == "cpu" and value.layout == torch.strided else value
+            return self._swap_tensor(value, late=True) if value.device.type == "cpu" and value.layout == torch.strided else value
         if _is_cpu(value):
             return torch.device(self._kind) if isinstance(value, torch.device) else self._kind
-        if id(value) in seen or isinstance(value, (type, str, bytes, int, float, complex)) or value is None:
+        if isinstance(value, (type, str, bytes, int, float, complex)) or value is None:
             return value
-        seen.add(id(value))
+        if id(value) in seen:
+            return seen[id(value)][1]
+        if isinstance(value, (dict, list, tuple)) and len(value) > 1000:
+            return value  # data, which stay on the host
+        seen[id(value)] = (value, value)
         if isinstance(value, torch.nn.Module):
             self._swap_module(value)
         elif isinstance(value, functools.partial):
-            inner = self._elsewhere(value.func, seen)
-            return functools.partial(
-                inner, *(self._elsewhere(each, seen) for each in value.args), **{k: self._elsewhere(v, seen) for k, v in value.keywords.items()}
-            )
-        elif type(value) is dict:
-            value.update({name: self._elsewhere(each, seen) for name, each in value.items()})
-        elif type(value) is list:
+            inner, arguments = self._elsewhere(value.func, seen), [self._elsewhere(each, seen) for each in value.args]
+            made: Any = functools.partial(inner, *arguments, **{name: self._elsewhere(each, seen) for name, each in value.keywords.items()})
+            seen[id(value)] = (value, made)
+            return made
+        elif isinstance(value, dict):
+            for name, each in list(value.items()):
+                value[name] = self._elsewhere(each, seen)
+        elif isinstance(value, list):
             value[:] = [self._elsewhere(each, seen) for each in value]
-        elif type(value) is tuple:
-            return tuple(self._elsewhere(each, seen) for each in value)
-        elif getattr(value, "__code__", None) is not None or inspect.ismethod(value):
+        elif isinstance(value, tuple):
+            items = [self._elsewhere(each, seen) for each in value]
+            made = type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+            seen[id(value)] = (value, made)
+            return made
+        elif inspect.ismethod(value) or inspect.isfunction(value):
             self._inside_function(value, seen)
-        elif callable(value) and hasattr(value, "__dict__") and _is_the_users(type(value)):
-            vars(value).update({name: self._elsewhere(each, seen) for name, each in vars(value).items()})
+        elif _is_the_users(type(value)) or isinstance(value, types.SimpleNamespace):
+            for name, each in list(getattr(value, "__dict__", {}).items()):
+                object.__setattr__(value, name, self._elsewhere(each, seen))
+            for method in ("__call__", "forward", "loss"):
+                if inspect.isfunction(vars(type(value)).get(method)):
+                    self._inside_function(vars(type(value))[method], seen)
         return value
 
-    def _inside_function(self, function: Any, seen: set[int]) -> None:
+    def _inside_function(self, function: Any, seen: dict[int, Any]) -> None:
         if inspect.ismethod(function):
             self._elsewhere(function.__self__, seen)
             function = function.__func__
-        if not _is_the_users(function):
+        if not inspect.isfunction(function) or not _is_the_users(function):
             return
         for cell in function.__closure__ or ():
             if _filled(cell):
                 cell.cell_contents = self._elsewhere(cell.cell_contents, seen)
-        for name in function.__code__.co_names:
+        for name in _names(function.__code__):
             if name in function.__globals__ and not inspect.ismodule(function.__globals__[name]):
                 function.__globals__[name] = self._elsewhere(function.__globals__[name], seen)
         if function.__defaults__:
@@ -311,7 +332,8 @@ class Phantom:
         if function.__kwdefaults__:
             function.__kwdefaults__.update({name: self._elsewhere(each, seen) for name, each in function.__kwdefaults__.items()})
 
-    def _swap_tensor(self, tensor: torch.Tensor) -> Any:
+    def _swap_tensor(self, tensor: torch.Tensor, *, late: bool = False) -> Any:
+        """late: counted only when an operator uses it, because a loss may hold what never leaves the host."""
         if isinstance(tensor, FakeTensor):
             return tensor
         if id(tensor) in self._swapped:
@@ -327,12 +349,21 @@ class Phantom:
             blank.requires_grad_()
         self._swapped[id(tensor)] = blank
         self._originals.append(tensor)  # ids are only unique among the living
-        self._resident.append(blank)
+        (self._late if late else self._resident).append(blank)
         return blank
 
 
 def _name_gradients(tracer: Tracer, job: Job) -> None:
     tracer.named([parameter.grad for parameter in job.trained() if parameter.grad is not None], "gradients")
+
+
+def _names(code: types.CodeType) -> set[str]:
+    """What a function's code calls by name, in functions and comprehensions inside it, too."""
+    found = set(code.co_names)
+    for each in code.co_consts:
+        if isinstance(each, types.CodeType):
+            found |= _names(each)
+    return found
 
 
 def _is_cpu(value: Any) -> bool:
@@ -341,7 +372,18 @@ def _is_cpu(value: Any) -> bool:
 
 
 def _is_the_users(found: Any) -> bool:
-    return str(getattr(found, "__module__", "")).split(".")[0] not in ("torch", "numpy", "autoaccum", "transformers", "builtins", "functools")
+    return str(getattr(found, "__module__", "")).split(".")[0] not in (
+        "torch",
+        "numpy",
+        "autoaccum",
+        "transformers",
+        "builtins",
+        "functools",
+        "collections",
+        "threading",
+        "logging",
+        "_thread",
+    )
 
 
 def _filled(cell: Any) -> bool:

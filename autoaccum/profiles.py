@@ -102,7 +102,9 @@ def load(label: str) -> Profile:
     file = folder() / f"{wanted}.toml"
     if re.fullmatch(r"[\w.-]+", wanted) and file.is_file():
         return read(file)
-    if re.fullmatch(r"\d+(\.\d+)?[a-z]+|\d{8,}", wanted):  # a bare number of up to seven digits is somebody's card, not bytes
+    if re.fullmatch(r"\d+(\.\d+)?-?(b|[kmgt](i?b)?)|\d{8,}", wanted) and not re.fullmatch(
+        r"\d{1,7}", wanted
+    ):  # a bare number of up to seven digits is somebody's card, not bytes
         return of_size(parse_size(label), label.strip())
     known = _spellings()
     labels = known.get(wanted, ())

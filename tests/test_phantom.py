@@ -163,9 +163,50 @@ with phantom.unfilled():
     kinds = int(labels.long().clone().max()) + 1
     table = torch.empty(1500, 1000).copy_(torch.ones(1500, 1000) * 3)
     weight = torch.nn.Linear(2000, 2000).to(torch.bfloat16).weight
-tell([kinds, table.mean().item(), str(weight.dtype), list(weight.shape)])
+    parts, out = torch.empty(2_000_000), torch.empty(2_000_000)
+    for start in range(0, 2_000_000, 500_000):
+        parts[start : start + 500_000] = 5
+    torch.add(parts, parts, out=out)
+tell([kinds, table.mean().item(), parts.clone().min().item(), out.clone().min().item(), str(weight.dtype), list(weight.shape)])
 """
-    assert in_a_process(code) == [7, 3.0, "torch.bfloat16", [2000, 2000]]
+    assert in_a_process(code) == [7, 3.0, 5.0, 10.0, "torch.bfloat16", [2000, 2000]]
+
+
+def test_what_a_loss_refers_to_is_on_the_card_once_it_is_used():
+    code = """
+class Trainer:
+    def __init__(self):
+        self.weights, self.device, self.data = torch.ones(10), "cpu", torch.zeros(30_000_000)
+    def loss(self, model, batch):
+        return F.cross_entropy(model(batch[0].to(self.device)), batch[1], weight=self.weights) + len(self.data)
+job, shared = mlp(), (torch.ones(10),)
+def one(x, held=shared): return x * held[0].sum()
+def other(x, held=shared): return x + held[0].sum()
+def loss(model, batch): return other(one(F.cross_entropy(model(batch[0]), batch[1])))
+found = []
+for each in (job.loss, Trainer().loss, loss):
+    again = mlp()
+    made = phantom.Phantom([autoaccum.Job(again.model, again.optimizer, each, again.batch)]).tape([[8], [8, 8]], card)
+    found.append(sum(size for size, kind in zip(made.sizes, made.kinds) if kind == "parameters"))
+tell(found)
+"""
+    plain, held, shared = in_a_process(HEAD + code)
+    assert held == shared == plain + 40  # ten numbers; what is only counted stays on the host
+
+
+def test_an_optimizer_that_was_resumed_in_part_is_traced():
+    code = """
+job = mlp()
+job.model(torch.ones(2, 256)).sum().backward()
+for parameter in list(job.model.parameters())[2:]:
+    parameter.grad = None
+job.optimizer.step()
+job.optimizer.zero_grad()
+resumed = phantom.Phantom([job]).tape([[8], [8, 8]], card)
+tell([tape.replay(each, Allocator()).peak_allocated_bytes for each in (resumed, phantom.Phantom([mlp()]).tape([[8], [8, 8]], card))] + list(resumed.assumed))
+"""
+    resumed, fresh = in_a_process(HEAD + code)
+    assert resumed == pytest.approx(fresh, rel=0.01)
 
 
 def test_large_weights_are_never_written():

@@ -59,6 +59,10 @@ def test_spellings(spelling, label):
 def test_a_size_is_a_card_of_which_the_allocator_has_all():
     found = profiles.load("24GiB")
     assert (found.total_bytes, found.available_bytes, found.name) == (24 * 2**30, 24 * 2**30, "virtual GPU of 24.0 GiB")
+    assert profiles.load("24 GiB").total_bytes == profiles.load("24g").total_bytes == found.total_bytes
+    for number in ("3090", "2080ti"):
+        with pytest.raises(UsageError, match=f"'{number}': the nearest are rtx-{number[:4]}"):
+            profiles.load(number)
 
 
 def test_an_unknown_card_gets_the_nearest_names():

@@ -166,12 +166,11 @@ class _Charging(TorchDispatchMode):
         host = self._on_host.get(key)
         if not nbytes or (host is not None and host() is storage):
             return
-        if found is not None:  # it was resized
-            found[1].detach()
-            del self._blocks[key]
-            self._dead.append(found[0])
         self.settle()
         block = self._allocator.malloc(nbytes)
+        if found is not None:  # it was resized
+            found[1].detach()
+            self._dead.append(found[0])
         finalizer = weakref.finalize(storage, self._died, key, block)
         finalizer.atexit = False
         self._blocks[key] = (block, finalizer)

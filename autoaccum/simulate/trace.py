@@ -34,6 +34,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self.phase, self.window, self.piece = "setup", 0, 0
+        self.late: set[int] = set()  # storages that are counted when they are first used
         self._card, self._kind = card, kind
         self._live: dict[int, int] = {}
         self._handles: set[int] = set()
@@ -81,6 +82,8 @@ class Tracer(TorchDispatchMode):
             return self._number(func, args)
         if func is aten.nonzero.default and args[0].device.type != "cpu":
             return self._everywhere(args[0])
+        if self.late:
+            self._use_late(args)
         if name in _INDEXED and any(isinstance(each, torch.Tensor) and each.dtype in _MASKS and self._here(each) for each in args[1] or ()):
             args = (args[0], self._selecting_all(args[1]), *args[2:])
         if kernels.takes_cublas(name) and any(self._here(each) for each in args):
@@ -101,6 +104,15 @@ class Tracer(TorchDispatchMode):
         if self._card.benchmark and kernels.is_benchmarked(name) and any(self._here(each) for each in args):
             self._benchmark(name, args, out)
         return out
+
+    def _use_late(self, args: Any) -> None:
+        for each in args:
+            if isinstance(each, (tuple, list)):
+                self._use_late(each)
+            elif self._here(each) and each.untyped_storage()._cdata in self.late:
+                self.late.discard(each.untyped_storage()._cdata)
+                self.track(each, "tensor of the loss")
+                self.named([each], "parameters")
 
     def _here(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.device.type == self._kind
@@ -239,6 +251,8 @@ def _where() -> str:
     here = __file__.rsplit("/", 2)[0]
     while frame is not None:
         path = frame.f_code.co_filename
+        if path.startswith(here) and not path.endswith("simulate/trace.py"):
+            return _IN_TORCH  # what called is ours: nobody's line stands between
         if "/torch/" not in path and not path.startswith(here) and "<" not in path:
             return f"{path.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         frame = frame.f_back
