@@ -286,14 +286,18 @@ def _serve(opened: dict[str, Any], requests: Any, tell: Callable[[dict[str, Any]
         _answer(rehearsal, requests, tell, device.live_bytes)
 
 
+def hush() -> None:
+    """torch's warnings about the machine that simulates, which say nothing of the card or of the job."""
+    for said in ("torch.cuda.amp.GradScaler is enabled, but CUDA", "PyTorch was compiled without cuDNN", "Failed to initialize NumPy"):
+        warnings.filterwarnings("ignore", message=said)
+
+
 def _simulation(source: Source, opened: dict[str, Any], limits: Limits, say: Say) -> Any:
     from autoaccum import phantom, profiles, simulation
     from autoaccum.simulate import fake
 
     card = profiles.load(opened["device"].removeprefix("virtual:"))
-    # Of the machine that simulates, not of the card.
-    for said in ("torch.cuda.amp.GradScaler is enabled, but CUDA", "PyTorch was compiled without cuDNN"):
-        warnings.filterwarnings("ignore", message=said)
+    hush()
     with phantom.unfilled():
         jobs = in_turn(load(source, device="cpu"))
     approximate = opened["approximate"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from autoaccum import profiles
-from autoaccum.child import Child, die_with
+from autoaccum.child import Child, die_with, hush
 from autoaccum.devices.base import LEAST_GPU_HEADROOM
 from autoaccum.errors import JobError, UsageError
 from autoaccum.explaining import notation
@@ -204,6 +204,7 @@ def _be_the_copy(make: Callable[[], Any], wish: Wish, names: Sequence[str], rece
         die_with(parent)
         os.close(receive)
         os.dup2(2, 1)  # stdout is the caller's
+        hush()
         import torch
 
         torch.set_num_threads(1)  # the pool's other threads were not copied, and would be waited for

@@ -172,6 +172,12 @@ def in_turn(jobs: Job | Sequence[Job]) -> tuple[Job, ...]:
     return found
 
 
+def is_compiled(jobs: Sequence[Job]) -> bool:
+    """True where `torch.compile` wraps a model or a part of it, or `model.compile()` was called."""
+    modules = [module for job in jobs for module in job.model.modules()]
+    return any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None for module in modules)
+
+
 def fingerprint(jobs: Sequence[Job]) -> str:
     """Sixteen hex digits that change with the parameters' shapes and types, the optimizers, autocast, clipping and scaler."""
     told = []

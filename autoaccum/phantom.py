@@ -106,7 +106,6 @@ class Phantom:
             for job in jobs:
                 self._swap(job)
         self._states = [[dict(state) for state in optimizer.state.values()] for job in jobs for optimizer in job.optimizers]
-        self.compiled = any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) for job in jobs for module in job.model.modules())
 
     def tape(self, windows: Sequence[Sequence[int]], card: Card) -> Tape:
         """The tape of these windows, each given as its micro-batches, on such a card. The optimizer has no state when the first begins."""

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-from autoaccum import profiles, search
+from autoaccum import profiles, refusing, search
 from autoaccum.devices.base import Budget, Facts, Memory, budget
-from autoaccum.errors import JobError
-from autoaccum.job import Job, fingerprint
+from autoaccum.job import Job, fingerprint, is_compiled
 from autoaccum.phantom import Phantom
 from autoaccum.plan import micro_batches as cut
 from autoaccum.profiles import Profile
@@ -122,7 +121,6 @@ class Simulation:
         self._remarks = self._first_remarks(approximate)
         self._fingerprint = fingerprint(jobs)
         self._gradient_bytes = max(job.gradient_bytes() for job in jobs)
-        self._shapes: dict[str, tuple[int, ...]] = {}
         # Compared on the CPU where the weights have their values; here they have none.
         self._traced = Traced(Phantom(jobs, "cpu" if approximate else "cuda"), 2 if self._norms else 1)
         self._approximate = bool(approximate)
@@ -195,7 +193,7 @@ class Simulation:
         smallest = 2 if self._norms else 1
         candidates = search.sizes(target, smallest=smallest, most=most, equal=equal)
         if not candidates:
-            raise JobError(f"no micro-batch is allowed for a target batch of {target}: BatchNorm needs 2 samples in each")
+            raise refusing.nothing_allowed(target, most, self._norms)
         margin = self._margin(self._traced.about(self._card, max(_ANCHORS[0], smallest), math.ceil(target / candidates[0])))
         allowed = self.budget().budget_bytes
 
@@ -210,7 +208,7 @@ class Simulation:
                 break
         while found and high(found, 2 if found == target else math.ceil(target / found)) > allowed:  # the line moved under it
             found = max((size for size in candidates if size < found), default=0)
-        whole = bool(candidates) and candidates[-1] == target
+        whole = candidates[-1] == target
         # In one piece no gradients are held between micro-batches, so it may fit where two halves do not.
         in_one = whole and high(target, 2) - self._gradient_bytes <= allowed and high(target, 1) <= allowed
         if in_one and (both or not self._traced.is_anchored(self._card, 1)):
@@ -321,7 +319,7 @@ class Simulation:
             said.append(
                 f"{self._jobs[0].wants_closure} steps by values, which a simulated card does not have: its whole history is counted, its line search is not"
             )
-        if any(hasattr(module, "_orig_mod") for job in self._jobs for module in job.model.modules()):
+        if is_compiled(self._jobs):
             said.append("a compiled model was simulated as it is written: what the compiler fuses may take less, and sometimes more")
         return tuple(said)
 
@@ -345,7 +343,7 @@ def card_of(profile: Profile) -> Card:
     return Card(75 if kind < 80 else kind, 1, benchmark=bool(torch.backends.cudnn.benchmark))
 
 
-def _largest(candidates: Sequence[int], fits: Any) -> int:
+def _largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int:
     """The largest candidate that fits, 0 for none; the two above the answer are looked at, because memory is not monotone."""
     low, high = -1, len(candidates)
     while high - low > 1:

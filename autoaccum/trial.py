@@ -18,7 +18,7 @@ import torch
 from autoaccum import batches, comparing, oom, rewinding, snapshot, window
 from autoaccum.devices.base import Budget, Device, Watch, budget
 from autoaccum.errors import AutoaccumError, JobError, noted
-from autoaccum.job import Job, fingerprint, in_turn
+from autoaccum.job import Job, fingerprint, in_turn, is_compiled
 from autoaccum.reading import Equivalence, Limits, Outcome, Reading, Say, Subject
 from autoaccum.running_stats import batch_norms
 
@@ -85,7 +85,7 @@ def measure(
         try:
             # A compiled model would be compiled anew for every size that is tried: the search runs it as it was
             # written, and only what confirms compiles. Compilers inherit a memory limit, so this comes first.
-            eager = _is_compiled(jobs) and not full and steps > 1
+            eager = is_compiled(jobs) and not full and steps > 1
             with (
                 torch.compiler.set_stance("force_eager" if eager else "default"),
                 device.capped(allowed.budget_bytes + aside_bytes) if enforce else nullcontext(),
@@ -219,12 +219,6 @@ class _Pieces:
                 yield self._job.split(self._batch, [size, largest - size])[0], size
             else:
                 yield batches.resize(self._batch, size), size
-
-
-def _is_compiled(jobs: Sequence[Job]) -> bool:
-    """True where `torch.compile` wraps a model or a part of it, or `model.compile()` was called."""
-    modules = [module for job in jobs for module in job.model.modules()]
-    return any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None for module in modules)
 
 
 def _scaler_of_our_own(job: Job, device: Device) -> Any:
