@@ -17,6 +17,7 @@ import click
 from autoaccum import drawing, estimating, oom, profiles, progress, report, tuning
 from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short
 from autoaccum.job import Source, source
+from autoaccum.line import Wish
 from autoaccum.plan import Plan
 from autoaccum.reading import Equivalence
 from autoaccum.version import __version__
@@ -169,7 +170,7 @@ def estimate(
     if timeline is not None and timeline.suffix != ".pickle":
         drawing.ready()
     names = profiles.names() if all_gpus else list(gpus)
-    wish = tuning.Wish(target_batch, None, headroom, max_micro_batch, equal)
+    wish = Wish(target_batch, None, headroom, max_micro_batch, equal)
     found = estimating.estimate_source(
         source(job, settings, rest or ()), wish, names, said=_said_nothing if quiet else _said, timeline=gpus[0] if timeline is not None else None
     )
@@ -248,7 +249,7 @@ class _Asked:
             raise UsageError("--json and --format env both say how to print: give one")
         self.memory_limit = memory_limit
         self.virtual = device.removeprefix("virtual:") if device.startswith("virtual:") else None
-        self.wish = tuning.Wish(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout)
+        self.wish = Wish(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout)
         if output is not None:
             _writable(output)
         if rest == [] and job is None:

@@ -17,8 +17,8 @@ from autoaccum.devices.base import LEAST_GPU_HEADROOM
 from autoaccum.errors import JobError, UsageError
 from autoaccum.explaining import notation
 from autoaccum.job import Source, source
+from autoaccum.line import Wish
 from autoaccum.reading import Estimate
-from autoaccum.tuning import Wish
 from autoaccum.units import in_words, number, parse_headroom, unit_for
 
 _DETAILED = 8  # for up to so many cards the largest micro-batches are searched, too

@@ -87,18 +87,19 @@ def _budget(plan: Plan) -> str:
 def arithmetic(budget: Budget) -> tuple[tuple[int, str], ...]:
     """What the budget was made of: the first term, less the rest. A remainder nobody explains is "in use"."""
     memory = budget.memory
+    kept = ((budget.bucket_bytes, "gradient buckets"),) if budget.bucket_bytes else ()
     headroom = (budget.headroom_bytes, "headroom")
     outside = memory.outside_bytes if memory.outside_bytes is not None else ASSUMED_OUTSIDE if budget.cap_bytes is not None else 0
     context = ((outside, "context"),) if outside else ()
-    whole = budget.budget_bytes + budget.headroom_bytes
+    whole = budget.budget_bytes + budget.headroom_bytes + budget.bucket_bytes
     if budget.cap_bytes is not None and whole == budget.cap_bytes - outside:
-        return ((budget.cap_bytes, "limit"), *context, headroom)
+        return ((budget.cap_bytes, "limit"), *context, *kept, headroom)
     others = tuple((other.bytes, f"{other.name} {other.pid}") for other in memory.others if other.bytes)
     rest = memory.total_bytes - whole - sum(bytes_ for bytes_, _ in (*others, *context))
     if rest < 0:  # resident pages that processes share are counted with each
         others, rest = (), memory.total_bytes - whole - sum(bytes_ for bytes_, _ in context)
     word = "cgroup limit" if memory.binding_limit.startswith("cgroup") else "total"
-    return ((memory.total_bytes, word), *others, *context, *(((rest, "in use"),) if rest > 0 else ()), headroom)
+    return ((memory.total_bytes, word), *others, *context, *(((rest, "in use"),) if rest > 0 else ()), *kept, headroom)
 
 
 def drift(before: Budget, after: Budget) -> tuple[str, ...]:

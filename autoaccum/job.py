@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from autoaccum.engines import unwrapped
 from autoaccum.errors import JobError, UsageError
 
 if TYPE_CHECKING:  # the command line reads this file's Source without paying for torch
@@ -182,7 +183,7 @@ def fingerprint(jobs: Sequence[Job]) -> str:
     """Sixteen hex digits that change with the parameters' shapes and types, the optimizers, autocast, clipping and scaler."""
     told = []
     for job in jobs:
-        told += [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in job.model.named_parameters()]
+        told += [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in unwrapped(job.model).named_parameters()]
         told += [type(each).__name__ for each in job.optimizers]
         told += [str(job.autocast), str(job.max_grad_norm), str(job.scaler is not None)]
     return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]

@@ -8,15 +8,18 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.distributed as dist
 
-from autoaccum import devices, rescue, window
+from autoaccum import devices, engines, ranks, window
+from autoaccum.engines import Engine
 from autoaccum.errors import PlanError, UsageError, noted
 from autoaccum.job import Job, fingerprint, in_turn
-from autoaccum.plan import Plan
+from autoaccum.plan import Plan, micro_batches
 from autoaccum.reading import Say
 from autoaccum.regrouping import Cut, Window, counted
 from autoaccum.rescue import Rescued, Rescuer
 from autoaccum.running_stats import RunningStats
+from autoaccum.sync import Crossing, Team, Void
 
 Loss = Callable[[Any, Any], Any]
 
@@ -24,7 +27,8 @@ Loss = Callable[[Any, Any], Any]
 class StepResult:
     """What one optimizer step did. `loss`, `count`, `grad_norm` and `skipped` wait for the device only when they are read.
 
-    samples: of the window. micro_batches: how many ran. rescued: what an out-of-memory changed, or None.
+    samples: of the window, over all ranks. micro_batches: how many ran, on this rank. rescued: what an out-of-memory changed
+    here, or None. The rest is the same on every rank.
     """
 
     def __init__(self, ran: window.Ran, rescued: Rescued | None = None) -> None:
@@ -68,6 +72,11 @@ class Accumulator:
     forward changes are not put back in between, nor is what the loss does outside of torch.
     grow_after: windows without trouble after which a rescued size is tried larger again; None for never.
     correct_running_stats: BatchNorm's running statistics move once per window instead of once per micro-batch.
+
+    Over ranks the model is in DistributedDataParallel or FSDP2 (`fully_shard`), and every rank steps at the same moment, on its part
+    of the window. careful_windows: how many windows, at first and after any trouble, run without communication and are voted on
+    before gradients cross, so that a rank that runs out of memory runs its part again and no other notices; None for all. Later
+    windows carry gradients over beside the last micro-batch's backward. rank_timeout_s: after which a missing rank is an error (`RanksDisagree`).
     On a CPU it makes the C allocator steady, as it was while measuring (`AUTOACCUM_MALLOC=default` turns
     that off).
     """
@@ -88,6 +97,8 @@ class Accumulator:
         on_oom: Literal["rescue", "raise"] = "rescue",
         grow_after: int | None = None,
         correct_running_stats: bool = False,
+        careful_windows: int | None = 3,
+        rank_timeout_s: float = 1800.0,
     ) -> None:
         settings = {
             "scheduler": scheduler, "scaler": scaler, "autocast": autocast, "max_grad_norm": max_grad_norm, "count": count, "split": split, "keep": keep,
@@ -115,7 +126,8 @@ class Accumulator:
 
             cpu.steady_malloc()
         self._stats = [RunningStats(job.model) if correct_running_stats else None for job in self._jobs]
-        self._rescuer = Rescuer(self._jobs, device, self._plan, enabled=on_oom == "rescue", grow_after=grow_after)
+        self._engines, self._team = self._ranks(careful_windows, rank_timeout_s)
+        self._rescuer = Rescuer(self._jobs, device, self._plan, enabled=on_oom == "rescue", grow_after=grow_after, together=self._team is not None)
         self._short, self._begun = 0, False
 
     @property
@@ -131,7 +143,7 @@ class Accumulator:
         Raises `PlanError` for a window of more samples than the share, and for a loader that gives fewer twice in a row.
         """
         whole = batch if isinstance(batch, Window) else Window((batch,), (counted(batch),), self._jobs[0].split)
-        return self._step(whole, loss, lambda most: self._plan.sizes(whole.samples, most))
+        return self._step(whole, loss, lambda part, most: self._plan.sizes(part.samples, most))
 
     def step_micro(self, micro_batches: Iterable[Any] | Window, loss: Loss | None = None, *, samples: Callable[[Any], int] | None = None) -> Any:
         """One optimizer step on micro-batches that make up a whole window together, run one by one as they came.
@@ -140,20 +152,22 @@ class Accumulator:
         that cannot be read off its first dimension. Returns and raises as `step` does.
         """
         whole = micro_batches if isinstance(micro_batches, Window) else Window.of(micro_batches, self._jobs[0].split, samples)
-        return self._step(whole, loss, lambda most: [size for part in whole.sizes for size in self._plan.sizes(part, most)])
+        return self._step(whole, loss, lambda part, most: [size for held in part.sizes for size in self._plan.sizes(held, most)])
 
-    def _step(self, whole: Window, loss: Loss | None, sizes: rescue.Sizes) -> Any:
-        self._check(whole.samples)
+    def _step(self, whole: Window, loss: Loss | None, sizes: Callable[[Window, int], Sequence[int]]) -> Any:
         if self._jobs[0].split is not None:
             whole = whole.cut_by(self._jobs[0].split)
-        self._rescuer.begin()
         if loss is not None and len(self._jobs) > 1:
             raise UsageError("several jobs run in turn, each with its own loss: call step(batch) without one")
+        if self._team is None:
+            self._check(whole.samples)
+        self._rescuer.begin()
         results = []
-        for job, stats in zip(self._jobs, self._stats):
-            attempt = partial(window.run, job, loss or job.loss, samples=whole.samples, device=job.device, scaler=job.scaler, stats=stats)
+        for job, stats, engine in zip(self._jobs, self._stats, self._engines):
+            run = partial(window.run, job, loss or job.loss, device=job.device, scaler=job.scaler, stats=stats)
+            attempt = run if self._begun else _watched(run)
             try:
-                result = StepResult(*self._rescuer.run(whole, sizes, attempt if self._begun else _watched(attempt)))
+                result = self._ran(job, engine, whole, sizes, attempt)
             except ValueError as error:
                 if "more than 1 value per channel" in str(error):
                     noted(
@@ -167,6 +181,68 @@ class Accumulator:
             results.append(result)
         self._begun = True
         return results[0] if len(results) == 1 else tuple(results)
+
+    def _ran(
+        self, job: Job, engine: Engine | None, whole: Window, sizes: Callable[[Window, int], Sequence[int]], attempt: Callable[..., window.Ran]
+    ) -> StepResult:
+        """One job's window, on this rank and all others."""
+        if self._team is None or engine is None:
+            return StepResult(*self._rescuer.run(whole, lambda most: sizes(whole, most), partial(attempt, samples=whole.samples)))
+        announced = self._team.announce(whole, job.count)
+        while True:
+            part = self._team.handed_over(whole, announced)
+            crossing = Crossing(engine, self._team.ranks, announced, self._team.out)
+            run = partial(attempt, samples=part.samples, crossing=crossing)
+            steps = self._team.steps(announced)
+            cuts = partial(_in_steps, part.samples, steps) if self._team.lockstep else partial(_no_more, sizes, part)
+            if engine.in_step:
+                run = partial(_filled_up, run, steps, whole)
+            try:
+                result = StepResult(*self._rescuer.run(part, cuts, run, crossing))
+            except Void as void:
+                self._team.ran_out(void.out)
+                continue
+            if result.rescued is None:
+                self._team.quiet_window()
+            else:
+                self._team.trouble()
+            return result
+
+    def _ranks(self, careful_windows: int | None, timeout_s: float) -> tuple[list[Engine | None], Team | None]:
+        """The engines that carry gradients across ranks, and the ranks. Raises `UsageError` and `PlanError` where they do not suit the plan."""
+        fleet = self._plan.fleet
+        if careful_windows is not None and (isinstance(careful_windows, bool) or not isinstance(careful_windows, int) or careful_windows < 0):
+            raise UsageError(f"careful_windows must be a number of windows, at least 0, or None for all, not {careful_windows!r}")
+        if fleet is None:
+            # A plan of one rank, whose model may still be wrapped, in a world of one.
+            if any(
+                isinstance(each.model, torch.nn.parallel.DistributedDataParallel) and dist.get_world_size(each.model.process_group) > 1 for each in self._jobs
+            ):
+                raise PlanError(
+                    "the model is in DistributedDataParallel over several ranks, and the plan is for one: every rank calls autoaccum.tune under torchrun"
+                )
+            return [None] * len(self._jobs), None
+        found = [engines.parallel(each.model, lockstep=fleet.lockstep) for each in self._jobs]
+        for job, engine in zip(self._jobs, found):
+            if engine is None:
+                raise UsageError(
+                    f"the plan is for {self._plan.world_size} ranks, and the model does not cross them: wrap it, "
+                    "torch.nn.parallel.DistributedDataParallel(model), or fully_shard it"
+                )
+            if (synced := engines.synced_norms(job.model)) and not fleet.lockstep:
+                raise UsageError(f"SyncBatchNorm ({synced[0]}) communicates in forward, so every rank must run as many micro-steps: tune(..., equal=True)")
+            if isinstance(engine, engines.Fsdp2) and job.scaler is not None:
+                raise UsageError("a GradScaler sees but this rank's part of sharded gradients: use bfloat16 with FSDP2, which needs none")
+        group = found[0].group if found[0] is not None else None
+        world = ranks.here(group, timeout_s)
+        here = "one process" if world is None else f"rank {world.rank} of {world.world_size}"
+        if world is None or (world.rank, world.world_size) != (self._plan.rank, self._plan.world_size):
+            raise PlanError(
+                f"the plan is for rank {self._plan.rank} of {self._plan.world_size}, and this is {here}: tune again, or Plan.load(path) on each rank"
+            )
+        world.same("the plan's shares", (fleet.shares, fleet.lockstep, fleet.steps))
+        world.same("the model, its optimizer and its settings", fingerprint(self._jobs))
+        return list(found), Team(world, fleet, careful_windows)
 
     def _check(self, samples: int) -> None:
         share = self._plan.share
@@ -188,11 +264,31 @@ class Accumulator:
 
 
 def _watched(attempt: Callable[..., window.Ran]) -> Callable[..., window.Ran]:
-    def watched(cut: Cut, *, say: Say) -> window.Ran:
+    def watched(cut: Cut, *, say: Say, **given: Any) -> window.Ran:
         with window.only_we_step(say) as heard:
-            return attempt(cut, say=heard)
+            return attempt(cut, say=heard, **given)
 
     return watched
+
+
+def _no_more(sizes: Callable[[Window, int], Sequence[int]], part: Window, most: int) -> Sequence[int]:
+    return sizes(part, most) if part.samples else ()
+
+
+def _in_steps(samples: int, steps: int, most: int) -> Sequence[int]:
+    """As many micro-batches as all ranks run, or as samples are there; more only where a rescue made them smaller."""
+    return micro_batches(samples, max(min(steps, samples), -(-samples // most))) if samples else ()
+
+
+def _filled_up(attempt: Callable[..., window.Ran], steps: int, whole: Window, cut: Cut, **given: Any) -> window.Ran:
+    """Where forward communicates, a rank with fewer micro-batches than others runs one sample again, of no weight."""
+    held = list(cut)
+    if len(held) < steps:
+        if not whole.parts:
+            raise PlanError("this rank has no sample to run while the others meet in forward: loop over plan.windows(loader) with plan.batch_sampler(dataset)")
+        stand_in = Window(whole.parts[:1], [max(whole.sizes[0], 1)], whole.split, told=whole.told).between(0, 1).parts[0]
+        held += [(stand_in, 0)] * (steps - len(held))
+    return attempt(held, **given)
 
 
 def _no_loss(model: Any, batch: Any) -> Any:

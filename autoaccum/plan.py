@@ -7,15 +7,22 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import asdict, dataclass, field, fields
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from autoaccum import explaining
 from autoaccum.errors import NoSuchDevice, PlanError
+from autoaccum.fleets import Fleet
+from autoaccum.launched import launched
 
 if TYPE_CHECKING:
-    from autoaccum.regrouping import MicroBatchSampler, Windows
+    import torch
+
+    from autoaccum.ranks import Ranks
+    from autoaccum.regrouping import Window, Windows
+    from autoaccum.sampler import WindowSampler
 
 SCHEMA = "autoaccum.plan/1"
 
@@ -82,12 +89,22 @@ class MicroBatch:
     samples: int
     last: bool
 
+    def sync(self, model: torch.nn.Module) -> AbstractContextManager[object]:
+        """Around forward and backward of a model in DistributedDataParallel or `fully_shard`: gradients cross in the window's last micro-batch.
+
+        Changes nothing for a model that knows no ranks. Raises `UsageError` for wrappers that cannot be exact.
+        """
+        from autoaccum import engines
+
+        return engines.for_hand(model, last=self.last)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How one optimizer step over `target_batch` samples is run on one device.
+    """How one optimizer step over `target_batch` samples is run on one device, or on this rank's.
 
-    micro_batches: sizes of the window's micro-batches, larger first; they sum to `share`.
+    micro_batches: sizes of the window's micro-batches, larger first; they sum to `share`. Empty for a rank without a share.
+    shares: of all ranks; they sum to the target. fleet: the ranks and what is known of their speed, None for one.
     largest_fit: the largest size that ran and fitted. smallest_refused: the smallest larger one that did not.
     budget_bytes: what a window may peak at; peak_bytes: what the confirming run peaked at (None for a
     command on a GPU, whose figure cannot be seen from outside); outside_bytes: held
@@ -124,6 +141,7 @@ class Plan:
     arithmetic: tuple[tuple[int, str], ...] = ()
     warnings: tuple[str, ...] = ()
     hints: tuple[str, ...] = field(default=())
+    fleet: Fleet | None = None
 
     @property
     def spare_bytes(self) -> int | None:
@@ -136,17 +154,23 @@ class Plan:
         return sum(self.shares)
 
     def sizes(self, samples: int, most: int | None = None) -> tuple[int, ...]:
-        """Micro-batches for a window of `samples`, none larger than this plan's, or than `most`. Raises `PlanError` for no samples."""
+        """Micro-batches for `samples` of this rank, none larger than this plan's, or than `most`. Raises `PlanError` for no samples."""
         if samples < 1:
             raise PlanError("a window of no samples: give a batch with at least one")
         return micro_batches(samples, math.ceil(samples / (most or self.micro_batch)))
+
+    def shares_of(self, samples: int) -> tuple[int, ...]:
+        """Every rank's samples of a window of `samples` over all ranks, which may be less than the target."""
+        return (samples,) if self.fleet is None else self.fleet.of(samples)
 
     def split(self, batch: Any, count: Callable[[Any], float] | None = None) -> Iterator[MicroBatch]:
         """Cuts a batch of a whole window, or a `Window`, into micro-batches with their weights, which sum to 1.
 
         Only the piece in hand is moved to this plan's device. count: weights by `count(piece)`, e.g. label
         tokens, instead of samples. A batch smaller than the share (the last of an epoch) is weighted by its
-        own samples. Raises `PlanError` for a batch that cannot be cut, and for one of more samples than the share.
+        own samples. Over ranks it is this rank's part of the window, every rank calls this at the same moment, and the weights
+        sum to ranks x part / window, for an engine that averages over the ranks; a rank without a sample gets one of
+        weight 0, so that it takes part. Raises `PlanError` for a batch that cannot be cut, and for one of more samples than the share.
         """
         import torch
 
@@ -154,17 +178,49 @@ class Plan:
         from autoaccum.regrouping import Window
 
         whole = batch if isinstance(batch, Window) else Window.of([batch])
-        if whole.samples > self.share:
+        if whole.samples > self.share and self.share:
             raise PlanError(
                 f"a batch of {whole.samples} samples is more than this plan's {self.share} for one step: loop over plan.windows(loader), "
                 f"or DataLoader(batch_size={self.share})"
             )
-        cut = whole.cut(self.sizes(whole.samples), most=self.micro_batch)
-        owed = [float(samples if count is None else count(piece)) for piece, samples in cut]
+        cut: Iterable[tuple[Any, int]]
+        if self.fleet is not None:
+            cut, owed = self._owed_over_ranks(whole, count)
+        else:
+            cut = whole.cut(self.sizes(whole.samples), most=self.micro_batch)
+            counts = [float(samples if count is None else count(piece)) for piece, samples in cut]
+            owed = [each / sum(counts) if any(counts) else 0.0 for each in counts]
         device = torch.device(self.device.label)
         for index, (piece, samples) in enumerate(feeding.feed(cut, device)):
             moved = batches.move(piece, device, non_blocking=True)
-            yield MicroBatch(moved, owed[index] / sum(owed) if any(owed) else 0.0, samples, last=index == len(owed) - 1)
+            yield MicroBatch(moved, owed[index], samples, last=index == len(owed) - 1)
+
+    def _owed_over_ranks(self, whole: Window, count: Callable[[Any], float] | None) -> tuple[list[tuple[Any, int]], list[float]]:
+        """Micro-batches, and what their mean losses owe: A/D times what each counts."""
+        assert self.fleet is not None
+        if not self.share or not whole.samples:
+            if not self.fleet.curves[self.rank].most:
+                raise PlanError(f"rank {self.rank} cannot hold one sample, and a loop by hand must run one on every rank: use autoaccum.Accumulator")
+            if not whole.parts:
+                raise PlanError(f"rank {self.rank} has no samples of this window and none to stand in: loop over plan.windows(loader)")
+            part, size = whole.parts[0], whole.sizes[0]
+            self._ranks().table([0.0, 0.0], "announcing a window")
+            return [(type(whole)([part], [max(size, 1)], whole.split, told=whole.told).between(0, 1).parts[0], 0)], [0.0]
+        held = list(whole.cut(self.sizes(whole.samples), most=self.micro_batch))
+        counts = [float(samples if count is None else count(piece)) for piece, samples in held]
+        table = self._ranks().table([whole.samples, sum(counts)], "announcing a window")
+        total = sum(row[1] for row in table)
+        return held, [self.world_size * each / total if total else 0.0 for each in counts]
+
+    def _ranks(self) -> Ranks:
+        """The ranks that this plan is for. Raises `PlanError` where others, or none, are here."""
+        from autoaccum import ranks
+
+        found = ranks.here()
+        if found is None or found.world_size != self.world_size or found.rank != self.rank:
+            here = "one process" if found is None else f"rank {found.rank} of {found.world_size}"
+            raise PlanError(f"the plan is for rank {self.rank} of {self.world_size}, and this is {here}: tune again, or Plan.load(path) on each rank")
+        return found
 
     def windows(
         self,
@@ -174,28 +230,59 @@ class Plan:
         split: Callable[[Any, Sequence[int]], Any] | None = None,
         drop_last: bool = False,
     ) -> Windows:
-        """A loader of any batch size, regrouped into windows of exactly the share; the last one of an epoch is smaller.
+        """A loader of any batch size, regrouped into windows of exactly the target; the last one of an epoch is smaller.
 
         Loader batches are cut where a window or a micro-batch ends, and joined where a micro-batch spans several
         (unless their shapes differ, as when each is padded to its own longest sample). For batches that cannot be cut, such as
         graphs or packed text: samples says how many one holds; it runs as it came, or is cut by `split`; `batch_sampler` makes them fit.
         drop_last: leaves the smaller last window out.
-        Raises `PlanError` where a batch's samples cannot be counted, or it would have to be cut and cannot be.
+        Over ranks each rank gets its own part of every window: from a loader with `batch_sampler`, which reads no more than that, or
+        from a loader that gives every rank the same samples in the same order. Raises `PlanError` for one that shuffles by
+        itself or is shared out already, and where a batch's samples cannot be counted, or it would have to be cut and cannot be.
         """
         from autoaccum.regrouping import Windows
 
-        return Windows(loader, self.share, samples=samples, split=split, drop_last=drop_last)
+        shares = None if self.fleet is None else self.shares_of
+        return Windows(loader, self.target_batch, samples=samples, split=split, drop_last=drop_last, shares=shares, rank=self.rank)
 
-    def batch_sampler(self, dataset: Sized, shuffle: bool = True, seed: int = 0) -> MicroBatchSampler:
+    def batch_sampler(self, dataset: Sized, shuffle: bool = True, seed: int = 0, *, drop_last: bool = False) -> WindowSampler:
         """For `DataLoader(dataset, batch_sampler=...)`: one micro-batch after another, collated one by one, in whole windows.
 
-        The order of an epoch depends on `seed` and the epoch's number alone. Give the loader to `windows`.
+        The order of an epoch depends on `seed` and the epoch's number alone, and a window on the target: over ranks
+        each takes its slice of the same windows. Give the loader to `windows`.
         """
-        from autoaccum.regrouping import MicroBatchSampler
+        from autoaccum.sampler import WindowSampler
 
         if not hasattr(dataset, "__len__"):
             raise PlanError(f"a {type(dataset).__name__} has no length to draw from: for an iterable dataset use plan.windows(DataLoader(dataset, ...))")
-        return MicroBatchSampler(len(dataset), self.share, self.sizes, shuffle=shuffle, seed=seed)
+        return WindowSampler(len(dataset), self.target_batch, self._cuts, rank=self.rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+
+    def _cuts(self, samples: int) -> list[tuple[int, ...]]:
+        """Every rank's micro-batches of a window of `samples`, without those that it sits out."""
+        if self.fleet is None:
+            return [self.sizes(samples)]
+        return [tuple(size for size in self.fleet.sizes(rank, samples) if size) for rank in range(self.world_size)]
+
+    def of_rank(self, rank: int) -> Plan:
+        """The same plan as that rank sees it; what was measured on this rank's device is left out for another. Raises `PlanError` for a rank it has not."""
+        if not 0 <= rank < self.world_size:
+            raise PlanError(f"the plan is for {self.world_size} ranks, and there is no rank {rank} among them")
+        if rank == self.rank or self.fleet is None:
+            return self
+        sizes = self._cuts(self.target_batch)[rank]
+        return replace(
+            self,
+            rank=rank,
+            share=self.shares[rank],
+            micro_batches=sizes,
+            micro_batch=max(sizes, default=0),
+            accumulation_steps=len(sizes),
+            largest_fit=self.fleet.curves[rank].most,
+            smallest_refused=None,
+            device=replace(self.device, name=self.fleet.curves[rank].gpu or self.device.name, uuid=None),
+            trials=(),
+            peak_bytes=None,
+        )
 
     def explain(self) -> str:
         """The whole report: the plan, why not fewer steps, where the budget comes from, what to know."""
@@ -213,6 +300,7 @@ class Plan:
         first = ("job", "target_batch", "effective_batch", "micro_batch", "accumulation_steps", "micro_batches", "share", "shares")
         for name in (*first, *(each.name for each in fields(self))):
             document.setdefault(name, getattr(self, name))
+        document["fleet"] = None if self.fleet is None else self.fleet.as_dict()
         document["spare_bytes"] = self.spare_bytes
         document["device"] = asdict(self.device)
         document["trials"] = [asdict(each) for each in self.trials]
@@ -231,8 +319,8 @@ class Plan:
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Reads a plan that `save` or `--output` wrote.
 
-        Warns if the device of that kind and index is another model here. Raises `PlanError` for a file that is
-        not a plan.
+        Under torchrun a plan for several ranks is read as this rank's. Warns if the device of that kind and index is another model here.
+        Raises `PlanError` for a file that is not a plan, and for one that is for another number of ranks.
         """
         try:
             document = json.loads(Path(path).read_text())
@@ -246,12 +334,27 @@ class Plan:
             plan = cls._from_dict(document)
         except (KeyError, TypeError) as error:
             raise PlanError(f"{str(path)!r} is not a whole plan: {error}") from None
-        if sum(plan.micro_batches) != plan.share or max(plan.micro_batches) != plan.micro_batch or sum(plan.shares) != plan.target_batch:
+        if sum(plan.micro_batches) != plan.share or max(plan.micro_batches, default=0) != plan.micro_batch or sum(plan.shares) != plan.target_batch:
             raise PlanError(f"{str(path)!r} does not agree with itself: {explaining.notation(plan.micro_batches)} is not a window of {plan.share} samples")
+        if plan.fleet is not None:
+            if (told := launched()) is None:
+                return plan
+            if told.world_size != plan.world_size:
+                raise PlanError(f"{str(path)!r} is a plan for {plan.world_size} ranks, and torchrun started {told.world_size}: tune or plan again")
+            plan = plan.of_rank(told.rank)._on_this_rank(told.local_rank)
         here = _name_here(plan.device)
         if here is not None and here != plan.device.name:
             warnings.warn(f"the plan was made on {plan.device.name}, and {plan.device.label} here is {here}: tune again", stacklevel=2)
         return plan
+
+    def _on_this_rank(self, local_rank: int) -> Plan:
+        """The plan with the device that this rank uses by custom: the one of its local rank."""
+        from autoaccum import devices
+
+        labels = devices.here()
+        label = next((each for each in labels if each == f"cuda:{local_rank}"), labels[0])
+        kind, _, index = label.partition(":")
+        return replace(self, device=replace(self.device, kind=kind, index=int(index) if index else None))
 
     @classmethod
     def _from_dict(cls, document: dict[str, Any]) -> Plan:
@@ -261,6 +364,7 @@ class Plan:
         values["device"] = PlannedDevice(**values["device"])
         values["trials"] = tuple(Tried(**each) for each in values["trials"])
         values["shapes"] = {path: tuple(shape) for path, shape in values["shapes"].items()}
+        values["fleet"] = Fleet.from_dict(values["fleet"]) if values.get("fleet") else None
         values["arithmetic"] = tuple((bytes_, word) for bytes_, word in values["arithmetic"])
         return cls(**values)
 

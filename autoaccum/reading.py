@@ -16,11 +16,17 @@ Say = Callable[[str, int], None]
 
 @dataclass(frozen=True)
 class Limits:
-    """What the user allows: a memory limit in bytes, headroom as given, seconds per trial."""
+    """What the user allows: a memory limit in bytes, headroom as given, seconds per trial.
+
+    among: how many ranks of the job share the device's free memory, this one included. buckets: True where the model will be
+    wrapped in DistributedDataParallel, whose copy of the gradients is kept free.
+    """
 
     memory_bytes: int | None = None
     headroom: str | int = "3%"
     timeout_s: float | None = None
+    among: int = 1
+    buckets: bool = False
 
     def timeout_of(self, steps: int, *, full: bool) -> float | None:
         """Seconds that a trial may take; a confirming run as many times more as it has more micro-batches than three."""

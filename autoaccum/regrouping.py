@@ -6,12 +6,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler
 
 from autoaccum import batches
 from autoaccum.errors import PlanError
+from autoaccum.sampler import WindowSampler
 
 Cut = Iterable[tuple[Any, int]]  # micro-batches and their samples; may be gone through again
+_END = object()
 Splitter = Callable[[Any, Sequence[int]], Sequence[Any]]
 
 
@@ -25,7 +27,7 @@ class Window:
 
     def __init__(self, parts: Sequence[Any], sizes: Sequence[int], split: Splitter | None = None, *, told: bool = False) -> None:
         self.parts, self.sizes, self.samples = tuple(parts), tuple(sizes), sum(sizes)
-        self._split, self._told = split, told
+        self.split, self.told = split, told
 
     def __repr__(self) -> str:
         return f"Window({self.samples} samples in {len(self.parts)} part{'s' if len(self.parts) != 1 else ''})"
@@ -36,13 +38,37 @@ class Window:
         held = list(parts)
         return cls(held, [counted(part, samples) for part in held], split, told=samples is not None)
 
+    def between(self, start: int, stop: int) -> Window:
+        """The samples from `start` up to `stop`. Raises `PlanError` where a part would have to be cut and cannot be."""
+        parts, sizes, at = [], [], 0
+        for part, have in zip(self.parts, self.sizes):
+            first, last = max(start - at, 0), min(stop - at, have)
+            at += have
+            if first >= last:
+                continue
+            if last - first < have:
+                if self.told and self.split is None:
+                    raise PlanError(f"a batch of {have} samples cannot be cut, and a rank's part of the window ends inside it: give split=")
+                kept = [size for size in (first, last - first, have - last) if size]
+                part = self._pieces(part, kept, have)[1 if first else 0]
+            parts.append(part)
+            sizes.append(last - first)
+        return Window(parts, sizes, self.split, told=self.told)
+
+    def joined(self, other: Window) -> Window:
+        """This window's samples and then the other's."""
+        own = [(part, size) for part, size in zip(self.parts, self.sizes) if size]
+        return Window(
+            [*(part for part, _ in own), *other.parts], [*(size for _, size in own), *other.sizes], self.split or other.split, told=self.told or other.told
+        )
+
     def cut_by(self, split: Splitter) -> Window:
         """The same window with a splitter, if it has none of its own."""
-        return self if self._split is not None else Window(self.parts, self.sizes, split, told=self._told)
+        return self if self.split is not None else Window(self.parts, self.sizes, split, told=self.told)
 
     def runs_as(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """What `cut` makes of these sizes, as far as it is known beforehand: parts that cannot be cut stay what they are."""
-        return self.sizes if self._told and self._split is None else tuple(sizes)
+        return self.sizes if self.told and self.split is None else tuple(sizes)
 
     def cut(self, sizes: Sequence[int], *, most: int | None = None) -> Cut:
         """The window in micro-batches of `sizes`, which must sum to its samples.
@@ -53,7 +79,7 @@ class Window:
         """
         if sum(sizes) != self.samples:
             raise PlanError(f"cannot cut {self.samples} samples into {list(sizes)}: that is {sum(sizes)}")
-        if self._told and self._split is None:
+        if self.told and self.split is None:
             allowed = most or max(sizes)
             if max(self.sizes) > allowed:
                 raise PlanError(
@@ -80,12 +106,12 @@ class Window:
                 if fresh:
                     groups.append([])
                 groups[-1].append((piece, length))
-        return [pair for group in groups for pair in group] if self._told else _Joined(groups)
+        return [pair for group in groups for pair in group] if self.told else _Joined(groups)
 
     def _pieces(self, part: Any, sizes: Sequence[int], samples: int) -> Sequence[Any]:
         if len(sizes) == 1:
             return [part]
-        return self._split(part, sizes) if self._split is not None else batches.split(part, sizes, samples=samples)
+        return self.split(part, sizes) if self.split is not None else batches.split(part, sizes, samples=samples)
 
 
 class _Joined:
@@ -104,21 +130,86 @@ class _Joined:
 
 
 class Windows:
-    """What `Plan.windows` returns: iterates a loader as windows of exactly `share` samples, the last one smaller, or left out.
+    """What `Plan.windows` returns: iterates a loader as windows of exactly `samples_of_all` samples, the last one smaller, or left out.
 
+    Over ranks, each yields its own part: all of them read the same loader and keep the samples that are theirs, or each
+    reads a loader with `Plan.batch_sampler`, which gives it no others. `shares(samples)` says how many each rank has of a window.
     Each iteration is one epoch. It has a length where the loader's number of samples is known.
     """
 
     def __init__(
-        self, loader: Iterable[Any], share: int, *, samples: Callable[[Any], int] | None = None, split: Splitter | None = None, drop_last: bool = False
+        self,
+        loader: Iterable[Any],
+        share: int,
+        *,
+        samples: Callable[[Any], int] | None = None,
+        split: Splitter | None = None,
+        drop_last: bool = False,
+        shares: Callable[[int], Sequence[int]] | None = None,
+        rank: int = 0,
     ) -> None:
         if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
             raise PlanError(f"windows takes a loader, not a dataset (a {type(loader).__name__}): give DataLoader(dataset, batch_size=...), of any size")
         if not hasattr(loader, "__iter__") or _is_one_batch(loader):
             raise PlanError(f"windows takes a loader of batches, not one batch (a {type(loader).__name__}): give the DataLoader itself")
         self._loader, self._share, self._samples, self._split, self._drop_last = loader, share, samples, split, drop_last
+        self._shares, self._rank = shares, rank
+        self._sampler = _window_sampler(loader)
+        if self._sampler is not None:
+            if drop_last != self._sampler.drop_last:
+                raise PlanError(
+                    f"drop_last={drop_last}, and the loader's sampler has {self._sampler.drop_last}: say it in plan.batch_sampler(dataset, drop_last=...)"
+                )
+        elif shares is not None:
+            _check_alike(loader)
 
     def __iter__(self) -> Iterator[Window]:
+        if self._sampler is not None:
+            yield from self._sampled(self._sampler)
+            return
+        for window in self._regrouped():
+            if self._shares is None:
+                yield window
+                continue
+            shares = self._shares(window.samples)
+            start = sum(shares[: self._rank])
+            yield window.between(start, start + shares[self._rank])
+
+    def state_dict(self) -> dict[str, int]:
+        """Where the windows that were yielded end, for `load_state_dict`; of a loader with `Plan.batch_sampler` only.
+
+        The sampler's own state is where the loader has read to, which may be further.
+        """
+        return self._told_sampler().state_of(self._epoch, self._done)
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Goes on from there, with any number of ranks. Raises `PlanError` for other data or another order."""
+        self._told_sampler().load_state_dict(state)
+        self._epoch, self._done = state["epoch"], state["done"]
+
+    _epoch = _done = 0
+
+    def _told_sampler(self) -> WindowSampler:
+        if self._sampler is None:
+            raise PlanError("only a loader with plan.batch_sampler(dataset) has a state: DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset))")
+        return self._sampler
+
+    def _sampled(self, sampler: WindowSampler) -> Iterator[Window]:
+        """The loader's batches are this rank's micro-batches already; the sampler knows which belong together."""
+        read = iter(self._loader)
+        ahead = [batch for batch in [next(read, _END)] if batch is not _END]  # only now the sampler has begun, where it was told to
+        self._epoch, self._done, inside = sampler.began
+        if inside:
+            raise PlanError("the loader goes on inside a window, whose first micro-batches are gone: load a state of the end of a window")
+        for start, sizes in sampler.windows(self._done) if ahead else ():
+            parts = [ahead.pop() if ahead else next(read) for _ in sizes]
+            self._done = start + min(sampler.target, sampler.length - start)
+            if self._samples is not None and any(sizes):
+                sizes = tuple(int(self._samples(part)) if size else 0 for part, size in zip(parts, sizes))
+            yield Window(parts, sizes, self._split, told=self._samples is not None)
+        self._epoch, self._done = self._epoch + 1, 0
+
+    def _regrouped(self) -> Iterator[Window]:
         parts: list[Any] = []
         sizes: list[int] = []
         ragged = even = False
@@ -151,6 +242,8 @@ class Windows:
 
     def __len__(self) -> int:
         """Windows in an epoch. Raises `TypeError` where the loader does not tell its samples."""
+        if self._sampler is not None:
+            return sum(1 for _ in self._sampler.windows(0))
         whole, rest = divmod(_samples_in(self._loader), self._share)
         return whole + (1 if rest and not self._drop_last else 0)
 
@@ -164,34 +257,6 @@ class Windows:
                 f"a loader batch of {first + rest} samples does not end where a window of {self._share} does, and cannot be cut: "
                 "use DataLoader(batch_sampler=plan.batch_sampler(dataset)), give split=, or leave samples= out where the first dimension counts them"
             ) from error
-
-
-class MicroBatchSampler(Sampler[list[int]]):
-    """Indices of one micro-batch after another, in windows of exactly the share: for `DataLoader(batch_sampler=...)`.
-
-    Each iteration is an epoch with an order of its own, given by seed and epoch alone; `set_epoch` chooses one,
-    for instance after a restart.
-    """
-
-    def __init__(self, length: int, share: int, sizes: Callable[[int], Sequence[int]], *, shuffle: bool, seed: int) -> None:
-        self.length, self.share, self.shuffle, self.seed, self.epoch = length, share, shuffle, seed, 0
-        self._sizes = sizes
-
-    def __iter__(self) -> Iterator[list[int]]:
-        order = torch.randperm(self.length, generator=torch.Generator().manual_seed(self.seed + self.epoch)).tolist() if self.shuffle else range(self.length)
-        self.epoch += 1
-        start = 0
-        while start < self.length:
-            for size in self._sizes(min(self.share, self.length - start)):
-                yield list(order[start : start + size])
-                start += size
-
-    def __len__(self) -> int:
-        whole, tail = divmod(self.length, self.share)
-        return whole * len(self._sizes(self.share)) + (len(self._sizes(tail)) if tail else 0)
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
 
 
 def counted(batch: Any, samples: Callable[[Any], int] | None = None) -> int:
@@ -208,6 +273,24 @@ def counted(batch: Any, samples: Callable[[Any], int] | None = None) -> int:
         raise PlanError(f"{error}; for batches that cannot be cut, plan.windows(loader, samples=...) with a function that says how many they hold") from None
 
 
+def _window_sampler(loader: Any) -> WindowSampler | None:
+    found = getattr(loader, "batch_sampler", None)
+    return found if isinstance(found, WindowSampler) else None
+
+
+def _check_alike(loader: Any) -> None:
+    """Raises `PlanError` for a loader that is known not to give every rank the same samples in the same order."""
+    cure = "use DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset)), which gives every rank its share"
+    sampler = getattr(loader, "sampler", None)
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    if type(loader).__name__ in ("DataLoaderShard", "DataLoaderDispatcher") or type(batch_sampler).__name__ == "BatchSamplerShard":
+        raise PlanError(f"the loader is shared out among the ranks by Accelerate already, evenly: {cure}, and do not prepare() it")
+    if isinstance(sampler, DistributedSampler):
+        raise PlanError(f"the loader is shared out among the ranks by DistributedSampler already, evenly: {cure}")
+    if isinstance(sampler, RandomSampler) and sampler.generator is None:
+        raise PlanError(f"the loader shuffles, and every rank in an order of its own: {cure}, or give the loader generator=torch.Generator().manual_seed(...)")
+
+
 def _is_one_batch(given: Any) -> bool:
     """A tensor, a mapping, or fields side by side: tensors of one length and unlike shapes. Alike, they may be batches."""
     if isinstance(given, (torch.Tensor, str, bytes)) or hasattr(given, "keys"):
@@ -218,9 +301,6 @@ def _is_one_batch(given: Any) -> bool:
 
 
 def _samples_in(loader: Any) -> int:
-    if isinstance(loader, DataLoader):
-        if isinstance(loader.batch_sampler, MicroBatchSampler):
-            return loader.batch_sampler.length
-        if loader.batch_size is not None and isinstance(loader.sampler, Sized):
-            return len(loader) * loader.batch_size if loader.drop_last else len(loader.sampler)
+    if isinstance(loader, DataLoader) and loader.batch_size is not None and isinstance(loader.sampler, Sized):
+        return len(loader) * loader.batch_size if loader.drop_last else len(loader.sampler)
     raise TypeError(f"a {type(loader).__name__} does not say how many samples it has, so its windows cannot be counted beforehand")

@@ -16,13 +16,14 @@ from typing import Protocol
 
 from autoaccum import oom, rewinding, search
 from autoaccum.devices.base import Device
-from autoaccum.errors import noted
+from autoaccum.errors import RanksDisagree, noted
 from autoaccum.explaining import notation
 from autoaccum.job import Job
 from autoaccum.plan import Plan
 from autoaccum.reading import Say
 from autoaccum.regrouping import Cut, Window
 from autoaccum.running_stats import batch_norms
+from autoaccum.sync import AGAIN, CANNOT, Crossing, Void
 from autoaccum.units import MIB
 from autoaccum.window import Ran
 
@@ -69,10 +70,11 @@ class Rescuer:
 
     micro_batch: the most a micro-batch may hold now: the plan's, less after a rescue.
     grow_after: windows without trouble after which a size that a rescue left is tried again, twice as many after each
-    time that it was still too much; None for never.
+    time that it was still too much; None for never. together: whether other ranks run a part of the same windows.
     """
 
-    def __init__(self, jobs: Sequence[Job], device: Device, plan: Plan, *, enabled: bool, grow_after: int | None) -> None:
+    def __init__(self, jobs: Sequence[Job], device: Device, plan: Plan, *, enabled: bool, grow_after: int | None, together: bool = False) -> None:
+        self._together = together
         self._jobs, self._device, self._plan, self._enabled, self._grow_after = jobs, device, plan, enabled, grow_after
         self.micro_batch = plan.micro_batch
         self._left: list[int] = []  # sizes that rescues have left, to grow back to
@@ -94,11 +96,13 @@ class Rescuer:
         if self._enabled and (self._windows <= 2 or self._windows % 64 == 0):  # optimizers make their state at the first step
             self._held_bytes = self._device.live_bytes()
 
-    def run(self, whole: Window, sizes: Sizes, attempt: Attempt) -> tuple[Ran, Rescued | None]:
-        """One job's window. sizes: micro-batches for a given most. attempt: runs them, up to the optimizer's step.
+    def run(self, whole: Window, sizes: Sizes, attempt: Attempt, crossing: Crossing | None = None) -> tuple[Ran, Rescued | None]:
+        """One job's window. sizes: micro-batches for a given most. attempt: runs them, up to the optimizer's step. crossing: what `attempt`
+        does with other ranks.
 
         Raises what `attempt` raised where it is no out-of-memory, where the optimizer had begun to step, and
-        where not even the smallest micro-batch runs; an out-of-memory with a note that says which.
+        where not even the smallest micro-batch runs; an out-of-memory with a note that says which. Over ranks, raises `sync.Void` with
+        all as it was before the window where a rank cannot hold one sample of it.
         """
         before, at_first, left_at_first = whole.runs_as(sizes(self.micro_batch)), self.micro_batch, len(self._left)
         cut = whole.cut(sizes(self.micro_batch), most=self.micro_batch)
@@ -109,21 +113,34 @@ class Rescuer:
         ran, kept_bytes = None, 0
         while ran is None:
             self._phase, self._index = "forward", 0
+            votes: int | None = None  # what the other ranks wait to hear of this one
+            others: Void | None = None
             try:
                 ran = attempt(cut, say=self._say)
+            except Void as void:
+                others = void
+                rewinding.forget(void, self._jobs, outside)
             except Exception as error:
                 self._ballast.drop()  # first of all: what follows takes memory, too
                 if not self._is_oom(error, outside):
+                    if crossing is not None and not isinstance(error, RanksDisagree):
+                        crossing.failed()
                     raise
-                again = self._smaller(whole, sizes) if self._enabled and self._phase != "step" else None
+                again = self._smaller(whole, sizes) if self._redone(crossing) else None
                 if again is None:
-                    noted(error, self._why_not())
-                    if self._enabled and self._phase != "step":
-                        self._start.put_back()
                     self.micro_batch, self._left = at_first, self._left[:left_at_first]
-                    raise
-                failures.append((self._phase, self._index))
-                cut = again
+                    if crossing is None or not (self._enabled and crossing.votes):
+                        noted(error, self._why_not())
+                        if crossing is not None:
+                            crossing.failed()
+                        if self._enabled and self._phase not in self._final(crossing):
+                            self._start.put_back()
+                        raise
+                    votes = CANNOT
+                else:
+                    failures.append((self._phase, self._index))
+                    cut = again
+                    votes = AGAIN if crossing is not None and crossing.redone == "together" else None
                 rewinding.forget(error, self._jobs, outside)
             finally:
                 self._ballast.take()
@@ -132,6 +149,8 @@ class Rescuer:
                 self._start.put_back()
                 self._device.release()
                 kept_bytes = self._device.live_bytes() - self._held_bytes
+                if crossing is not None:
+                    self._agree(crossing, votes, others)
         if not failures:
             return ran, None
         if self._grew and self._grow_after is not None:
@@ -140,6 +159,29 @@ class Rescuer:
         rescued = Rescued(*failures[0], before, whole.runs_as(sizes(self.micro_batch)), len(failures), kept_bytes)
         log.warning("%s", rescued)
         return ran, rescued
+
+    def _agree(self, crossing: Crossing, votes: int | None, others: Void | None) -> None:
+        """Tells the other ranks, and raises `Void` where one of them, or this one, cannot hold a sample."""
+        if votes is not None:
+            try:
+                crossing.vote(votes)
+            except Void as void:
+                others = void
+        if others is not None or votes is not None:
+            crossing.void()
+        if others is not None and others.out:
+            self._failed = True
+            raise others
+
+    def _redone(self, crossing: Crossing | None) -> bool:
+        """Whether this rank may run the window again after what just failed."""
+        if not self._enabled or self._phase in self._final(crossing):
+            return False
+        return crossing is None or crossing.redone != "never"
+
+    def _final(self, crossing: Crossing | None) -> tuple[str, ...]:
+        """Phases after which nothing can be repeated: weights may have changed, or gradients have crossed."""
+        return ("step",) if crossing is None else ("sync", "clip", "step")
 
     def _smaller(self, whole: Window, sizes: Sizes) -> Cut | None:
         """The window in the next smaller micro-batches that make a difference to it; None where there are none."""
@@ -162,6 +204,8 @@ class Rescuer:
         where = f"autoaccum: ran out of memory in {self._phase} of micro-batch {self._index + 1}, of at most {self.micro_batch} samples"
         if self._phase == "step":
             return "autoaccum: ran out of memory in the optimizer's step: weights may have changed, so the window was not run again; load your last checkpoint"
+        if self._phase in ("sync", "clip") or (self._together and self._enabled):
+            return f"{where}, where gradients cross ranks, so no rank can repeat it alone: start again from your last checkpoint, with more headroom"
         return f"{where}; the window cannot be cut smaller" if self._enabled else where
 
     def _is_oom(self, error: Exception, outside: BaseException | None) -> bool:

@@ -244,6 +244,10 @@ class Rehearsal:
         self._jobs, self._device, self._kept, self._interrupts, self._limits, self._say = jobs, device, kept, interrupts, limits, say
         # Held for the trials' own sake: copies, where they sit in the measured memory, and earlier gradients.
         self._aside_bytes = kept.gradient_bytes + (kept.host_bytes if device.shared_with_host else 0)
+        # Of a device that ranks share, this one's part of what was free before the first trial.
+        memory = device.memory(who=False) if limits.among > 1 else None
+        self._part_bytes = None if memory is None else memory.ours_bytes + memory.free_bytes // limits.among
+        self._bucket_bytes = gradient_bytes(jobs) if limits.buckets else 0
         # False where nothing stops a trial that is too big: then only what is predicted to fit may run.
         self.enforces = enforce and device.enforces
 
@@ -272,9 +276,12 @@ class Rehearsal:
     def budget(self, *, limited: bool = True) -> Budget:
         """What a window may peak at, read now; without `limited`, what the device itself would allow."""
         memory = self._device.memory()
+        if self._part_bytes is not None:
+            memory = replace(memory, free_bytes=max(min(memory.free_bytes, self._part_bytes - memory.ours_bytes), 0))
         ours = replace(memory, ours_bytes=memory.ours_bytes - self._aside_bytes)
         limit = self._limits.memory_bytes if limited else None
-        return budget(ours, kind=self._device.facts.kind, limit_bytes=limit, headroom=self._limits.headroom)
+        found = budget(ours, kind=self._device.facts.kind, limit_bytes=limit, headroom=self._limits.headroom)
+        return replace(found, budget_bytes=found.budget_bytes - self._bucket_bytes, bucket_bytes=self._bucket_bytes)
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
         """One trial, and the job's state put back."""

@@ -16,11 +16,13 @@ from autoaccum.errors import JobError
 
 
 def contribution(
-    returned: Any, *, samples: int, of_samples: int, count: float | None = None, of_count: float | None = None
+    returned: Any, *, samples: int, of_samples: float, count: float | None = None, of_count: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | float | None]:
     """What the loss function returned for `samples` of the window's `of_samples`: the term that backward runs on, and a count.
 
-    returned: a scalar mean over the samples, or `(loss_sum, count)`.
+    returned: a scalar mean over the samples, or `(loss_sum, count)`. Over ranks, both `of_samples` and `of_count` are those of the
+    window on all ranks, divided by the number of ranks that the engine averages over: A/D is 1 over D/A.
+    No samples: one that stands in for a rank's missing micro-batch, and owes nothing.
     count, of_count: of this micro-batch and of the whole window, where `count(batch)` told them beforehand; a
     scalar is then taken for the mean over what was counted.
     The count that comes back is None where the term is weighted in full. Else the term is a sum divided by `samples`
@@ -36,6 +38,8 @@ def contribution(
         elif getattr(counted, "shape", ()) != () or not hasattr(counted, "__float__") or counted < 0:
             what = f"a tensor of shape {tuple(counted.shape)}" if isinstance(counted, torch.Tensor) else repr(counted)
             raise JobError(f"loss(model, batch) returned a pair whose second part is {what}: return (loss_sum, count), the count a number or a scalar tensor")
+        if samples == 0:
+            loss_sum, counted = loss_sum * 0, counted * 0
         return loss_sum / (of_count or of_samples), None if of_count else counted
     _check(returned)
     if of_count is not None and count is not None:
@@ -44,7 +48,7 @@ def contribution(
     return returned * (samples / of_samples), None
 
 
-def late_factor(counts: Sequence[torch.Tensor | float], of_samples: int) -> torch.Tensor:
+def late_factor(counts: Sequence[torch.Tensor | float], of_samples: float) -> torch.Tensor:
     """What gradients of sums divided by samples are multiplied with, once every count is known: 0-d, in double precision."""
     total = torch.as_tensor(sum(counts))
     if total.device.type != "mps":  # which has no double precision

@@ -6,7 +6,7 @@ Trials and training both run this, so that what was rehearsed is what is trained
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from autoaccum.errors import JobError
 from autoaccum.job import Job
 from autoaccum.reading import Say
 from autoaccum.running_stats import RunningStats
+from autoaccum.sync import Crossing
 
 
 class Terms:
@@ -76,24 +77,26 @@ def run(
     device: torch.device,
     scaler: Any = None,
     stats: RunningStats | None = None,
+    crossing: Crossing | None = None,
     say: Say = _silent,
 ) -> Ran:
     """Forward and backward for every piece, then one optimizer step.
 
     loss: `loss(model, batch)`, as in `Job`. pieces: (micro-batch, its samples), on the host; each is moved when
     its turn comes and dropped after. With a closure or a `count`, they are gone through more than once.
-    samples: of the whole window.
-    scaler: a GradScaler, or None. stats: corrects BatchNorm's running statistics, where that was asked for. say: told of each phase: forward, backward, clip (all between the last
-    backward and the first optimizer's step), step.
+    samples: of the pieces together.
+    scaler: a GradScaler, or None. stats: corrects BatchNorm's running statistics, where that was asked for.
+    crossing: where the window has other ranks, too. say: told of each phase: forward, backward, sync (gradients cross), clip (all between
+    that and the first optimizer's step), step.
     Raises `JobError` for a loss of the wrong kind; what the job's own code raises comes through.
     """
 
     def evaluated(say: Say) -> Gradients:
         with stats.corrected() if stats is not None else nullcontext():
-            return gradients(job, loss, pieces, samples=samples, device=device, scaler=scaler, stats=stats, say=say)
+            return gradients(job, loss, pieces, samples=samples, device=device, scaler=scaler, stats=stats, crossing=crossing, say=say)
 
     try:
-        return _stepped(job, evaluated, samples, scaler, say)
+        return _stepped(job, evaluated, samples if crossing is None else crossing.samples, scaler, say)
     except BaseException:
         unmark(job, scaler)
         raise
@@ -101,7 +104,6 @@ def run(
 
 def _stepped(job: Job, evaluated: Callable[[Say], Gradients], samples: int, scaler: Any, say: Say) -> Ran:
     made = evaluated(say)
-    # Gradients of several ranks would cross here: after the last backward, before anything reads them.
     grad_norm = _clipped(job, scaler, made.micro_batches, say)
     say("step", made.micro_batches - 1)
     infs: tuple[torch.Tensor, ...] = ()
@@ -134,47 +136,64 @@ def gradients(
     device: torch.device,
     scaler: Any = None,
     stats: RunningStats | None = None,
+    crossing: Crossing | None = None,
     say: Say = _silent,
 ) -> Gradients:
-    """The first part of `run`, with the same arguments: forward and backward for every piece."""
+    """The first part of `run`, with the same arguments: forward and backward for every piece, and what crosses ranks."""
     autocast = torch.autocast(device.type, dtype=job.autocast) if job.autocast is not None else None
     # On the host, beforehand: weights by count need the whole window's.
     counted = [float(job.count(piece)) for piece, _ in pieces] if job.count is not None else []
-    of_count = sum(counted) if counted else None
+    of_samples, of_count = (float(samples), sum(counted)) if crossing is None else crossing.owed(counted)
     for parameter in _graded(job):  # gradients that someone left would be added; `zero_grad` itself costs more
         parameter.grad = None
+    if crossing is not None:
+        crossing.gather()
     terms: list[torch.Tensor] = []
     counts: list[torch.Tensor | float] = []
-    index = -1
+    index, crosses = -1, -1 if crossing is None else crossing.crosses_at(pieces, counted)
     for piece, size in feeding.feed(pieces, device):
         index += 1
         say("forward", index)
         if stats is not None:
             stats.share(size / samples)
         batch = batches.move(piece, device, non_blocking=True)
-        if autocast is None:
-            returned = loss(job.model, batch)
-        else:
-            with autocast:
+        with _ALONE if crossing is None else crossing.around(last=index == crosses):
+            if autocast is None:
                 returned = loss(job.model, batch)
-        term, count = weighting.contribution(returned, samples=size, of_samples=samples, count=counted[index] if counted else None, of_count=of_count)
-        say("backward", index)
-        if counted and counted[index] == 0:  # owes nothing; a mean over nothing is nan, and so is its gradient
-            term = torch.zeros_like(term)
-        else:
-            (term if scaler is None else scaler.scale(term)).backward()
+            else:
+                with autocast:
+                    returned = loss(job.model, batch)
+            term, count = weighting.contribution(
+                returned, samples=size, of_samples=of_samples, count=counted[index] if counted else None, of_count=of_count if counted else None
+            )
+            say("backward", index)
+            if counted and counted[index] == 0:  # owes nothing; a mean over nothing is nan, and so is its gradient
+                term = torch.zeros_like(term)
+            else:
+                (term if scaler is None else scaler.scale(term)).backward()
         terms.append(term.detach())
         if count is not None:
             counts.append(count)
         del returned, term, batch, piece  # no graph and no activation outlives its micro-batch
-    if not terms:
+    if crossing is not None:
+        say("sync", max(index, 0))
+        crossing.settle()
+        total, total_count = crossing.totals(Terms(terms, None).sum() if terms else None, counts, device)
+        # What crossed is divided by the window's samples; so is the loss.
+        factor = None if total_count is None else weighting.late_factor([total_count], crossing.samples)
+        made = Gradients(Terms([total], factor), of_count * crossing.averaged if job.count is not None else total_count, index + 1)
+    elif not terms:
         raise JobError("a window of no micro-batches: give at least one")
-    factor = None
-    if counts:
-        factor = weighting.late_factor(counts, samples)
+    else:
+        factor = weighting.late_factor(counts, samples) if counts else None
+        made = Gradients(Terms(terms, factor), sum(counts) if counts else of_count if counted else None, index + 1)
+    if factor is not None:
         # Under a scaler the gradients are still scaled, which a factor keeps.
         _scale([parameter.grad for parameter in _graded(job) if parameter.grad is not None], factor)
-    return Gradients(Terms(terms, factor), sum(counts) if counts else of_count, index + 1)
+    return made
+
+
+_ALONE: AbstractContextManager[object] = nullcontext()
 
 
 def unmark(job: Job, scaler: Any) -> None:
@@ -195,7 +214,8 @@ def _scale(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
     """One call per dtype and device, and a factor of that dtype: mixed ones are multiplied one by one."""
     alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for grad in grads:
-        alike.setdefault((grad.dtype, grad.device), []).append(grad)
+        own = grad.to_local() if hasattr(grad, "to_local") else grad  # of a sharded one, this rank's part
+        alike.setdefault((own.dtype, own.device), []).append(own)
     for (dtype, device), group in alike.items():
         torch._foreach_mul_(group, factor.to(device, dtype))
 
@@ -208,7 +228,10 @@ def _clipped(job: Job, scaler: Any, micro_batches: int, say: Say) -> torch.Tenso
         for optimizer in _with_gradients(job):
             scaler.unscale_(optimizer)
     # Only what is stepped: a part of the model that is another job's, or nobody's, has no say in the norm.
-    return None if job.max_grad_norm is None else torch.nn.utils.clip_grad_norm_(job.stepped(), job.max_grad_norm)
+    if job.max_grad_norm is None:
+        return None
+    norm = torch.nn.utils.clip_grad_norm_(job.stepped(), job.max_grad_norm)
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients, every rank has a part
 
 
 def _scaled_step(job: Job, scaler: Any) -> tuple[torch.Tensor, ...]:

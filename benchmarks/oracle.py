@@ -21,7 +21,7 @@ from pathlib import Path
 
 import click
 
-from autoaccum import plan, search, tuning
+from autoaccum import line, plan, search, tuning
 from autoaccum.job import Source
 
 HERE = Path(__file__).resolve()
@@ -134,7 +134,7 @@ def tuned(where: str, settings: dict, limit: int, target: int, verdicts: dict[st
     best = max((int(size) for size, fits in verdicts.items() if fits), default=0)
     row: dict = {"oracle": best, "oracle_steps": math.ceil(target / best) if best else 0}
     try:
-        found = tuning.tune_source(Source(where, settings), tuning.Wish(target, memory_limit=limit), device="cpu")
+        found = tuning.tune_source(Source(where, settings), line.Wish(target, memory_limit=limit), device="cpu")
     except tuning.NothingFits as nothing:
         trials = len(nothing.trials)
         return row | {

@@ -80,7 +80,8 @@ def models():
 
 
 def cases(name, way, job) -> list[dict]:
-    from autoaccum import profiles, simulation, tuning
+    from autoaccum import line, profiles, simulation
+    from autoaccum.errors import AutoaccumError
     from autoaccum.reading import Limits
 
     simulated = simulation.Simulation([job], profiles.load(SIZES[0]), Limits())
@@ -89,10 +90,10 @@ def cases(name, way, job) -> list[dict]:
         simulated.use(profiles.load(size))
         started = time.perf_counter()
         try:
-            plan = tuning._line(simulated, tuning.Wish(TARGET, largest=True), tuning._Teller(None), name, ())
+            plan = line.found_for(simulated, line.Wish(TARGET, largest=True), line.Teller(None), name, ())
             found, trials, steps = plan.micro_batch, len(plan.trials), plan.accumulation_steps
             largest_fit = plan.largest_fit
-        except tuning.AutoaccumError:
+        except AutoaccumError:
             found, trials, steps, largest_fit = 0, 0, 0, 0
         seconds = time.perf_counter() - started
         fits = {n: simulated.measure((n,) * min(-(-TARGET // n), 3) if n < TARGET else (n,)).fits for n in range(2, TARGET + 1)}

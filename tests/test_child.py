@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 import autoaccum
-from autoaccum import tuning
+from autoaccum import line, tuning
 from autoaccum.job import Source
 from tests.command_line import ROOT, document, wait_until
 from tests.command_line import autoaccum as run
@@ -22,7 +22,7 @@ JOBS = ROOT / "tests/jobs.py"
 def tune(function, target=120, **given):
     settings = given.pop("settings", {})
     said = []
-    wish = tuning.Wish(target, **given)
+    wish = line.Wish(target, **given)
     return tuning.tune_source(Source(f"{JOBS}:{function}", settings), wish, device="cpu", said=said.append), "".join(said)
 
 
@@ -155,7 +155,7 @@ def test_the_parent_never_imports_torch():
     code = (
         "import json, sys\n"
         "from autoaccum import tuning\n"
-        "plan = tuning.tune_source(None, tuning.Wish(120), device='cpu')\n"
+        "plan = tuning.tune_source(None, line.Wish(120), device='cpu')\n"
         "print(json.dumps([plan.effective_batch, 'torch' in sys.modules]))"
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(ROOT))

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import autoaccum
-from autoaccum import tuning
+from autoaccum import line, tuning
 from autoaccum.command import Template
 from tests.command_line import ROOT, document
 from tests.command_line import autoaccum as run
@@ -39,7 +39,7 @@ def pretend(tmp_path):
 
 def tune(words, target=120, **given):
     said = []
-    return tuning.tune_command(words, tuning.Wish(target, **given), device="cpu", said=said.append)
+    return tuning.tune_command(words, line.Wish(target, **given), device="cpu", said=said.append)
 
 
 def test_the_equal_plan_with_fewest_steps_is_found_for_a_real_script_in_at_most_five_runs():
@@ -55,7 +55,7 @@ def test_the_equal_plan_with_fewest_steps_is_found_for_a_real_script_in_at_most_
 
 @pytest.mark.parametrize(("most", "answer"), [(50, (40, 3)), (39, (30, 4)), (200, (120, 1)), (1, (1, 120))])
 def test_the_largest_divisor_that_fits_is_found(pretend, most, answer):
-    bare = tuning.check_command(pretend(), 1, tuning.Wish(1), device="cpu", said=print).peak_bytes - 2 * MIB
+    bare = tuning.check_command(pretend(), 1, line.Wish(1), device="cpu", said=print).peak_bytes - 2 * MIB
     plan = tune(pretend(), memory_limit=bare + (2 * most + 1) * MIB, headroom=0)
     assert (plan.micro_batch, plan.accumulation_steps) == answer
     assert len(plan.trials) <= 5

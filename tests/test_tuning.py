@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import autoaccum
-from autoaccum import trial, tuning
+from autoaccum import line, trial
 from autoaccum.devices.cpu import Cpu
 from tests import jobs
 from tests.digest import digest
@@ -45,9 +45,9 @@ def test_with_plenty_everything_fits_in_one_piece():
 
 def test_where_nothing_is_enforced_nothing_runs_that_is_predicted_not_to_fit():
     """So it is in place on a CPU without a limit: nothing would stop a trial but the system's own killer."""
-    wish, tell = tuning.Wish(240, memory_limit=limit_for(150)), tuning._Teller(None)
+    wish, tell = line.Wish(240, memory_limit=limit_for(150)), line.Teller(None)
     with trial.rehearsal(jobs.hungry(), Cpu(), wish.limits, enforce=False) as rehearsal:
-        plan = tuning._line(rehearsal, wish, tell, "in place", ())
+        plan = line.found_for(rehearsal, wish, tell, "in place", ())
     assert plan.accumulation_steps > 1
     assert plan.predicted_refusal is not None and plan.smallest_refused is None
     assert all(each.outcome == "fits" for each in plan.trials)

@@ -152,13 +152,14 @@ class Device(Protocol):
 class Budget:
     """What a window may peak at, and what that was made of; all bytes.
 
-    cap_bytes is the limit that the user gave, None without one.
+    cap_bytes is the limit that the user gave, None without one. bucket_bytes: kept free for what other ranks' engine will take.
     """
 
     budget_bytes: int
     headroom_bytes: int
     memory: Memory
     cap_bytes: int | None
+    bucket_bytes: int = 0
 
 
 LEAST_GPU_HEADROOM = 256 * MIB

@@ -1,0 +1,395 @@
+"""One plan for unlike GPUs: each rank carries what it can, and all finish together.
+
+Of all ways to share a window out, the one whose slowest rank is fastest, exactly and in whole samples:
+
+    minimise  max over ranks of f(share),   the shares sum to the window
+
+where f is the time of a rank for its share, in micro-steps no larger than fit. f never falls, and that is all that is
+needed: bisecting the time gives what each class of alike ranks can do within it, and the few samples that are left
+go, one by one, to whoever finishes them first. That last rule alone is exact for any f that never falls: while samples
+are left, some rank is below its share of the best plan, and it would finish its next sample in time.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate, groupby
+from typing import Any
+
+from autoaccum.errors import NothingFits, PlanError
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A rank whose micro-step of n samples takes `step_seconds + sample_seconds * n`.
+
+    most: samples that a micro-batch may hold; 0 for a rank that cannot hold one. window_seconds: per window, whatever the
+    share (the optimizer's step). gpu: what it runs on, for reports. Raises `PlanError` for negative figures.
+    """
+
+    most: int
+    step_seconds: float
+    sample_seconds: float
+    window_seconds: float = 0.0
+    gpu: str = ""
+
+    def __post_init__(self) -> None:
+        if self.most < 0 or min(self.step_seconds, self.sample_seconds, self.window_seconds) < 0:
+            raise PlanError(f"a rank with {self}: neither sizes nor times can be negative")
+
+    def seconds(self, share: int) -> float:
+        """The least time for that share; infinite where the rank cannot hold a sample."""
+        if share == 0:
+            return self.window_seconds
+        if self.most == 0:
+            return math.inf
+        return self.window_seconds + self.step_seconds * -(-share // self.most) + self.sample_seconds * share
+
+    def within(self, seconds: float, share: int) -> int:
+        """The largest share, up to `share`, that takes no longer; -1 where not even none does."""
+        left = seconds - self.window_seconds
+        if left < 0:
+            return -1
+        if self.most == 0:
+            return 0
+        full = self.step_seconds + self.sample_seconds * self.most
+        if not full > 0 or left / full > share:
+            return share
+        steps = int(left // full)
+        found, rest = steps * self.most, left - steps * full
+        if rest >= self.step_seconds:
+            found += self.most - 1 if self.sample_seconds == 0 else min(self.most - 1, int((rest - self.step_seconds) / self.sample_seconds))
+        found = min(found, share)
+        while found < share and self.seconds(found + 1) <= seconds:  # what rounding took
+            found += 1
+        while found > 0 and self.seconds(found) > seconds:
+            found -= 1
+        return found
+
+    def sizes(self, share: int, steps: int | None = None) -> tuple[int, ...]:
+        """The micro-batches of that share, larger first, so that the last one, in which gradients cross, is the smallest."""
+        if share == 0:
+            return (0,) * (steps or 0)
+        return _even(share, steps or -(-share // self.most))
+
+    def micro_seconds(self, micro_batch: int) -> float:
+        """The time of one micro-step; one without samples takes none."""
+        return self.step_seconds + self.sample_seconds * micro_batch if micro_batch else 0.0
+
+
+class Table:
+    """A rank whose micro-step of n samples was measured for every n, 1 first. Noise cannot make times fall: each is at least the one before."""
+
+    def __init__(self, seconds: Sequence[float], window_seconds: float = 0.0, gpu: str = "") -> None:
+        if min((*seconds, window_seconds), default=0.0) < 0:
+            raise PlanError("a rank's times cannot be negative")
+        self._steps = list(accumulate(seconds, max))
+        self.most, self.window_seconds, self.gpu = len(self._steps), window_seconds, gpu
+        self._least, self._last = [0.0], [0]  # by share: the least time, and the size of its last micro-step
+
+    def _grown(self, share: int) -> list[float]:
+        while len(self._least) <= share:
+            of = len(self._least)
+            best = min(range(1, min(self.most, of) + 1), key=lambda size: self._least[of - size] + self._steps[size - 1], default=0)
+            self._least.append(self._least[of - best] + self._steps[best - 1] if best else math.inf)
+            self._last.append(best)
+        return self._least
+
+    def seconds(self, share: int) -> float:
+        """As `Affine.seconds`."""
+        return self.window_seconds + self._grown(share)[share]
+
+    def within(self, seconds: float, share: int) -> int:
+        """As `Affine.within`."""
+        if self.window_seconds > seconds:
+            return -1
+        low, high = 0, share
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.seconds(middle) <= seconds else (low, middle - 1)
+        return low
+
+    def sizes(self, share: int, steps: int | None = None) -> tuple[int, ...]:
+        """As `Affine.sizes`, but the fastest micro-batches, which need not be alike."""
+        if steps is not None:
+            return _even(share, steps) if share else (0,) * steps
+        self._grown(share)
+        found = []
+        while share:
+            found.append(self._last[share])
+            share -= found[-1]
+        return tuple(sorted(found, reverse=True))
+
+    def micro_seconds(self, micro_batch: int) -> float:
+        """As `Affine.micro_seconds`."""
+        return self._steps[micro_batch - 1] if micro_batch else 0.0
+
+
+Curve = Affine | Table
+Class = tuple[Curve, int]  # ranks that are alike, and how many
+
+
+def _even(share: int, steps: int) -> tuple[int, ...]:
+    size, larger = divmod(share, steps)
+    return (size + 1,) * larger + (size,) * (steps - larger)
+
+
+def solve(classes: Sequence[Class], samples: int, most: Sequence[int] | None = None) -> list[int]:
+    """Shares of a window of `samples`, by rank, classes in order: no other shares finish sooner.
+
+    most: by rank, a share that may not be exceeded. Raises `NothingFits` where no rank can hold a sample, and
+    `PlanError` for fewer than no samples, or more than `most` allows.
+    """
+    counts = [count for _, count in classes]
+    if samples < 0 or not sum(counts):
+        raise PlanError(f"cannot share {samples} samples out among {sum(counts)} ranks")
+    room = list(most) if most is not None else [samples] * sum(counts)
+    able = [curve.most > 0 for curve, count in classes for _ in range(count)]
+    if samples and not any(able):
+        raise NothingFits("no rank can hold one sample: use larger cards, shorter samples, or activation checkpointing")
+    if sum(room[rank] for rank, holds in enumerate(able) if holds) < samples:
+        raise PlanError(f"{samples} samples are more than the ranks' shares allow")
+    seconds = _just_too_short(classes, samples, room)
+    shares: list[int] = []
+    for curve, count in classes:
+        # What every rank does within a time that is too short is no more than in the best plan.
+        safe = max(0, curve.within(seconds, samples))
+        shares += [min(safe, allowed) for allowed in room[len(shares) : len(shares) + count]]
+    curves = [curve for curve, count in classes for _ in range(count)]
+    waiting = [(curves[rank].seconds(share + 1), rank) for rank, share in enumerate(shares) if share < room[rank] and able[rank]]
+    heapq.heapify(waiting)
+    for _ in range(samples - sum(shares)):
+        _, rank = heapq.heappop(waiting)
+        shares[rank] += 1
+        if shares[rank] < room[rank]:
+            heapq.heappush(waiting, (curves[rank].seconds(shares[rank] + 1), rank))
+    return shares
+
+
+def _just_too_short(classes: Sequence[Class], samples: int, room: Sequence[int]) -> float:
+    """A time in which the ranks together do fewer than `samples`, just below one in which they do them all; -1 for none to do."""
+    ends = list(accumulate(count for _, count in classes))
+    rooms = [room[end - count : end] for end, (_, count) in zip(ends, classes)]
+    alike = [not one or min(one) == max(one) for one in rooms]
+
+    def done(seconds: float) -> int:
+        total = 0
+        for (curve, count), one, same in zip(classes, rooms, alike):
+            if count:
+                able = max(0, curve.within(seconds, samples))
+                total += count * min(able, one[0]) if same else sum(min(able, allowed) for allowed in one)
+        return total
+
+    if samples == 0:
+        return -1.0
+    low, high = -1.0, 1e-9
+    while done(high) < samples:
+        low, high = high, high * 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        if not low < middle < high:
+            break
+        low, high = (low, middle) if done(middle) >= samples else (middle, high)
+    return low
+
+
+def in_lockstep(classes: Sequence[Class], samples: int, micro_step_seconds: float = 0.0) -> tuple[list[int], int]:
+    """Shares by rank and the number of micro-steps, for engines in which all ranks run the same number of them and meet in each.
+
+    micro_step_seconds: what meeting takes. A rank may sit some micro-steps out. Raises as `solve` does.
+    """
+    together = sum(curve.most * count for curve, count in classes)
+    if not together:
+        raise NothingFits("no rank can hold one sample: use larger cards, shorter samples, or activation checkpointing")
+    singly = [(_one_step(curve), count) for curve, count in classes]
+    caps = [curve.most for curve, count in classes for _ in range(count)]
+    curves = [curve for curve, count in classes for _ in range(count)]
+    best: tuple[float, int, list[int]] | None = None
+    fewest = -(-samples // together)
+    # More micro-steps than the fewest pay only where a smaller one is faster than its share of a larger one.
+    for steps in range(fewest, min(samples, 4 * fewest + 8) + 1):
+        size, larger = divmod(samples, steps)
+        small = solve(singly, size, most=caps)
+        large = list(small)
+        if larger:
+            _, first = min((curve.micro_seconds(one + 1), rank) for rank, (curve, one) in enumerate(zip(curves, small)) if one < caps[rank])
+            large[first] += 1
+        took = [max(curve.micro_seconds(one) for curve, one in zip(curves, given)) + micro_step_seconds for given in (large, small)]
+        seconds = larger * took[0] + (steps - larger) * took[1]
+        if best is None or seconds < best[0] * (1 - 1e-12):
+            best = (seconds, steps, [larger * more + (steps - larger) * less for more, less in zip(large, small)])
+    if best is None:
+        return [0] * len(curves), 0
+    # The two kinds of micro-step differ by one sample on one rank, so balanced cuts of the shares are these very micro-steps.
+    return best[2], best[1]
+
+
+def _one_step(curve: Curve) -> Curve:
+    """The same rank in a single micro-step, without what a window takes beside."""
+    if isinstance(curve, Affine):
+        return Affine(curve.most, curve.step_seconds, curve.sample_seconds, gpu=curve.gpu)
+    return Table([curve.micro_seconds(size) for size in range(1, curve.most + 1)], gpu=curve.gpu)
+
+
+def equal_share(target: int, world_size: int) -> int:
+    """Every rank's share if all are the same. Raises `PlanError` with the nearest targets that the ranks divide."""
+    if target % world_size:
+        below, above = target // world_size * world_size, -(-target // world_size) * world_size
+        near = f"{below} and {above} do" if below else f"{above} does"
+        raise PlanError(f"a target batch of {target} cannot be shared equally by {world_size} ranks: {near}; or leave equal out, which hits {target} exactly")
+    return target // world_size
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The ranks of one job, in order, and how they share windows out. The same on every rank, so that all compute the same.
+
+    shares: of a full window. lockstep: every rank runs the same number of micro-steps. micro_batches: the most that a
+    micro-batch may hold, by rank.
+    """
+
+    curves: tuple[Affine, ...]
+    shares: tuple[int, ...]
+    lockstep: bool = False
+    steps: int | None = field(default=None)
+
+    @classmethod
+    def planned(cls, curves: Sequence[Affine], target: int, *, equal: bool = False, lockstep: bool = False, pairs: bool = False) -> Fleet:
+        """The shares of a window of `target` samples. pairs: no micro-batch of one sample, which BatchNorm forbids.
+
+        Raises `NothingFits` and `PlanError` as `solve` and `equal_share` do.
+        """
+        if equal:
+            share = equal_share(target, len(curves))
+            size = _largest_divisor(share, min(curve.most for curve in curves))
+            return cls(tuple(curves), (share,) * len(curves), True, share // size)
+        if lockstep:
+            shares, steps = in_lockstep(classes(curves), target)
+            return cls(tuple(curves), tuple(shares), True, steps)
+        shares = solve(classes(curves), target)
+        return cls(tuple(curves), tuple(_in_pairs(curves, shares) if pairs else shares))
+
+    def of(self, samples: int) -> tuple[int, ...]:
+        """Shares of a window of `samples`, none above the rank's share of a full one. Raises `PlanError` for more than a full window."""
+        if samples == sum(self.shares):
+            return self.shares
+        return tuple(solve(classes(self.curves), samples, most=self.shares))
+
+    def sizes(self, rank: int, samples: int) -> tuple[int, ...]:
+        """This rank's micro-batches of a window of `samples` over all ranks; zeros are micro-steps it sits out."""
+        share = self.of(samples)[rank]
+        if not self.lockstep:
+            return self.curves[rank].sizes(share)
+        steps = max(-(-given // curve.most) for given, curve in zip(self.of(samples), self.curves) if given)
+        return self.curves[rank].sizes(share, self.steps if samples == sum(self.shares) else steps)
+
+    def with_more(self, held: Sequence[int], samples: int, out: Iterable[int]) -> list[int]:
+        """What each rank takes of `samples` more than it holds, none of them on the ranks that are `out`."""
+        gone = set(out)
+        curves = [Affine(0, 0.0, 0.0) if rank in gone else curve for rank, curve in enumerate(self.curves)]
+        extra = [0] * len(curves)
+        waiting = [(curve.seconds(held[rank] + 1), rank) for rank, curve in enumerate(curves) if curve.most]
+        if not waiting:
+            raise NothingFits("no rank is left that can hold one sample")
+        heapq.heapify(waiting)
+        for _ in range(samples):
+            _, rank = heapq.heappop(waiting)
+            extra[rank] += 1
+            heapq.heappush(waiting, (curves[rank].seconds(held[rank] + extra[rank] + 1), rank))
+        return extra
+
+    def seconds(self) -> float:
+        """Predicted for a full window, without what communication takes."""
+        if not self.lockstep:
+            return max(curve.seconds(share) for curve, share in zip(self.curves, self.shares))
+        steps = [self.sizes(rank, sum(self.shares)) for rank in range(len(self.curves))]
+        meeting = sum(max(curve.micro_seconds(size) for curve, size in zip(self.curves, sizes)) for sizes in zip(*steps))
+        return meeting + max(curve.window_seconds for curve in self.curves)
+
+    def as_dict(self) -> dict[str, Any]:
+        told = [{name: getattr(curve, name) for name in ("gpu", "most", "step_seconds", "sample_seconds", "window_seconds")} for curve in self.curves]
+        return {"ranks": told, "shares": list(self.shares), "lockstep": self.lockstep, "steps": self.steps}
+
+    @classmethod
+    def from_dict(cls, told: dict[str, Any]) -> Fleet:
+        return cls(tuple(Affine(**each) for each in told["ranks"]), tuple(told["shares"]), told["lockstep"], told["steps"])
+
+
+def _in_pairs(curves: Sequence[Affine], shares: list[int]) -> list[int]:
+    """The shares with single samples moved until no rank's micro-batches leave one alone."""
+
+    def alone(rank: int, share: int) -> bool:
+        return share > 0 and (curves[rank].most < 2 or min(curves[rank].sizes(share)) < 2)
+
+    while any(alone(rank, share) for rank, share in enumerate(shares)):
+        one = next(rank for rank, share in enumerate(shares) if alone(rank, share))
+        moves = [
+            (curves[other].seconds(shares[other] - by), other, by)
+            for by in (-1, 1)
+            for other in range(len(shares))
+            if other != one
+            and not alone(one, shares[one] + by)
+            and shares[other] >= by
+            and not (alone(other, shares[other] - by) and not alone(other, shares[other]))
+        ]
+        if not moves:
+            raise NothingFits("a layer forbids a micro-batch of one sample, and the ranks cannot share the window out without one: choose another target")
+        _, other, by = min(moves)
+        shares[one] += by
+        shares[other] -= by
+    return shares
+
+
+def classes(curves: Sequence[Affine]) -> list[Class]:
+    """Neighbours that are alike, counted."""
+    return [(curve, len(list(alike))) for curve, alike in groupby(curves)]
+
+
+def _largest_divisor(share: int, most: int) -> int:
+    if most < 1:
+        raise NothingFits("a rank cannot hold one sample, so no equal plan fits: leave equal out, and the others carry its part")
+    return next(size for size in range(min(share, most), 0, -1) if share % size == 0)
+
+
+def fitted(timings: Iterable[tuple[int, int, float]]) -> tuple[float, float, float]:
+    """(window_seconds, step_seconds, sample_seconds) that explain timings of (micro-steps, samples, seconds) best, none negative.
+
+    Least squares of the relative error, since long windows would drown the short ones; where two
+    causes cannot be told apart by what was timed, the samples get it.
+    """
+    rows = [(steps, samples, seconds) for steps, samples, seconds in timings if seconds > 0]
+    if not rows:
+        raise PlanError("nothing was timed, so nothing can be said of a rank's speed")
+    best: tuple[float, int, tuple[float, float, float]] | None = None
+    # Non-negative least squares in three unknowns: the best of all seven choices of which are zero.
+    for kept in ((2,), (1,), (0,), (0, 2), (1, 2), (0, 1), (0, 1, 2)):
+        found = _least_squares([[(1.0, float(steps), float(samples))[which] / seconds for which in kept] for steps, samples, seconds in rows])
+        if found is None or min(found) < 0:
+            continue
+        whole = [0.0, 0.0, 0.0]
+        for which, value in zip(kept, found):
+            whole[which] = value
+        error = sum(((whole[0] + whole[1] * steps + whole[2] * samples) / seconds - 1) ** 2 for steps, samples, seconds in rows)
+        if best is None or error < best[0] * (1 - 1e-9) - 1e-15:
+            best = (error, len(kept), (whole[0], whole[1], whole[2]))
+    assert best is not None  # one unknown alone is never negative
+    return best[2]
+
+
+def _least_squares(rows: list[list[float]]) -> list[float] | None:
+    """x that brings every row's product with it nearest to 1; None where the rows do not determine it."""
+    width = len(rows[0])
+    system = [[sum(row[i] * row[j] for row in rows) for j in range(width)] + [sum(row[i] for row in rows)] for i in range(width)]
+    for pivot in range(width):
+        largest = max(range(pivot, width), key=lambda line: abs(system[line][pivot]))
+        system[pivot], system[largest] = system[largest], system[pivot]
+        if abs(system[pivot][pivot]) <= 1e-9 * max(abs(value) for value in system[pivot]):
+            return None
+        for line in range(width):
+            if line != pivot:
+                factor = system[line][pivot] / system[pivot][pivot]
+                system[line] = [a - factor * b for a, b in zip(system[line], system[pivot])]
+    return [system[line][-1] / system[line][line] for line in range(width)]

@@ -1,0 +1,125 @@
+"""How ranks agree: by explicit reduction on a gloo group of their own, with a timeout.
+
+A device's own collectives would wait in its queue behind the work, cannot say who is missing, and lose the context
+when they time out. So ranks agree on the host.
+"""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from autoaccum.errors import RanksDisagree, UsageError
+from autoaccum.launched import launched
+
+TIMEOUT_S = 1800.0
+Told = TypeVar("Told")
+
+
+def here(group: Any = None, timeout_s: float = TIMEOUT_S) -> Ranks | None:
+    """The ranks of `group` (of all, without one), None where this process is alone. Every rank of the group calls it at the same moment.
+
+    Raises `UsageError` where torchrun started several ranks and `torch.distributed` is not initialised.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        if (told := launched()) is not None:
+            raise UsageError(
+                f"torchrun started {told.world_size} ranks, and torch.distributed is not initialised: call torch.distributed.init_process_group() first"
+            )
+        return None
+    members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
+    if len(members) < 2:
+        return None
+    if not timeout_s > 0:
+        raise UsageError(f"rank_timeout_s must be more than 0 seconds, not {timeout_s!r}")
+    known = (id(dist.group.WORLD), tuple(members), timeout_s)
+    if known not in _met:
+        _met[known] = Ranks(members, timeout_s)
+    return _met[known]
+
+
+_met: dict[tuple[int, tuple[int, ...], float], Ranks] = {}
+
+
+class Ranks:
+    """The ranks of one data-parallel job. Every method is called by all of them at the same moment.
+
+    A rank that does not come within the timeout, or whose process has ended, makes the others raise `RanksDisagree`.
+    """
+
+    def __init__(self, members: Sequence[int], timeout_s: float) -> None:
+        self.members, self.timeout_s = tuple(members), timeout_s
+        self.rank, self.world_size = self.members.index(dist.get_rank()), len(self.members)
+        self._lost = False
+        whole = len(self.members) == dist.get_world_size()
+        # Groups of their own, so that no collective of the job can be mistaken for one of ours.
+        self._group = dist.new_group(list(self.members), timedelta(seconds=timeout_s), "gloo", use_local_synchronization=not whole)
+
+    def table(self, row: Sequence[float], what: str) -> list[list[float]]:
+        """Every rank's row of figures, by rank. what: the ranks are doing, for the message if one is missing."""
+        figures = torch.zeros(self.world_size, len(row), dtype=torch.float64)
+        figures[self.rank] = torch.tensor(row, dtype=torch.float64)
+        self._meet(lambda: dist.all_reduce(figures, group=self._group), what)
+        return figures.tolist()  # type: ignore[no-any-return]
+
+    def gathered(self, told: Told, what: str) -> list[Told]:
+        """What every rank told, by rank."""
+        found: list[Any] = [None] * self.world_size
+        self._meet(lambda: dist.all_gather_object(found, told, group=self._group), what)
+        return found
+
+    def handed(self, told: Told, source: int, what: str) -> Told:
+        """What rank `source` told."""
+        found: list[Any] = [told]
+        self._meet(lambda: dist.broadcast_object_list(found, self.members[source], group=self._group, device=torch.device("cpu")), what)
+        return found[0]  # type: ignore[no-any-return]
+
+    def same(self, what: str, told: Told) -> Told:
+        """`told`, where all ranks told the same. Raises `RanksDisagree` that names those which did not."""
+        found = self.gathered(told, f"comparing {what}")
+        values = list(dict.fromkeys(map(repr, found)))
+        if len(values) > 1:
+            usual = max(values, key=[repr(each) for each in found].count)
+            other = [rank for rank, each in enumerate(found) if repr(each) != usual]
+            says = "; ".join(f"rank {rank} has {found[rank]!r}" for rank in other[:4])
+            raise RanksDisagree(f"ranks disagree on {what}: {says}, the others {usual}: start every rank with the same")
+        return told
+
+    def _meet(self, collective: Any, what: str) -> None:
+        if self._lost:
+            raise RanksDisagree(f"a rank was lost earlier, so {what} cannot be done together: start the job again")
+        try:
+            collective()
+        except RuntimeError as error:
+            self._lost = True
+            missing = self._missing()
+            who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}" if missing else "a rank"
+            raise RanksDisagree(
+                f"{who} did not come while rank {self.rank} was {what}: it ended, or did something else for {self.timeout_s:.0f} s; "
+                f"its own output says why ({str(error).strip().splitlines()[0][:160]})"
+            ) from error
+
+    def _missing(self) -> list[int]:
+        """Who does not answer the store either, asked by all who are still there; nobody where the store is gone, too."""
+        with suppress(Exception):
+            store = dist.distributed_c10d._get_default_store()
+            name = "autoaccum/still_here/" + "-".join(map(str, self.members))
+            store.set(f"{name}/{self.rank}", "1")
+            waiting, until = [rank for rank in range(self.world_size) if rank != self.rank], time.monotonic() + 3.0
+            while waiting and time.monotonic() < until:
+                waiting = [rank for rank in waiting if not store.check([f"{name}/{rank}"])]
+                time.sleep(0.05)
+            return waiting
+        return []
+
+
+def host() -> str:
+    """A name for this machine that its ranks share, and no other's."""
+    return socket.gethostname()
