@@ -5,22 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from html import escape
-from typing import TYPE_CHECKING
+from itertools import groupby
+from typing import TYPE_CHECKING, TypeVar
 
 from autoaccum.devices.base import ASSUMED_OUTSIDE, Budget
 from autoaccum.units import in_words, number, seconds_in_words, unit_for
 
 if TYPE_CHECKING:
+    from autoaccum.fleets import Fleet
     from autoaccum.plan import Plan, Tried
 
+Same = TypeVar("Same")
 _OUTCOMES = {"oom": "ran out in {phase}", "over-budget": "took {peak}", "killed": "was killed by the system in {phase}", "timeout": "did not finish in time"}
 
 
 def lines(plan: Plan) -> Iterator[str]:
     """The report, line by line."""
     yield headline(plan)
-    yield _why(plan)
-    yield _budget(plan)
+    if plan.fleet is not None:
+        yield from over_ranks(plan.fleet)
+    if plan.micro_batches and plan.trials:
+        yield _why(plan)
+    if plan.budget_bytes:
+        yield _budget(plan)
     for warning in plan.warnings:
         yield f"warning: {warning}"
     for hint in plan.hints:
@@ -29,9 +36,36 @@ def lines(plan: Plan) -> Iterator[str]:
 
 def headline(plan: Plan) -> str:
     """`"512 = 40 x 5 + 39 x 8     13 micro-batches a step on cuda:0, Tesla T4"`."""
+    if plan.fleet is not None:
+        whole = " + ".join(f"{share} x {count}" if count > 1 else str(share) for share, count in _runs(plan.shares))
+        return f"{plan.target_batch} = {whole} over {plan.world_size} ranks     this is rank {plan.rank}, on {plan.device.label}, {plan.device.name}"
     steps = "in one piece" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} micro-batches a step"
     on = f"a simulated {plan.device.name.removeprefix('virtual ')} (predicted)" if plan.predicted else f"{plan.device.label}, {plan.device.name}"
     return f"{plan.target_batch} = {notation(plan.micro_batches)}     {steps} on {on}"
+
+
+def over_ranks(fleet: Fleet) -> Iterator[str]:
+    """Ranks that run the same on the same GPU, a line each; at most twenty lines."""
+    slowest = fleet.seconds()
+    target = sum(fleet.shares)
+    rows = _runs([(curve, share) for curve, share in zip(fleet.curves, fleet.shares)])
+    first = 0
+    for (curve, share), count in rows[:20]:
+        ranks = f"rank {first}" if count == 1 else f"ranks {first} to {first + count - 1}"
+        first += count
+        if not curve.most:
+            yield f"{ranks}, {curve.gpu}: cannot hold one sample"
+            continue
+        sizes = [size for size in fleet.sizes(first - 1, target) if size]
+        took = curve.seconds(share)
+        idle = 1 - took / slowest if slowest else 0.0
+        yield f"{ranks}, {curve.gpu}: {notation(sizes) or 'nothing'}, {seconds_in_words(took)} a window, idle {idle:.0%}; {curve.most} is the most that fits"
+    if len(rows) > 20:
+        yield f"and {sum(count for _, count in rows[20:])} more ranks"
+
+
+def _runs(of: Sequence[Same]) -> list[tuple[Same, int]]:
+    return [(each, len(list(alike))) for each, alike in groupby(of)]
 
 
 def notation(sizes: Sequence[int]) -> str:

@@ -247,8 +247,7 @@ def equal_share(target: int, world_size: int) -> int:
 class Fleet:
     """The ranks of one job, in order, and how they share windows out. The same on every rank, so that all compute the same.
 
-    shares: of a full window. lockstep: every rank runs the same number of micro-steps. micro_batches: the most that a
-    micro-batch may hold, by rank.
+    shares: of a full window. lockstep: every rank runs the same number of micro-steps; steps: how many, in a full window.
     """
 
     curves: tuple[Affine, ...]
@@ -280,11 +279,14 @@ class Fleet:
 
     def sizes(self, rank: int, samples: int) -> tuple[int, ...]:
         """This rank's micro-batches of a window of `samples` over all ranks; zeros are micro-steps it sits out."""
-        share = self.of(samples)[rank]
-        if not self.lockstep:
-            return self.curves[rank].sizes(share)
-        steps = max(-(-given // curve.most) for given, curve in zip(self.of(samples), self.curves) if given)
-        return self.curves[rank].sizes(share, self.steps if samples == sum(self.shares) else steps)
+        shares = self.of(samples)
+        return self.curves[rank].sizes(shares[rank], self.steps_of(shares) if self.lockstep else None)
+
+    def steps_of(self, held: Sequence[int]) -> int:
+        """Micro-steps in lockstep of a window of which each rank holds so much, at most its share: none is larger than in a full one."""
+        if self.steps is None or tuple(held) == self.shares:
+            return self.steps or 0
+        return max(-(-samples // -(-share // self.steps)) for samples, share in zip(held, self.shares) if samples)
 
     def with_more(self, held: Sequence[int], samples: int, out: Iterable[int]) -> list[int]:
         """What each rank takes of `samples` more than it holds, none of them on the ranks that are `out`."""

@@ -114,10 +114,8 @@ class Team:
         return mine
 
     def steps(self, found: Announced) -> int:
-        """Micro-steps of a window in which all ranks run the same number of them."""
-        if found.held == self._fleet.shares and self._fleet.steps is not None:
-            return self._fleet.steps
-        return max(-(-held // curve.most) for held, curve in zip(found.held, self._fleet.curves) if held and curve.most)
+        """Micro-steps of a window in which all ranks run the same number of them; 0 where they need not."""
+        return self._fleet.steps_of(found.held) if self._fleet.lockstep else 0
 
     def ran_out(self, out: Sequence[int]) -> None:
         """From now on these ranks hand their samples over. Raises `RanksDisagree` where nobody is left."""
@@ -151,7 +149,6 @@ class Crossing:
         # Where forward communicates no rank can run anything again alone, and a vote would be for nothing.
         self._careful = not engine.in_step and (announced.careful or (engine.pulses_apart and empty))
         self.samples, self.count, self.averaged = announced.samples, announced.count, engine.averages_over
-        self._has_samples = announced.held[ranks.rank] > 0
         self.crossed = False
 
     @property
@@ -233,10 +230,6 @@ class Crossing:
         if counts:
             both[1], both[2] = sum(counts), 1.0
         dist.all_reduce(both, group=self._engine.group)
-        # Whether losses are sums with a count is the same on every rank that has a sample; this one may have none.
-        return both[0] / self.averaged, both[1] if self._sums(counts, both) else None
-
-    def _sums(self, counts: Sequence[Any], both: torch.Tensor) -> bool:
-        if self.count is not None:
-            return False
-        return bool(counts) if self._has_samples else bool(both[2] > 0)  # the latter waits for the device
+        # Whether losses are sums with a count is the same on every rank; one that ran nothing asks the device.
+        sums = self.count is None and (bool(counts) if loss is not None else bool(both[2] > 0))
+        return both[0] / self.averaged, both[1] if sums else None

@@ -17,6 +17,7 @@ import torch
 
 from autoaccum import batches, comparing, oom, rewinding, snapshot, window
 from autoaccum.devices.base import Budget, Device, Watch, budget
+from autoaccum.devices.cpu import RLIMIT
 from autoaccum.errors import AutoaccumError, JobError, noted
 from autoaccum.job import Job, fingerprint, in_turn, is_compiled
 from autoaccum.reading import Equivalence, Limits, Outcome, Reading, Say, Subject
@@ -246,7 +247,7 @@ class Rehearsal:
         self._aside_bytes = kept.gradient_bytes + (kept.host_bytes if device.shared_with_host else 0)
         # Of a device that ranks share, this one's part of what was free before the first trial.
         memory = device.memory(who=False) if limits.among > 1 else None
-        self._part_bytes = None if memory is None else memory.ours_bytes + memory.free_bytes // limits.among
+        self._part_bytes = None if memory is None or memory.binding_limit == RLIMIT else memory.ours_bytes + memory.free_bytes // limits.among
         self._bucket_bytes = gradient_bytes(jobs) if limits.buckets else 0
         # False where nothing stops a trial that is too big: then only what is predicted to fit may run.
         self.enforces = enforce and device.enforces

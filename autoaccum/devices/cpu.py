@@ -25,6 +25,7 @@ from autoaccum.errors import MemoryUnknown
 from autoaccum.units import KIB, MIB
 
 LINUX = sys.platform.startswith("linux")
+RLIMIT = "RLIMIT_DATA"  # as a binding limit: this process's own, which no other shares
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -91,6 +92,8 @@ class Cpu:
             total = limit.limit_bytes
         if limit and limit.left_bytes < free:
             free, binds = limit.left_bytes, f"cgroup {limit.path}"
+        if (left := _left_of_rlimit()) is not None and left < free:
+            free, binds = left, RLIMIT
         return Memory(total, free, self.held_bytes(), 0, _largest_others() if who else (), binds)
 
     def held_bytes(self) -> int:
@@ -174,6 +177,16 @@ def _resettable() -> Iterator[Watch]:
 def _sampled() -> Iterator[Watch]:
     with SampledPeak(lambda: int(psutil.Process().memory_info().rss)) as peak:
         yield peak
+
+
+def _left_of_rlimit() -> int | None:
+    """What a limit that somebody set for this process leaves of data; None without one."""
+    if not LINUX:
+        return None
+    import resource
+
+    soft, _ = resource.getrlimit(resource.RLIMIT_DATA)
+    return None if soft == resource.RLIM_INFINITY else max(soft - _status("VmData"), 0)
 
 
 def _can_reset_peak() -> bool:

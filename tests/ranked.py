@@ -1,0 +1,327 @@
+"""Programs that several ranks run together, and a way to run them: real processes, real gloo, one import of torch for all of them.
+
+    python -m tests.ranked WORLD PROGRAM ARGUMENTS-AS-JSON
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Subset, TensorDataset
+
+import autoaccum
+from autoaccum.devices.cpu import Cpu
+from autoaccum.fleets import Affine, Fleet
+from tests.plans import by_hand
+
+ROOT = Path(__file__).parent.parent
+MIB = 2**20
+
+
+def in_ranks(program, *arguments, world=3, timeout=150):
+    """What each rank told, by rank; `{"raised": ..., "message": ...}` for one that raised, None for one that ended otherwise."""
+    command = [sys.executable, "-m", "tests.ranked", str(world), program, json.dumps(arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=timeout, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    told = dict.fromkeys(range(world))
+    for line in done.stdout.splitlines():
+        if line.startswith("told:"):
+            rank, _, text = line.removeprefix("told:").partition(":")
+            told[int(rank)] = json.loads(text)
+    assert any(each is not None for each in told.values()), f"nobody told anything: {done.stdout[-2000:]}{done.stderr[-4000:]}"
+    for each in told.values():
+        if isinstance(each, dict) and "raised" in each:
+            each["stderr"] = done.stderr[-4000:]
+    return [told[rank] for rank in range(world)]
+
+
+def main():
+    world, program, arguments = int(sys.argv[1]), globals()[sys.argv[2]], json.loads(sys.argv[3])
+    torch.set_num_threads(1)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    sys.stdout.flush()
+    children = []
+    for rank in range(world):
+        child = os.fork()  # before any thread of torch: it was only imported
+        if child == 0:
+            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+            _be(rank, program, arguments)
+        children.append(child)
+    for child in children:
+        os.waitpid(child, 0)
+
+
+def _be(rank, program, arguments):
+    try:
+        told = program(*arguments)
+    except Exception as error:
+        traceback.print_exc()
+        told = {"raised": type(error).__name__, "message": str(error), "notes": getattr(error, "__notes__", [])}
+    sys.stdout.write(f"told:{rank}:{json.dumps(told)}\n")
+    sys.stdout.flush()
+    if dist.is_initialized() and not (isinstance(told, dict) and "raised" in told):
+        dist.barrier()  # nobody's connections end while another still uses them
+    os._exit(0)
+
+
+def meet(seconds=60):
+    from datetime import timedelta
+
+    dist.init_process_group("gloo", timeout=timedelta(seconds=seconds))
+    return dist.get_rank(), dist.get_world_size()
+
+
+# A small language model with very uneven numbers of labels, in double precision.
+
+
+class Words(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.out = nn.Embedding(31, 16), nn.Linear(16, 31)
+        self.blocks = nn.ModuleList([nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True) for _ in range(2)])
+
+    def forward(self, ids):
+        hidden = self.embed(ids)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return self.out(hidden)
+
+
+def words(seed=0):
+    torch.manual_seed(seed)
+    return Words().double()
+
+
+def texts(samples=400, length=8):
+    generator = torch.Generator().manual_seed(1)
+    ids, labels = (torch.randint(0, 31, (samples, length), generator=generator) for _ in range(2))
+    ends = torch.randint(1, length + 1, (samples,), generator=generator)
+    labels[torch.arange(length)[None] >= ends[:, None]] = -100
+    return TensorDataset(ids, labels)
+
+
+def summed(model, batch):
+    """Losses of all labels, and how many there are."""
+    ids, labels = batch
+    return F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"), (labels != -100).sum()
+
+
+def by_sample(model, batch):
+    """The mean over samples of each one's mean over its labels."""
+    ids, labels = batch
+    losses = F.cross_entropy(model(ids).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="none").view(labels.shape)
+    return (losses.sum(1) / (labels != -100).sum(1)).mean()
+
+
+def mean_of_labels(model, batch):
+    total, count = summed(model, batch)
+    return total / count
+
+
+def labels_of(batch):
+    return (batch[1] != -100).sum()
+
+
+LOSSES = {"by_sample": (by_sample, None), "summed": (summed, None), "counted": (mean_of_labels, labels_of)}
+
+
+def fleet_plan(rank, world, shares, most, *, lockstep=False, steps=None, seconds=None):
+    """A plan as if the ranks had been measured: those shares, in micro-batches of at most `most`."""
+    curves = tuple(Affine(each, 0.0, (seconds or [1.0 / max(share, 1) for share in shares])[of]) for of, (each, share) in enumerate(zip(most, shares)))
+    fleet = Fleet(curves, tuple(shares), lockstep, steps)
+    sizes = tuple(size for size in fleet.sizes(rank, sum(shares)) if size)
+    return replace(
+        by_hand(None, sum(shares), max(1, most[rank])),
+        fleet=fleet, shares=tuple(shares), share=shares[rank], rank=rank, world_size=world,
+        micro_batches=sizes, micro_batch=max(sizes, default=0), accumulation_steps=len(sizes),
+    )  # fmt: skip
+
+
+def wrapped(net, engine, world, **given):
+    if engine == "ddp":
+        return DistributedDataParallel(net, **given)
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (world,))
+    for block in net.blocks:
+        fully_shard(block, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def whole(parameter):
+    return (parameter.full_tensor() if hasattr(parameter, "full_tensor") else parameter).detach()
+
+
+def one_process(data, order, target, loss, *, clip=None, windows=None):
+    """Parameters, losses and norms of one process that takes every window at once."""
+    net, losses, norms = words(), [], []
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    for start in range(0, len(order), target)[:windows]:
+        returned = loss(net, data[order[start : start + target]])
+        value = returned[0] / returned[1] if isinstance(returned, tuple) else returned
+        value.backward()
+        norms.append(float(nn.utils.clip_grad_norm_(net.parameters(), clip or 1e9)))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(value.detach()))
+    return net, losses, norms
+
+
+def difference(net, other):
+    return max(float((whole(mine) - theirs.detach()).abs().max()) for mine, theirs in zip(net.parameters(), other.parameters()))
+
+
+def exact(engine, cases):
+    """Trains every case over ranks and in one process; tells the largest differences: parameters, losses, norms."""
+    rank, world = meet()
+    told = {}
+    for name, case in cases.items():
+        loss, count = LOSSES[case["loss"]]
+        data = Subset(texts(), range(case["samples"]))
+        net = words()
+        model = wrapped(net, engine, world, **case.get("ddp", {}))
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+        plan = fleet_plan(rank, world, case["shares"], case["most"], lockstep="steps" in case, steps=case.get("steps"))
+        loop = autoaccum.Accumulator(model, optimizer, plan, careful_windows=case["careful"], count=count, max_grad_norm=0.5, rank_timeout_s=30)
+        loader = DataLoader(data, batch_sampler=plan.batch_sampler(data, seed=3))
+        results = [loop.step(window, loss) for window in plan.windows(loader)]
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(3)).tolist()
+        reference, losses, norms = one_process(texts(), order, plan.target_batch, loss, clip=0.5)
+        told[name] = {
+            "windows": len(results),
+            "parameters": difference(net, reference),
+            "losses": max(abs(each.loss - other) for each, other in zip(results, losses)),
+            "norms": max(abs(each.grad_norm - other) for each, other in zip(results, norms)),
+            "samples": [each.samples for each in results],
+            "steps": [each.micro_batches for each in results],
+        }
+    return told
+
+
+def new_plan_every_window(engine):
+    """Five windows, each with shares and micro-batches of its own; tells the difference to one process, and whether replicas are alike bit by bit."""
+    rank, world = meet()
+    data, net = texts(), words()
+    model = wrapped(net, engine, world)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    plans = [([35, 17, 8], [20, 17, 2]), ([35, 17, 8], [20, 17, 2]), ([20, 20, 20], [20, 7, 20]), ([58, 2, 0], [30, 9, 9]), ([10, 10, 40], [10, 10, 10])]
+    for at, (shares, most) in enumerate(plans):
+        plan = fleet_plan(rank, world, shares, most)
+        start = 60 * at + sum(shares[:rank])
+        loop = autoaccum.Accumulator(model, optimizer, plan, careful_windows=at % 2, rank_timeout_s=30)
+        loop.step(autoaccum.Window([data[start : start + shares[rank]]], [shares[rank]]) if shares[rank] else autoaccum.Window([], []), summed)
+    reference, _, _ = one_process(data, list(range(300)), 60, summed)
+    mine = torch.cat([whole(each).flatten() for each in net.parameters()])
+    others = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(others, mine)
+    return {"difference": difference(net, reference), "alike": all(torch.equal(mine, each) for each in others)}
+
+
+def by_hand_loop(engine, wrong):
+    """A loop that is not ours, with `micro.sync`, over a tail, too. wrong: weighted as most loops do."""
+    rank, world = meet()
+    data, net = texts(157), words()
+    model = wrapped(net, engine, world)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    plan = fleet_plan(rank, world, [70, 35, 15], [35, 35, 4])
+    for window in plan.windows(DataLoader(data, batch_sampler=plan.batch_sampler(data, shuffle=False))):
+        for micro in plan.split(window, labels_of):
+            with micro.sync(model):
+                weight = 1 / len(plan.sizes(max(window.samples, 1))) if wrong else micro.weight
+                (mean_of_labels(model, micro.batch) * weight).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    reference, _, _ = one_process(data, list(range(157)), 120, mean_of_labels)
+    return difference(net, reference)
+
+
+class Grown(torch.autograd.Function):
+    """Takes memory for every sample: in forward kept for backward, or in backward alone."""
+
+    @staticmethod
+    def forward(ctx, x, mib, where):
+        ctx.mib, ctx.where = mib, where
+        ctx.held = torch.ones(len(x), int(mib * MIB / 4)) if where == "forward" else None
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        held = torch.ones(len(gradient), int(ctx.mib * MIB / 4)) if ctx.where == "backward" else ctx.held
+        assert held is not None
+        return gradient, None, None
+
+
+def limited(engine, where, careful, keeps_mib, windows=6):
+    """From the third window on rank 2 may hold but so much more; tells what was rescued and the difference to one process."""
+    rank, world = meet(60)
+    data, net = texts(), words()
+    model = wrapped(net, engine, world)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    plan = fleet_plan(rank, world, [35, 17, 8], [20, 17, 3], seconds=[1.0, 2.0, 4.0])
+
+    def loss(model, batch):
+        ids, labels = batch
+        out = Grown.apply(model(ids), 4.0, where)
+        total = F.cross_entropy(out.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum")
+        return total, (labels != -100).sum()
+
+    loop = autoaccum.Accumulator(model, optimizer, plan, careful_windows=careful, rank_timeout_s=40)
+    rescued, micro = [], []
+    cpu = Cpu()
+    for at, window in enumerate(plan.windows(DataLoader(data, batch_sampler=plan.batch_sampler(data, shuffle=False)))):
+        if at == windows:
+            break
+        if rank == 2 and at >= 2:
+            with cpu.capped(cpu.held_bytes() + int(keeps_mib * MIB)):
+                result = loop.step(window, loss)
+        else:
+            result = loop.step(window, loss)
+        rescued.append(str(result.rescued) if result.rescued else "")
+        micro.append(result.micro_batches)
+    reference, _, _ = one_process(data, list(range(400)), 60, summed, windows=windows)
+    return {"difference": difference(net, reference), "rescued": rescued, "micro_batches": micro}
+
+
+def ends_early(rank_that_dies, how):
+    """In the third window one rank ends, fails, or stays away."""
+    rank, world = meet()
+    data, net = texts(), words()
+    model = wrapped(net, "ddp", world)
+    plan = fleet_plan(rank, world, [35, 17, 8], [20, 17, 3])
+
+    def loss(model, batch):
+        if rank == rank_that_dies and at == 2:
+            if how == "dies":
+                os._exit(1)
+            raise ValueError("the data is corrupt")
+        return summed(model, batch)
+
+    loop = autoaccum.Accumulator(model, torch.optim.SGD(net.parameters(), lr=0.1), plan, careful_windows=None, rank_timeout_s=4)
+    started = time.monotonic()
+    try:
+        for at, window in enumerate(plan.windows(DataLoader(data, batch_sampler=plan.batch_sampler(data)))):
+            if how == "stays away" and rank == rank_that_dies and at == 2:
+                threading.Event().wait(12)
+                return None
+            loop.step(window, loss)
+    except Exception as error:
+        return {"raised": type(error).__name__, "message": str(error), "seconds": time.monotonic() - started}
+    return None
+
+
+if __name__ == "__main__":
+    main()

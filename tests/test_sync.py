@@ -1,0 +1,113 @@
+"""The gradient over unlike ranks equals one process's, whatever the shares, the engine and what goes wrong."""
+
+import pytest
+
+from tests.ranked import in_ranks
+
+SHARES, MOST = [70, 35, 15], [35, 35, 4]
+
+
+def cases(losses=("by_sample", "summed", "counted"), carefuls=(None, 0, 1), **more):
+    found = {}
+    for loss in losses:
+        for careful in carefuls:
+            # Windows of 120, 120 and a tail of 37; then ranks without a share, first and last, and a tail of 2.
+            found[f"{loss} {careful}"] = {"shares": SHARES, "most": MOST, "loss": loss, "careful": careful, "samples": 277, **more}
+    for careful in carefuls:
+        found[f"none for the last {careful}"] = {"shares": [80, 40, 0], "most": MOST, "loss": "summed", "careful": careful, "samples": 242, **more}
+        found[f"none for the first {careful}"] = {"shares": [0, 40, 80], "most": [1, 40, 30], "loss": "by_sample", "careful": careful, "samples": 242, **more}
+    return found
+
+
+def check(told, windows):
+    for rank in told:
+        assert "raised" not in rank, rank
+        for name, found in rank.items():
+            assert found["windows"] == windows, name
+            assert max(found["parameters"], found["losses"], found["norms"]) < 1e-14, (name, found)
+
+
+def test_ddp_over_unlike_ranks_equals_one_process():
+    told = in_ranks("exact", "ddp", cases())
+    check(told, windows=3)
+    assert [rank["summed None"]["steps"][0] for rank in told] == [2, 1, 4]
+    assert told[2]["summed None"]["samples"] == [120, 120, 37]
+    assert told[2]["none for the last 0"]["steps"] == [0, 0, 0] or told[2]["none for the last 0"]["steps"][0] == 0
+
+
+def test_fsdp2_over_unlike_ranks_equals_one_process():
+    check(in_ranks("exact", "fsdp2", cases(losses=("by_sample", "summed"))), windows=3)
+
+
+def test_lockstep_resharding_equals_one_process():
+    """Every rank runs as many micro-steps, those without samples one of no weight."""
+    lockstep = {
+        "two": {"shares": SHARES, "most": [35, 18, 8], "steps": 2, "loss": "by_sample", "careful": 3, "samples": 277},
+        "four": {"shares": SHARES, "most": [40, 20, 8], "steps": 4, "loss": "summed", "careful": 0, "samples": 277},
+        "sitting out": {"shares": [119, 1, 0], "most": [40, 20, 8], "steps": 3, "loss": "summed", "careful": 0, "samples": 242},
+    }
+    told = in_ranks("exact", "fsdp2", lockstep)
+    check(told, windows=3)
+    assert [rank["sitting out"]["steps"][0] for rank in told] == [3, 3, 3]
+
+
+def test_ddp_with_parameters_that_may_be_unused_and_bucket_views():
+    more = {"unused": {"find_unused_parameters": True}, "views": {"gradient_as_bucket_view": True}, "no buffers": {"broadcast_buffers": False}}
+    told = {
+        f"{name} {careful}": {"shares": shares, "most": MOST, "loss": "summed", "careful": careful, "samples": 242, "ddp": given}
+        for name, given in more.items()
+        for careful in (None, 0)
+        for shares in ([70, 35, 15],)
+    }
+    check(in_ranks("exact", "ddp", told), windows=3)
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_new_plan_every_window_changes_nothing(engine):
+    for told in in_ranks("new_plan_every_window", engine):
+        assert told["difference"] < 1e-14 and told["alike"], told
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_loop_by_hand(engine):
+    for told in in_ranks("by_hand_loop", engine, False):
+        assert told < 1e-14
+
+
+def test_the_usual_weighting_is_wrong_and_this_notices():
+    assert min(in_ranks("by_hand_loop", "ddp", True)) > 1e-3
+
+
+@pytest.mark.parametrize(("where", "careful"), [("forward", None), ("backward", None), ("forward", 1), ("backward", 1)])
+def test_an_out_of_memory_on_one_rank_is_its_own_business(where, careful):
+    told = in_ranks("limited", "ddp", where, careful, 11)
+    assert all(rank["difference"] < 1e-12 for rank in told), told
+    assert told[2]["rescued"][2].startswith(f"out of memory in {where} of micro-batch 1 of 3 x 2 + 2 x 1")
+    assert told[2]["micro_batches"][:2] == [3, 3] and told[2]["micro_batches"][2] > 3
+    assert not any(told[0]["rescued"] + told[1]["rescued"])
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_fsdp2_runs_the_window_again_on_all_ranks(where):
+    told = in_ranks("limited", "fsdp2", where, None, 11)
+    assert all(rank["difference"] < 1e-12 for rank in told), told
+    assert told[2]["rescued"][2].startswith(f"out of memory in {where}")
+    assert not any(told[0]["rescued"] + told[1]["rescued"])
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_a_rank_that_cannot_hold_one_sample_any_more_hands_its_samples_over(engine):
+    told = in_ranks("limited", engine, "forward", None, 2)
+    assert all(rank["difference"] < 1e-12 for rank in told), told
+    assert told[2]["micro_batches"] == [3, 3, 0, 0, 0, 0]
+    assert sum(told[0]["micro_batches"]) + sum(told[1]["micro_batches"]) > 12 + 6
+
+
+@pytest.mark.parametrize("how", ["dies", "fails", "stays away"])
+def test_a_rank_that_is_lost_ends_the_others_with_an_error_that_names_it(how):
+    told = in_ranks("ends_early", 1, how)
+    for rank in (0, 2):
+        assert told[rank]["raised"] == "RanksDisagree" and told[rank]["seconds"] < 30, told[rank]
+        assert "rank 1 " in told[rank]["message"] or (how != "fails" and "a rank did not come" in told[rank]["message"]), told[rank]["message"]
+    if how == "fails":
+        assert told[1]["raised"] == "ValueError"
