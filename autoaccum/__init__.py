@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from autoaccum.devices.base import Memory
     from autoaccum.devices.virtual import VirtualGpu
     from autoaccum.estimating import estimate
+    from autoaccum.forecasting import fleet
     from autoaccum.job import Job
     from autoaccum.loop import Accumulator, StepResult
     from autoaccum.losses import token_mean
@@ -53,6 +54,7 @@ _WHERE = {
     "Memory": "devices.base",
     "VirtualGpu": "devices.virtual",
     "estimate": "estimating",
+    "fleet": "forecasting",
 }
 
 __all__ = [
@@ -82,6 +84,7 @@ __all__ = [
     "devices",
     "equivalence",
     "estimate",
+    "fleet",
     "scale_lr",
     "token_mean",
     "tune",

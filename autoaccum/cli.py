@@ -14,7 +14,7 @@ from typing import Any
 
 import click
 
-from autoaccum import drawing, estimating, oom, profiles, progress, report, tuning
+from autoaccum import drawing, estimating, forecasting, oom, profiles, progress, report, tuning
 from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short
 from autoaccum.job import Source, source
 from autoaccum.line import Wish
@@ -180,6 +180,60 @@ def estimate(
     if timeline is not None:
         drawing.draw(found, timeline)
     return 3 if gpus and not all(each.fits for each in found.gpus) else 0
+
+
+@cli.command(epilog=_EPILOG)
+@click.argument("job", required=False)
+@click.option("-b", "--target-batch", type=int, help="The effective batch: samples that one optimizer step sees, over all ranks.")
+@click.option("-g", "--gpus", metavar="LIST", help='The cards, ranks in that order: "2*a100-80gb,4*t4".')
+@click.option("--fixed", metavar="SIZE", help="Without a JOB: weights, gradients, optimizer's state and DDP's buckets.")
+@click.option("--per-sample", metavar="SIZE", help="Without a JOB: what each sample of a micro-batch adds.")
+@click.option("--parameters", type=float, metavar="N", help="How many there are (124e6).")
+@click.option("--flops-per-sample", type=float, metavar="N", help="Floating point operations of forward and backward (870e9).")
+@click.option("--bytes-per-sample", type=float, metavar="N", help="Bytes that forward and backward move (9e9).")
+@click.option("--link", type=float, metavar="N", help="Bytes per second of the slowest link between ranks (6e9).")
+@click.option("--dtype", help="Of the arithmetic: fp32, tf32, fp16, bf16; by default bf16 where all cards have it, else fp16.")
+@click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of each card free.")
+@click.option("--max-micro-batch", type=int, metavar="M", help="Consider no larger micro-batch.")
+@click.option("--equal", is_flag=True, help="The same share and micro-batches on every rank.")
+@click.option("--lockstep", is_flag=True, help="The same number of micro-steps on every rank, as sharded parameters need.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, failures included.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Also write a plan that ranks load: Plan.load.")
+@click.option("-q", "--quiet", is_flag=True, help="None of the job's output on stderr.")
+@click.option("--traceback", is_flag=True, help="Show whole tracebacks of the job's failures.")
+@click.pass_obj
+def fleet(
+    rest: list[str] | None,
+    /,
+    job: str | None,
+    target_batch: int | None,
+    gpus: str | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+    traceback: bool,
+    **given: Any,
+) -> None:
+    """One data-parallel job on unlike GPUs that are not here: every rank's share, micro-batches and steps.
+
+    autoaccum fleet -b 480 --gpus "2*a100-80gb,4*t4" --fixed 2.31GiB --per-sample 1.25GiB
+    """
+    if target_batch is None:
+        raise UsageError("Missing option '-b' / '--target-batch': the effective batch")
+    if gpus is None:
+        raise UsageError('name the cards: --gpus "2*a100-80gb,4*t4"; `autoaccum profiles list` shows them')
+    if output is not None:
+        _writable(output)
+    by_hand = given["fixed"] is not None or given["per_sample"] is not None
+    if job is None and not by_hand:
+        raise UsageError("fleet needs a JOB whose memory is simulated, or --fixed SIZE and --per-sample SIZE (say `demo` as JOB for the built-in demo)")
+    origin = None if job is None else source(job, settings, rest or ())
+    found = forecasting.fleet(gpus, target_batch=target_batch, job=origin, said=_said_nothing if quiet else _said, **given)
+    click.echo(report.as_json(found.as_dict()) if as_json else found.explain())
+    if output is not None:
+        found.plan().save(output)
 
 
 @cli.group(name="profiles")

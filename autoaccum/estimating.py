@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
 from autoaccum import profiles
@@ -132,13 +132,20 @@ def estimate(
 
 
 def estimate_source(
-    where: Source | str | None, wish: Wish, names: Sequence[str], *, said: Callable[[str], None] | None = None, timeline: str | None = None
+    where: Source | str | None,
+    wish: Wish,
+    names: Sequence[str],
+    *,
+    said: Callable[[str], None] | None = None,
+    timeline: str | None = None,
+    buckets: bool = False,
 ) -> Estimates:
-    """As `estimate`, for a job that a file builds. timeline: the card whose window is wanted as a tape, too."""
+    """As `estimate`, for a job that a file builds. timeline: the card whose window is wanted as a tape, too. buckets: keeps room for
+    the gradient buckets of DistributedDataParallel."""
     started = time.monotonic()
     _known(names, wish)
     origin = where if isinstance(where, Source) else source(where)
-    with Child(origin, f"virtual:{names[0]}", wish.limits, said=said) as child:
+    with Child(origin, f"virtual:{names[0]}", replace(wish.limits, buckets=buckets), said=said) as child:
         found = [child.estimate(name, wish.target_batch, **_wishes(wish, len(names))) for name in names]
         tape = None
         if timeline is not None:

@@ -59,9 +59,20 @@ def over_ranks(fleet: Fleet) -> Iterator[str]:
         sizes = [size for size in fleet.sizes(first - 1, target) if size]
         took = curve.seconds(share)
         idle = 1 - took / slowest if slowest else 0.0
-        yield f"{ranks}, {curve.gpu}: {notation(sizes) or 'nothing'}, {seconds_in_words(took)} a window, idle {idle:.0%}; {curve.most} is the most that fits"
+        yield f"{ranks}, {curve.gpu}: {notation(sizes) or 'nothing'}, {in_short(took)} a window, idle {idle:.0%}; {curve.most} is the most that fits"
     if len(rows) > 20:
         yield f"and {sum(count for _, count in rows[20:])} more ranks"
+
+
+def in_short(seconds: float) -> str:
+    """`"62 ms"`, `"12 s"`: the time of a window."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def listed(ranks: Sequence[int]) -> str:
+    """`"rank 3"`, `"ranks 1, 2 and 5"`."""
+    words = [str(rank) for rank in ranks]
+    return f"rank {words[0]}" if len(words) == 1 else f"ranks {', '.join(words[:-1])} and {words[-1]}"
 
 
 def _runs(of: Sequence[Same]) -> list[tuple[Same, int]]:
@@ -107,7 +118,7 @@ def _between(plan: Plan) -> str:
 
 def _budget(plan: Plan) -> str:
     unit = unit_for(plan.budget_bytes)
-    terms = [f"{number(bytes_, unit)} {word}" for bytes_, word in plan.arithmetic]
+    terms = [f"{number(bytes_, unit)} {word}" for bytes_, word in plan.arithmetic if word != "gradient buckets" or float(number(bytes_, unit))]
     parts = [f"{number(plan.budget_bytes, unit)} = {' - '.join(terms)}"] if terms else []
     if plan.shapes:
         parts.append(("simulated at " if plan.predicted else "measured at ") + ", ".join(f"{path} {shape}" for path, shape in list(plan.shapes.items())[:4]))

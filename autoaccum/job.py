@@ -16,7 +16,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from autoaccum.engines import unwrapped
 from autoaccum.errors import JobError, UsageError
 
 if TYPE_CHECKING:  # the command line reads this file's Source without paying for torch
@@ -181,6 +180,8 @@ def is_compiled(jobs: Sequence[Job]) -> bool:
 
 def fingerprint(jobs: Sequence[Job]) -> str:
     """Sixteen hex digits that change with the parameters' shapes and types, the optimizers, autocast, clipping and scaler."""
+    from autoaccum.engines import unwrapped
+
     told = []
     for job in jobs:
         told += [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in unwrapped(job.model).named_parameters()]

@@ -201,7 +201,7 @@ def planned(
             for each in tell.tried
         ),
         seconds=round(time.monotonic() - started, 4),
-        versions=_versions(),
+        versions=versions(),
         job_fingerprint=subject.fingerprint,
         job=label,
         allocator=subject.allocator,
@@ -263,7 +263,8 @@ def unlimited(rehearsal: Rehearser, tell: Teller, refused: Reading, sizes: tuple
     return tell.measured(rehearsal, sizes, limited=False)
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Of what a plan was made with."""
     found = {"autoaccum": __version__, "python": platform.python_version()}
     try:
         found["torch"] = importlib.metadata.version("torch")

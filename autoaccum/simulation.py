@@ -145,7 +145,9 @@ class Simulation:
     def budget(self, *, limited: bool = True) -> Budget:
         profile = self._profile
         memory = Memory(profile.total_bytes, self._available, 0, profile.context_bytes, (), "physical" if self._settings.memory_fraction is None else "cap")
-        return budget(memory, kind="cuda", limit_bytes=self._limits.memory_bytes if limited else None, headroom=self._limits.headroom)
+        found = budget(memory, kind="cuda", limit_bytes=self._limits.memory_bytes if limited else None, headroom=self._limits.headroom)
+        bucket_bytes = self._gradient_bytes if self._limits.buckets else 0
+        return replace(found, budget_bytes=found.budget_bytes - bucket_bytes, bucket_bytes=bucket_bytes)
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
         """One simulated trial; `full` traces the very window, and any smaller trial takes it from two traces."""

@@ -37,7 +37,7 @@ def limits(wish: Wish, ranks: Ranks, device: tuple[str, str | None, int | None],
     said: tuple[str, ...] = ()
     if len(sharing) > 1:
         where = "this machine's memory" if device[0] == "cpu" else "one GPU"
-        said = (f"ranks {', '.join(map(str, sharing))} share {where}: each may have one part in {len(sharing)} of what is free",)
+        said = (f"{explaining.listed(sharing)} share {where}: each may have one part in {len(sharing)} of what is free",)
     return replace(wish.limits, among=len(sharing), buckets=buckets), said
 
 
@@ -183,7 +183,7 @@ def _said(fleet: Fleet) -> list[str]:
     idle = [rank for rank, share in enumerate(fleet.shares) if not share and rank not in out]
     said = []
     if out:
-        said.append(f"rank {', '.join(map(str, out))} cannot hold one sample: it takes part with none, and the others carry all")
+        said.append(f"{explaining.listed(out)} cannot hold one sample: no share there, and the others carry all")
     if idle:
-        said.append(f"rank {', '.join(map(str, idle))} is too slow to help and gets no sample: without it the job is no slower")
+        said.append(f"{explaining.listed(idle)} would only slow the job down: no share there; without it the job is no slower")
     return said

@@ -91,8 +91,10 @@ def tune(
         limits, shared = together.limits(wish, others, (facts.kind, facts.uuid, facts.index), buckets=alone[0].model is rehearsed[0].model)
         with trial.rehearsal(alone, where, limits, enforce=enforce, say=tell.phase) as rehearsal:
             found = together.found_together(rehearsal, wish, tell, "in place", others, (*idle, *shared))
+    told = [] if others is None else others.gathered(found.warnings, "warning")[: others.rank]
     for said in found.warnings:
-        warnings.warn(said, stacklevel=2)
+        if not any(said in each for each in told):  # once, not once by every rank
+            warnings.warn(said, stacklevel=2)
     return found
 
 

@@ -1,6 +1,6 @@
 """Programs that several ranks run together, and a way to run them: real processes, real gloo, one import of torch for all of them.
 
-    python -m tests.ranked WORLD PROGRAM ARGUMENTS-AS-JSON
+python -m tests.ranked WORLD PROGRAM ARGUMENTS-AS-JSON
 """
 
 import json

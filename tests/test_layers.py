@@ -8,8 +8,8 @@ PACKAGE = Path(__file__).parent.parent / "autoaccum"
 # A file may import from rows above its own, and from nothing else of ours.
 ROWS = """
 version errors under_limit
-units oom
-batches devices.base profiles simulate.settings simulate.margins
+units oom launched engines fleets sampler
+batches devices.base profiles simulate.settings simulate.margins ranks
 simulate simulate.allocator simulate.kernels simulate.fake simulate.attention
 simulate.tape
 simulate.trace simulate.timeline
@@ -18,13 +18,16 @@ devices.cpu devices.cuda devices.mps devices.xpu devices.virtual
 devices
 reading weighting explaining losses rates
 job search regrouping feeding running_stats generators
+sync
 snapshot plan window refusing recording
 rewinding hints comparing phantom
 trial command simulation
 child
-tuning rescue
+line rescue
+together
+tuning
 estimating
-loop report progress plot
+loop report progress plot forecasting
 training demo drawing
 cli
 __init__ __main__
