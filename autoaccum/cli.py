@@ -17,6 +17,7 @@ import click
 from autoaccum import drawing, estimating, forecasting, oom, profiles, progress, report, tuning
 from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short
 from autoaccum.job import Source, source
+from autoaccum.launched import launched
 from autoaccum.line import Wish
 from autoaccum.plan import Plan
 from autoaccum.reading import Equivalence
@@ -110,6 +111,7 @@ def train(rest: list[str] | None, /, epochs: int, **given: Any) -> None:
     asked = _Asked(rest, **given)
     if asked.command:
         raise UsageError("train needs a JOB that builds the model: a command trains by itself")
+    asked.alone("train runs in one process", "in a script of your own, autoaccum.tune and Accumulator run on every rank (examples/ddp.py)")
     if asked.form == "env":
         raise UsageError("train prints text or json: use tune for --format env")
     planned = asked.tuned()
@@ -319,11 +321,19 @@ class _Asked:
             raise UsageError("--format env without a JOB would plan the built-in demo: say `demo` as JOB if that is meant")
         self.source: Source = source(job, settings, rest or ())
 
+    def alone(self, verb: str, instead: str) -> None:
+        """Raises `UsageError` under torchrun, where every rank would do the same."""
+        if (told := launched()) is not None:
+            raise UsageError(f"{verb}, and torchrun started {told.world_size}: {instead}")
+
     def tuned(self) -> Plan:
+        if self.command:
+            self.alone("a command is tried in one process", "run autoaccum without torchrun")
         with self._talking() as talk:
             return tuning.tune_command(self.command, self.wish, **talk) if self.command else tuning.tune_source(self.source, self.wish, **talk)
 
     def checked(self, micro_batch: int) -> Plan:
+        self.alone("check rehearses on one device", "run it without torchrun")
         if micro_batch < 1:
             raise UsageError(f"--micro-batch must be at least 1, not {micro_batch}")
         if self.wish.largest or (self.wish.max_micro_batch or micro_batch) < micro_batch:
@@ -334,6 +344,8 @@ class _Asked:
             return tuning.check_source(self.source, micro_batch, self.wish, **talk)
 
     def answer(self, planned: Plan, found: Equivalence | None = None) -> None:
+        if planned.rank:
+            return  # one plan, told once
         if self.output is not None:
             planned.save(self.output)
         if self.form == "json":
@@ -378,8 +390,9 @@ class _Asked:
 
     @contextmanager
     def _talking(self) -> Iterator[dict[str, Any]]:
-        with progress.shown(quiet=self.quiet) as drawn:
-            yield {"device": self.device, "progress": drawn, "said": _said_nothing if self.quiet else _said}
+        quiet = self.quiet or ((told := launched()) is not None and told.rank > 0)
+        with progress.shown(quiet=quiet) as drawn:
+            yield {"device": self.device, "progress": drawn, "said": _said_nothing if quiet else _said}
 
 
 def _writable(output: Path) -> None:

@@ -209,8 +209,12 @@ def in_lockstep(classes: Sequence[Class], samples: int, micro_step_seconds: floa
     curves = [curve for curve, count in classes for _ in range(count)]
     best: tuple[float, int, list[int]] | None = None
     fewest = -(-samples // together)
-    # More micro-steps than the fewest pay only where a smaller one is faster than its share of a larger one.
-    for steps in range(fewest, min(samples, 4 * fewest + 8) + 1):
+    quickest = min(curve.micro_seconds(1) for curve in curves if curve.most) + micro_step_seconds
+    # More micro-steps than the fewest pay only where a smaller one is faster than its share of a larger one; each takes
+    # at least what one sample does where that is quickest. Two thousand more than the fewest are looked at, at most.
+    for steps in range(fewest, min(samples, fewest + 2000) + 1):
+        if best is not None and steps * quickest >= best[0]:
+            break
         size, larger = divmod(samples, steps)
         small = solve(singly, size, most=caps)
         large = list(small)

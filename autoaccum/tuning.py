@@ -118,18 +118,22 @@ def _tuned_with_ranks(where: Source | str | None, wish: Wish, device: str, progr
     assert told is not None
     if device.startswith("virtual:"):
         raise UsageError("torchrun started several ranks, and a simulated card has none: for cards that are not here use autoaccum fleet")
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
+    dist.init_process_group("gloo")
     others = ranks.here()
-    assert others is not None
+    assert others is not None  # torchrun said so
     labels = devices.here()
     mine = (
         f"cuda:{told.local_rank % sum(each.startswith('cuda') for each in labels)}" if device in ("auto", "cuda") and labels[0].startswith("cuda") else device
     )
     facts = devices.get(labels[0] if mine == "auto" else mine).facts
-    limits, shared = together.limits(wish, others, (facts.kind, facts.uuid, facts.index), buckets=True)
-    with _child(where, wish, facts.label, progress, said, limits) as (child, tell, label):
-        return together.found_together(child, wish, tell, label, others, shared)
+    try:
+        limits, shared = together.limits(wish, others, (facts.kind, facts.uuid, facts.index), buckets=True)
+        with _child(where, wish, facts.label, progress, said, limits) as (child, tell, label):
+            found = together.found_together(child, wish, tell, label, others, shared)
+        dist.barrier()  # a rank that leaves while others are still connected may be aborted by gloo
+        return found
+    finally:
+        dist.destroy_process_group()
 
 
 def check_source(

@@ -42,4 +42,5 @@ for epoch in range(3):
     if plan.rank == 0:
         samples = sum(result.samples for result in results)
         print(f"epoch {epoch + 1}  loss {results[-1].loss:.4f}  {len(results)} steps, {samples} samples")
+dist.barrier()  # a rank that leaves while others are still connected may be aborted by gloo
 dist.destroy_process_group()

@@ -50,4 +50,5 @@ for epoch in range(2):
     results = [loop.step(window, loss) for window in plan.windows(loader)]
     if plan.rank == 0:
         print(f"epoch {epoch + 1}  loss {results[-1].loss:.4f}  norm {results[-1].grad_norm:.3f}  {len(results)} steps")
+dist.barrier()  # a rank that leaves while others are still connected may be aborted by gloo
 dist.destroy_process_group()

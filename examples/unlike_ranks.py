@@ -49,4 +49,5 @@ with cpu.capped(limit):
         took = time.perf_counter() - started
         if rank == 0:
             print(f"epoch {epoch + 1}  loss {results[-1].loss:.4f}  {len(results)} windows, {took / len(results) * 1000:.0f} ms each")
+dist.barrier()  # a rank that leaves while others are still connected may be aborted by gloo
 dist.destroy_process_group()

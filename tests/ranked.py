@@ -5,6 +5,7 @@ python -m tests.ranked WORLD PROGRAM ARGUMENTS-AS-JSON
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -321,6 +322,116 @@ def ends_early(rank_that_dies, how):
     except Exception as error:
         return {"raised": type(error).__name__, "message": str(error), "seconds": time.monotonic() - started}
     return None
+
+
+def limit_data(mib):
+    """A limit that the system enforces: so many MiB of data more than there are."""
+    held = int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))) * 1024
+    resource.setrlimit(resource.RLIMIT_DATA, (held + int(mib * MIB), resource.RLIM_INFINITY))
+
+
+def tuned_and_trained(room_mib, windows, then_mib, wrap_first, settings, sample_mib=2.0):
+    """Tunes with a limit on rank 2, trains; then lowers the limit and trains on."""
+    rank, world = meet(120)
+    from autoaccum.devices import cpu
+
+    cpu.steady_malloc()  # as tune will have it
+    data, net = texts(400), words()
+    model = wrapped(net, "ddp", world) if wrap_first else net
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+
+    def loss(model, batch):
+        ids, labels = batch
+        out = Grown.apply(model(ids), sample_mib, "forward")
+        return F.cross_entropy(out.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"), (labels != -100).sum()
+
+    before = [parameter.detach().clone() for parameter in net.parameters()]
+    if rank == 2:
+        limit_data(room_mib)
+    plan = autoaccum.tune(model, optimizer, loss, data[:4], target_batch=60, headroom=0, rank_timeout_s=60, **settings)
+    untouched = all(torch.equal(one, other) for one, other in zip(before, net.parameters())) and not optimizer.state
+    loop = autoaccum.Accumulator(model if wrap_first else wrapped(net, "ddp", world), optimizer, plan, careful_windows=None, rank_timeout_s=60)
+    loader, rescued, order = DataLoader(data, batch_sampler=plan.batch_sampler(data, seed=1)), [], []
+    ran = 0
+    for epoch in range(100):
+        order.append(torch.randperm(400, generator=torch.Generator().manual_seed(1 + epoch)).tolist())
+        for window in plan.windows(loader):
+            if ran == windows and rank == 2 and then_mib is not None:
+                limit_data(then_mib)
+            result = loop.step(window, loss)
+            rescued.append(bool(result.rescued))
+            ran += 1
+            if ran == windows + 4:
+                break
+        if ran == windows + 4:
+            break
+    if rank == 2:
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    reference = words()
+    other = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9)
+    steps = 0
+    for epoch in order:
+        for start in range(0, 400, 60):
+            total, count = summed(reference, data[epoch[start : start + 60]])
+            (total / count).backward()
+            other.step()
+            other.zero_grad()
+            steps += 1
+            if steps == ran:
+                return {
+                    "shares": plan.shares, "micro_batches": plan.micro_batches, "most": [curve.most for curve in plan.fleet.curves], "untouched": untouched,
+                    "windows": ran, "rescued": rescued, "difference": difference(net, reference), "warnings": plan.warnings, "said": plan.explain(),
+                }  # fmt: skip
+    return None
+
+
+def refusals():
+    """What is refused, in which words."""
+    rank, world = meet()
+    data, said = texts(), {}
+
+    def noted(name, call):
+        try:
+            call()
+            said[name] = None
+        except Exception as error:
+            said[name] = f"{type(error).__name__}: {error}"
+
+    def loop(model, plan=None, **given):
+        return autoaccum.Accumulator(
+            model, torch.optim.SGD(model.parameters(), lr=0.1), plan or fleet_plan(rank, world, [35, 17, 8], [20, 17, 3]), rank_timeout_s=20, **given
+        )
+
+    def tune(model, **given):
+        return autoaccum.tune(model, torch.optim.SGD(model.parameters(), lr=0.1), summed, data[:4], rank_timeout_s=20, **{"target_batch": 60, **given})
+
+    noted("not wrapped", lambda: loop(words()))
+    noted("static graph", lambda: loop(DistributedDataParallel(words(), static_graph=True)))
+    noted("data parallel", lambda: loop(nn.DataParallel(words())))
+    noted("a part wrapped", lambda: loop(nn.Sequential(DistributedDataParallel(words()), nn.Linear(31, 31).double())))
+    noted("a plan of one", lambda: loop(DistributedDataParallel(words()), by_hand(None, 60, 20)))
+    noted("another rank's plan", lambda: loop(DistributedDataParallel(words()), fleet_plan((rank + 1) % world, world, [35, 17, 8], [20, 17, 3])))
+    noted("synced norms", lambda: tune(nn.Sequential(words(), nn.SyncBatchNorm(8).double())))  # DDP has it on GPUs only
+    noted("tune sharded", lambda: tune(wrapped(words(), "fsdp2", world)))
+    noted("scaler and sharded", lambda: loop(wrapped(words(), "fsdp2", world), scaler=torch.amp.GradScaler("cpu")))
+    noted("targets differ", lambda: tune(words(), target_batch=60 + (rank == 1)))
+    noted("models differ", lambda: tune(words() if rank else nn.Sequential(words())))
+    noted("equal", lambda: tune(words(), target_batch=61, equal=True))
+    noted(
+        "a rank's job fails",
+        lambda: autoaccum.tune(
+            words(), torch.optim.SGD(words().parameters(), lr=0.1), failing if rank == 1 else summed, data[:4], target_batch=60, rank_timeout_s=20
+        ),
+    )
+    good = loop(DistributedDataParallel(words()))
+    noted("too many", lambda: good.step(data[:60], summed))
+    noted("too few once", lambda: good.step(data[:3], summed))
+    noted("too few twice", lambda: good.step(data[:3], summed))
+    return said
+
+
+def failing(model, batch):
+    raise KeyError("labels")
 
 
 if __name__ == "__main__":

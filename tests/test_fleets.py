@@ -1,0 +1,162 @@
+"""Shares: against brute force, against what they must satisfy, and what is said where there are none."""
+
+import itertools
+import math
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import autoaccum
+from autoaccum.fleets import Affine, Fleet, Table, classes, equal_share, fitted, in_lockstep, solve
+
+
+def brute(curves, samples):
+    """The least time of the slowest rank over every way to share out."""
+    return min(
+        max(curve.seconds(after - before) for curve, before, after in zip(curves, (0, *cuts), (*cuts, samples)))
+        for cuts in itertools.combinations_with_replacement(range(samples + 1), len(curves) - 1)
+    )
+
+
+def some_curve(draw):
+    if draw.random() < 0.5:
+        return Affine(draw.randint(0, 9), draw.choice([0, 0.3, 1, draw.random()]), draw.choice([0, 0.1, 1, draw.random()]), draw.choice([0, draw.random() * 3]))
+    steps = list(itertools.accumulate(draw.choice([0, 0, draw.random(), -0.1]) for _ in range(draw.randint(1, 9))))
+    return Table([max(each, 0.0) for each in steps], draw.choice([0, draw.random()]))
+
+
+def test_allocation_equals_brute_force_on_3000_random_fleets():
+    draw = random.Random(0)
+    for _ in range(3000):
+        ranks = draw.choice([2, 3])
+        samples, curves = draw.randint(1, 24 if ranks == 3 else 40), [some_curve(draw) for _ in range(ranks)]
+        if not any(curve.most for curve in curves):
+            continue
+        shares = solve([(curve, 1) for curve in curves], samples)
+        assert sum(shares) == samples
+        assert max(curve.seconds(share) for curve, share in zip(curves, shares)) == pytest.approx(brute(curves, samples), abs=1e-9), (curves, samples)
+        for curve, share in zip(curves, shares):
+            sizes = curve.sizes(share)
+            assert sum(sizes) == share and all(0 < size <= curve.most for size in sizes)
+            assert curve.window_seconds + sum(map(curve.micro_seconds, sizes)) == pytest.approx(curve.seconds(share))
+
+
+affine = st.builds(Affine, st.integers(0, 64), st.floats(0, 1), st.floats(0, 1), st.floats(0, 1))
+
+
+@given(st.lists(st.tuples(affine, st.integers(1, 40)), min_size=1, max_size=6), st.integers(0, 3000))
+@settings(max_examples=200, deadline=None)
+def test_no_single_sample_would_be_better_off_elsewhere(of, samples):
+    if not any(curve.most for curve, _ in of):
+        return
+    shares = solve(of, samples)
+    curves = [curve for curve, count in of for _ in range(count)]
+    assert sum(shares) == samples and all(share == 0 or curve.most for curve, share in zip(curves, shares))
+    slowest = max(curve.seconds(share) for curve, share in zip(curves, shares))
+    # In the best plan nobody who is among the slowest can hand a sample to somebody who would still be done sooner.
+    late = [rank for rank, share in enumerate(shares) if share and curves[rank].seconds(share) == slowest]
+    if len(late) == 1 and curves[late[0]].seconds(shares[late[0]] - 1) < slowest:
+        assert all(
+            curve.seconds(share + 1) >= slowest * (1 - 1e-9) for rank, (curve, share) in enumerate(zip(curves, shares)) if rank != late[0] and curve.most
+        )
+
+
+@given(st.lists(st.tuples(affine, st.integers(1, 5)), min_size=1, max_size=4), st.integers(1, 500), st.data())
+@settings(max_examples=100, deadline=None)
+def test_a_smaller_window_gives_no_rank_more_than_its_share(of, target, data):
+    if not any(curve.most for curve, _ in of):
+        return
+    fleet = Fleet.planned([curve for curve, count in of for _ in range(count)], target)
+    samples = data.draw(st.integers(0, target))
+    tail = fleet.of(samples)
+    assert sum(tail) == samples and all(part <= share for part, share in zip(tail, fleet.shares))
+    for rank in range(len(fleet.curves)):
+        assert sum(fleet.sizes(rank, samples)) == tail[rank]
+
+
+def lockstep_brute(curves, samples, meeting):
+    """Over all numbers of steps, and all ways to fill each of two kinds of step."""
+    best = math.inf
+    together = sum(curve.most for curve in curves)
+    for steps in range(-(-samples // together), samples + 1):
+        size, larger = divmod(samples, steps)
+
+        def one(total):
+            ways = (way for way in itertools.product(*(range(curve.most + 1) for curve in curves)) if sum(way) == total)
+            return min((max(curve.micro_seconds(each) for curve, each in zip(curves, way)) for way in ways), default=math.inf) + meeting
+
+        best = min(best, larger * one(size + 1) + (steps - larger) * one(size) if larger else steps * one(size))
+    return best
+
+
+def test_lockstep_equals_brute_force():
+    draw = random.Random(2)
+    for _ in range(150):
+        curves = [Affine(draw.randint(1, 5), draw.random(), draw.random()) for _ in range(draw.choice([2, 3]))]
+        samples, meeting = draw.randint(1, 20), draw.choice([0.0, 0.5])
+        shares, steps = in_lockstep(classes(curves), samples, meeting)
+        fleet = Fleet(tuple(curves), tuple(shares), True, steps)
+        sizes = [fleet.sizes(rank, samples) for rank in range(len(curves))]
+        assert sum(shares) == samples and all(len(each) == steps and max(each) <= curve.most for curve, each in zip(curves, sizes))
+        took = sum(max(curve.micro_seconds(size) for curve, size in zip(curves, step)) + meeting for step in zip(*sizes))
+        assert took == pytest.approx(lockstep_brute(curves, samples, meeting)), (curves, samples, meeting)
+
+
+def test_unlike_cards_get_what_lets_all_finish_together():
+    curves = [Affine(40, 0.02, 0.001), Affine(35, 0.02, 0.002), Affine(4, 0.02, 0.006)]
+    fleet = Fleet.planned(curves, 120)
+    times = [curve.seconds(share) for curve, share in zip(curves, fleet.shares)]
+    assert sum(fleet.shares) == 120 and max(times) - min(times) < 0.03
+    assert Fleet.from_dict(fleet.as_dict()) == fleet
+
+
+def test_equal_shares_and_the_targets_that_would_allow_them():
+    assert equal_share(119, 7) == 17
+    with pytest.raises(autoaccum.PlanError, match="120 cannot be shared equally by 7 ranks: 119 and 126 do"):
+        equal_share(120, 7)
+    fleet = Fleet.planned([Affine(12, 0, 1), Affine(7, 0, 2)], 40, equal=True)
+    assert fleet.shares == (20, 20) and fleet.sizes(0, 40) == fleet.sizes(1, 40) == (5, 5, 5, 5)
+    with pytest.raises(autoaccum.NothingFits, match="leave equal out"):
+        Fleet.planned([Affine(12, 0, 1), Affine(0, 0, 2)], 40, equal=True)
+
+
+def test_where_a_layer_needs_two_samples_none_is_left_alone():
+    for target in range(4, 60):
+        fleet = Fleet.planned([Affine(2, 0.1, 1.0), Affine(5, 0.1, 1.1), Affine(3, 0.1, 7.0)], target, pairs=True)
+        assert sum(fleet.shares) == target
+        assert all(min(fleet.sizes(rank, target), default=2) >= 2 for rank in range(3)), target
+    with pytest.raises(autoaccum.NothingFits, match="forbids a micro-batch of one sample"):
+        Fleet.planned([Affine(1, 0, 1), Affine(1, 0, 1)], 4, pairs=True)
+
+
+def test_what_cannot_be_shared_out():
+    with pytest.raises(autoaccum.NothingFits, match="no rank can hold one sample"):
+        solve([(Affine(0, 1, 1), 4)], 12)
+    with pytest.raises(autoaccum.PlanError, match="more than the ranks' shares allow"):
+        solve([(Affine(4, 1, 1), 2)], 12, most=[5, 6])
+    with pytest.raises(autoaccum.PlanError, match="cannot share 12 samples out among 0 ranks"):
+        solve([], 12)
+    with pytest.raises(autoaccum.PlanError, match="negative"):
+        Affine(4, -1.0, 1.0)
+
+
+@given(st.floats(0, 0.1), st.floats(0, 0.1), st.floats(1e-4, 0.1), st.integers(1, 100))
+@settings(deadline=None)
+def test_a_line_through_timings_is_found_again(window, step, sample, most):
+    half = max(most // 2, 1)
+    timed = [(steps, steps * size, window + step * steps + sample * steps * size) for steps, size in ((2, most), (2, half), (4, half))]
+    found = fitted(timed)
+    assert min(found) >= 0
+    for steps, samples, seconds in timed:
+        assert found[0] + found[1] * steps + found[2] * samples == pytest.approx(seconds, rel=1e-6)
+
+
+def test_noise_makes_no_time_negative():
+    draw = random.Random(3)
+    for _ in range(500):
+        rows = [(steps, steps * size, draw.uniform(0.5, 1.5) * (0.01 + 0.002 * steps * size)) for steps, size in ((2, 8), (2, 4), (4, 4), (2, 8))]
+        assert min(fitted(rows)) >= 0
+    with pytest.raises(autoaccum.PlanError, match="nothing was timed"):
+        fitted([])
