@@ -417,12 +417,9 @@ def refusals():
     noted("targets differ", lambda: tune(words(), target_batch=60 + (rank == 1)))
     noted("models differ", lambda: tune(words() if rank else nn.Sequential(words())))
     noted("equal", lambda: tune(words(), target_batch=61, equal=True))
-    noted(
-        "a rank's job fails",
-        lambda: autoaccum.tune(
-            words(), torch.optim.SGD(words().parameters(), lr=0.1), failing if rank == 1 else summed, data[:4], target_batch=60, rank_timeout_s=20
-        ),
-    )
+    net = words()
+    loss = failing if rank == 1 else summed
+    noted("a rank's job fails", lambda: autoaccum.tune(net, torch.optim.SGD(net.parameters(), lr=0.1), loss, data[:4], target_batch=60, rank_timeout_s=20))
     good = loop(DistributedDataParallel(words()))
     noted("too many", lambda: good.step(data[:60], summed))
     noted("too few once", lambda: good.step(data[:3], summed))

@@ -23,7 +23,7 @@ def test_a_limit_on_one_rank_shares_out_trains_and_is_lowered_in_mid_run():
 
 
 def test_a_rank_that_cannot_hold_one_sample_is_planned_out():
-    told = in_ranks("tuned_and_trained", 30, 2, None, False, {"max_micro_batch": 4}, 40, timeout=280)
+    told = in_ranks("tuned_and_trained", 60, 2, None, False, {"max_micro_batch": 2}, 80, timeout=280)
     for rank in told:
         assert "raised" not in rank, rank
         assert rank["shares"][2] == 0 and sum(rank["shares"]) == 60 and rank["difference"] < 1e-12
