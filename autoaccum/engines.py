@@ -94,6 +94,8 @@ class Ddp:
         self.averages_over = dist.get_world_size(self.group)
 
     def gather(self) -> None:
+        if self._model._join_config.enable:
+            raise UsageError("Join makes up for ranks that run out of data, one backward at a time: leave it out, a plan's windows end together on all ranks")
         # DDP agrees on new buckets once, in the first forward after the first crossing. Here every rank is at the same
         # place, also one that has no forward: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/parallel/distributed.py
         self._model.reducer._rebuild_buckets()

@@ -47,7 +47,6 @@ def headline(plan: Plan) -> str:
 def over_ranks(fleet: Fleet) -> Iterator[str]:
     """Ranks that run the same on the same GPU, a line each; at most twenty lines."""
     slowest = fleet.seconds()
-    target = sum(fleet.shares)
     rows = _runs([(curve, share) for curve, share in zip(fleet.curves, fleet.shares)])
     first = 0
     for (curve, share), count in rows[:20]:
@@ -56,7 +55,7 @@ def over_ranks(fleet: Fleet) -> Iterator[str]:
         if not curve.most:
             yield f"{ranks}, {curve.gpu}: cannot hold one sample"
             continue
-        sizes = [size for size in fleet.sizes(first - 1, target) if size]
+        sizes = [size for size in fleet.sizes(first - 1, fleet.target) if size]
         took = curve.seconds(share)
         idle = 1 - took / slowest if slowest else 0.0
         yield f"{ranks}, {curve.gpu}: {notation(sizes) or 'nothing'}, {in_short(took)} a window, idle {idle:.0%}; {curve.most} is the most that fits"

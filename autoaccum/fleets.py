@@ -16,6 +16,7 @@ import heapq
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate, groupby
 from typing import Any
 
@@ -275,15 +276,27 @@ class Fleet:
         shares = solve(classes(curves), target)
         return cls(tuple(curves), tuple(_in_pairs(curves, shares) if pairs else shares))
 
+    @cached_property
+    def target(self) -> int:
+        """Samples of a full window."""
+        return sum(self.shares)
+
     def of(self, samples: int) -> tuple[int, ...]:
         """Shares of a window of `samples`, none above the rank's share of a full one. Raises `PlanError` for more than a full window."""
-        if samples == sum(self.shares):
+        if samples == self.target:
             return self.shares
         return tuple(solve(classes(self.curves), samples, most=self.shares))
 
     def sizes(self, rank: int, samples: int) -> tuple[int, ...]:
         """This rank's micro-batches of a window of `samples` over all ranks; zeros are micro-steps it sits out."""
+        return self._cut(rank, self.of(samples))
+
+    def cuts(self, samples: int) -> list[tuple[int, ...]]:
+        """Every rank's micro-batches of a window of `samples`, without those that it sits out."""
         shares = self.of(samples)
+        return [tuple(size for size in self._cut(rank, shares) if size) for rank in range(len(shares))]
+
+    def _cut(self, rank: int, shares: Sequence[int]) -> tuple[int, ...]:
         return self.curves[rank].sizes(shares[rank], self.steps_of(shares) if self.lockstep else None)
 
     def steps_of(self, held: Sequence[int]) -> int:
@@ -311,7 +324,7 @@ class Fleet:
         """Predicted for a full window, without what communication takes."""
         if not self.lockstep:
             return max(curve.seconds(share) for curve, share in zip(self.curves, self.shares))
-        steps = [self.sizes(rank, sum(self.shares)) for rank in range(len(self.curves))]
+        steps = [self._cut(rank, self.shares) for rank in range(len(self.curves))]
         meeting = sum(max(curve.micro_seconds(size) for curve, size in zip(self.curves, sizes)) for sizes in zip(*steps))
         return meeting + max(curve.window_seconds for curve in self.curves)
 

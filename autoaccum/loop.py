@@ -19,7 +19,7 @@ from autoaccum.reading import Say
 from autoaccum.regrouping import Cut, Window, counted
 from autoaccum.rescue import Rescued, Rescuer
 from autoaccum.running_stats import RunningStats
-from autoaccum.sync import Crossing, Team, Void
+from autoaccum.sync import Announced, Crossing, Team, Void
 
 Loss = Callable[[Any, Any], Any]
 
@@ -161,13 +161,14 @@ class Accumulator:
             raise UsageError("several jobs run in turn, each with its own loss: call step(batch) without one")
         if self._team is None:
             self._check(whole.samples)
+        announced = None if self._team is None else self._team.announce(whole, [job.count for job in self._jobs])
         self._rescuer.begin()
         results = []
-        for job, stats, engine in zip(self._jobs, self._stats, self._engines):
+        for at, (job, stats) in enumerate(zip(self._jobs, self._stats)):
             run = partial(window.run, job, loss or job.loss, device=job.device, scaler=job.scaler, stats=stats)
             attempt = run if self._begun else _watched(run)
             try:
-                result = self._ran(job, engine, whole, sizes, attempt)
+                result = self._ran(at, announced, whole, sizes, attempt)
             except ValueError as error:
                 if "more than 1 value per channel" in str(error):
                     noted(
@@ -180,33 +181,29 @@ class Accumulator:
                 job.scheduler.step()
             results.append(result)
         self._begun = True
+        if self._team is not None:
+            self._team.went_by(any(each.rescued is not None for each in results))
         return results[0] if len(results) == 1 else tuple(results)
 
     def _ran(
-        self, job: Job, engine: Engine | None, whole: Window, sizes: Callable[[Window, int], Sequence[int]], attempt: Callable[..., window.Ran]
+        self, at: int, announced: Announced | None, whole: Window, sizes: Callable[[Window, int], Sequence[int]], attempt: Callable[..., window.Ran]
     ) -> StepResult:
         """One job's window, on this rank and all others."""
-        if self._team is None or engine is None:
+        engine = self._engines[at]
+        if self._team is None or engine is None or announced is None:
             return StepResult(*self._rescuer.run(whole, lambda most: sizes(whole, most), partial(attempt, samples=whole.samples)))
-        announced = self._team.announce(whole, job.count)
         while True:
             part = self._team.handed_over(whole, announced)
-            crossing = Crossing(engine, self._team.ranks, announced, self._team.out)
+            crossing = Crossing(engine, self._team.ranks, announced, self._team.out, at)
             run = partial(attempt, samples=part.samples, crossing=crossing)
             steps = self._team.steps(announced)
             cuts = partial(_in_steps, part.samples, steps) if self._team.lockstep else partial(_no_more, sizes, part)
             if engine.in_step:
                 run = partial(_filled_up, run, steps, whole)
             try:
-                result = StepResult(*self._rescuer.run(part, cuts, run, crossing))
+                return StepResult(*self._rescuer.run(part, cuts, run, crossing))
             except Void as void:
                 self._team.ran_out(void.out)
-                continue
-            if result.rescued is None:
-                self._team.quiet_window()
-            else:
-                self._team.trouble()
-            return result
 
     def _ranks(self, careful_windows: int | None, timeout_s: float) -> tuple[list[Engine | None], Team | None]:
         """The engines that carry gradients across ranks, and the ranks. Raises `UsageError` and `PlanError` where they do not suit the plan."""

@@ -259,9 +259,7 @@ class Plan:
 
     def _cuts(self, samples: int) -> list[tuple[int, ...]]:
         """Every rank's micro-batches of a window of `samples`, without those that it sits out."""
-        if self.fleet is None:
-            return [self.sizes(samples)]
-        return [tuple(size for size in self.fleet.sizes(rank, samples) if size) for rank in range(self.world_size)]
+        return [self.sizes(samples)] if self.fleet is None else self.fleet.cuts(samples)
 
     def of_rank(self, rank: int) -> Plan:
         """The same plan as that rank sees it; what was measured on this rank's device is left out for another. Raises `PlanError` for a rank it has not."""
@@ -269,7 +267,7 @@ class Plan:
             raise PlanError(f"the plan is for {self.world_size} ranks, and there is no rank {rank} among them")
         if rank == self.rank or self.fleet is None:
             return self
-        sizes = self._cuts(self.target_batch)[rank]
+        sizes = tuple(size for size in self.fleet.sizes(rank, self.target_batch) if size)
         return replace(
             self,
             rank=rank,

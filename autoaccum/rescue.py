@@ -76,7 +76,8 @@ class Rescuer:
     def __init__(self, jobs: Sequence[Job], device: Device, plan: Plan, *, enabled: bool, grow_after: int | None, together: bool = False) -> None:
         self._together = together
         self._jobs, self._device, self._plan, self._enabled, self._grow_after = jobs, device, plan, enabled, grow_after
-        self.micro_batch = plan.micro_batch
+        # A rank without a share may still be handed samples of others.
+        self.micro_batch = plan.micro_batch or (plan.fleet.curves[plan.rank].most if plan.fleet is not None else 0)
         self._left: list[int] = []  # sizes that rescues have left, to grow back to
         self._windows = self._quiet_windows = self._held_bytes = 0
         self._grew = self._failed = False
@@ -216,7 +217,9 @@ class Rescuer:
             live_bytes, free_bytes = self._device.live_bytes(), self._device.memory(who=False).free_bytes
         except Exception:  # a device that lost its context answers nothing: then that is the trouble
             return False
-        left_bytes = min(self._plan.budget_bytes + self._plan.headroom_bytes - live_bytes, free_bytes)
+        left_bytes = free_bytes
+        if self._plan.budget_bytes:  # a plan of cards that were not here has none
+            left_bytes = min(self._plan.budget_bytes + self._plan.headroom_bytes - live_bytes, free_bytes)
         return oom.is_oom(error, left_bytes=left_bytes, taken_bytes=live_bytes - self._held_bytes, outside=outside)
 
     def _say(self, phase: str, index: int) -> None:

@@ -39,10 +39,10 @@ class Void(Exception):
 
 @dataclass(frozen=True)
 class Announced:
-    """A window over all ranks. held: samples by rank. count: what all counted beforehand, None where nobody does. careful: with a vote."""
+    """A window over all ranks. held: samples by rank. counts: of each job, what all counted beforehand, None where nobody does. careful: with a vote."""
 
     held: tuple[int, ...]
-    count: float | None
+    counts: tuple[float | None, ...]
     careful: bool
 
     @property
@@ -63,20 +63,21 @@ class Team:
         self.out: tuple[int, ...] = ()
         self._largest_sample, self._short = 0.0, 0
 
-    def announce(self, whole: Window, count: Callable[[Any], Any] | None) -> Announced:
-        """What all ranks bring to this window. Raises `PlanError` on every rank where the plan and the loaders do not agree."""
-        larger = max((batches.nbytes(part) / size for part, size in zip(whole.parts, whole.sizes) if size), default=0.0)
-        new = larger > self._largest_sample
+    def announce(self, whole: Window, counts: Sequence[Callable[[Any], Any] | None]) -> Announced:
+        """What all ranks bring to this window. counts: each job's. Raises `PlanError` on every rank where the plan and the loaders do not agree."""
+        parts = [(part, size) for part, size in zip(whole.parts, whole.sizes) if size]
+        larger = max((batches.nbytes(part) / size for part, size in parts), default=0.0)
+        careful = self._careful_windows is None or self._careful_left > 0 or larger > self._largest_sample
         self._largest_sample = max(larger, self._largest_sample)
-        counted = sum(float(count(part)) for part, size in zip(whole.parts, whole.sizes) if size) if count is not None else 0.0
-        careful = self._careful_windows is None or self._careful_left > 0 or new
-        table = self.ranks.table([whole.samples, counted, careful], "announcing a window")
-        found = Announced(tuple(int(row[0]) for row in table), sum(row[1] for row in table) if count is not None else None, any(row[2] for row in table))
-        self._check(found)
+        counted = [0.0 if count is None else sum(float(count(part)) for part, _ in parts) for count in counts]
+        table = self.ranks.table([whole.samples, careful, *counted], "announcing a window")
+        held = tuple(int(row[0]) for row in table)
+        totals = tuple(None if count is None else sum(row[2 + at] for row in table) for at, count in enumerate(counts))
+        self._check(found := Announced(held, totals, any(row[1] for row in table)))
         return found
 
     def _check(self, found: Announced) -> None:
-        shares, target = self._fleet.shares, sum(self._fleet.shares)
+        shares, target = self._fleet.shares, self._fleet.target
         if not found.samples:
             raise PlanError("a window of no samples: give a batch with at least one")
         for rank, (held, share) in enumerate(zip(found.held, shares)):
@@ -131,24 +132,27 @@ class Team:
         """The next windows are voted on."""
         self._careful_left = self._careful_windows or 0
 
-    def quiet_window(self) -> None:
-        """One went by without trouble."""
-        self._careful_left = max(self._careful_left - 1, 0)
+    def went_by(self, rescued: bool) -> None:
+        """A window has ended."""
+        if rescued:
+            self.trouble()
+        else:
+            self._careful_left = max(self._careful_left - 1, 0)
 
 
 class Crossing:
-    """One window of one job on all ranks. out: those that run nothing of it, whatever they brought.
+    """One window of one job on all ranks. out: those that run nothing of it, whatever they brought. job: its place in turn.
 
     samples, count: of the window over all ranks. averaged: over how many ranks the engine averages.
     crossed: True once gradients may have crossed, after which nothing can be redone.
     """
 
-    def __init__(self, engine: Engine, ranks: Ranks, announced: Announced, out: Sequence[int] = ()) -> None:
+    def __init__(self, engine: Engine, ranks: Ranks, announced: Announced, out: Sequence[int] = (), job: int = 0) -> None:
         self._engine, self._ranks = engine, ranks
         empty = bool(out) or 0 in announced.held
         # Where forward communicates no rank can run anything again alone, and a vote would be for nothing.
         self._careful = not engine.in_step and (announced.careful or (engine.pulses_apart and empty))
-        self.samples, self.count, self.averaged = announced.samples, announced.count, engine.averages_over
+        self.samples, self.count, self.averaged = announced.samples, announced.counts[job], engine.averages_over
         self.crossed = False
 
     @property

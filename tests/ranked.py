@@ -232,6 +232,54 @@ def new_plan_every_window(engine):
     return {"difference": difference(net, reference), "alike": all(torch.equal(mine, each) for each in others)}
 
 
+def two_jobs_in_turn():
+    """Two models, each with its own loss, on the same windows; the last one is a tail."""
+    rank, world = meet()
+    data = texts(157)
+
+    def jobs(wrap):
+        nets = [words(0), words(1)]
+        models = [wrapped(net, "ddp", world) if wrap else net for net in nets]
+        optimizers = [torch.optim.SGD(net.parameters(), lr=0.5) for net in nets]
+        return nets, [
+            autoaccum.Job(model, optimizer, loss, data[:4], count=count)
+            for model, optimizer, loss, count in zip(models, optimizers, (summed, mean_of_labels), (None, labels_of))
+        ]
+
+    nets, turns = jobs(True)
+    plan = fleet_plan(rank, world, [70, 35, 15], [35, 35, 4])
+    loop = autoaccum.Accumulator(turns, plan, careful_windows=1, rank_timeout_s=30)
+    loader = DataLoader(data, batch_sampler=plan.batch_sampler(data, shuffle=False))
+    for _ in range(2):
+        for window in plan.windows(loader):
+            loop.step(window)
+    others, alone = jobs(False)
+    single = autoaccum.Accumulator(alone, by_hand(alone, 120, 120))
+    for _ in range(2):
+        for start in (0, 120):
+            single.step(data[start : start + 120])
+    return max(difference(net, other) for net, other in zip(nets, others))
+
+
+def an_inf_on_one_rank():
+    """Under a scaler: the window with it is skipped on every rank, and no other."""
+    rank, world = meet()
+    data, net = texts(), words()
+    model = wrapped(net, "ddp", world)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5)
+    plan = fleet_plan(rank, world, [35, 17, 8], [20, 17, 3])
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    loop = autoaccum.Accumulator(model, optimizer, plan, scaler=scaler, max_grad_norm=1.0, careful_windows=1, rank_timeout_s=30)
+    skipped = []
+    for at, window in enumerate(plan.windows(DataLoader(data, batch_sampler=plan.batch_sampler(data, shuffle=False)))):
+        loss = (lambda model, batch: by_sample(model, batch) * float("inf")) if rank == 1 and at in (0, 3) else by_sample
+        skipped.append(loop.step(window, loss).skipped)
+    mine = torch.cat([whole(each).flatten() for each in net.parameters()])
+    others = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(others, mine)
+    return {"skipped": skipped, "alike": all(torch.equal(mine, each) for each in others), "finite": bool(mine.isfinite().all())}
+
+
 def by_hand_loop(engine, wrong):
     """A loop that is not ours, with `micro.sync`, over a tail, too. wrong: weighted as most loops do."""
     rank, world = meet()
@@ -422,6 +470,11 @@ def refusals():
     noted("a rank's job fails", lambda: autoaccum.tune(net, torch.optim.SGD(net.parameters(), lr=0.1), loss, data[:4], target_batch=60, rank_timeout_s=20))
     good = loop(DistributedDataParallel(words()))
     noted("too many", lambda: good.step(data[:60], summed))
+    from torch.distributed.algorithms.join import Join
+
+    with Join([model := DistributedDataParallel(words())]):
+        noted("join", lambda: loop(model).step(data[: [35, 17, 8][rank]], summed))
+        model(data[:1][0]).sum().backward()  # Join waits for one of each rank
     noted("too few once", lambda: good.step(data[:3], summed))
     noted("too few twice", lambda: good.step(data[:3], summed))
     return said

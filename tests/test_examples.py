@@ -1,6 +1,7 @@
 """Every example runs, and says what its page promises."""
 
 import os
+import re
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ def example(name, *words):
 def test_there_is_no_example_that_is_not_run_here():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
         "plain_loop.py", "own_loop.py", "mixed_precision.py", "token_weighted_lm.py", "oom_rescue.py", "tiny_gpt.py", "conv_net.py", "unmodified_script.py",
+        "ddp.py", "fsdp2.py", "unlike_ranks.py",
     }  # fmt: skip
 
 
@@ -41,6 +43,37 @@ def test_conv_net_in_place():
 
 def test_unmodified_script():
     assert "step 2  loss" in example("unmodified_script.py", "--batch-size", 2, "--accum", 2)
+
+
+def over_ranks(name, ranks=3):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "examples" / name)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=False, timeout=170)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def losses_of(lines):
+    found = [float(line.split("loss")[1].split()[0]) for line in lines if line.startswith("epoch ")]
+    assert found == sorted(found, reverse=True)
+    return found
+
+
+def test_ddp():
+    lines = over_ranks("ddp.py")
+    assert lines[0].startswith("120 = ") and "over 3 ranks" in lines[0]
+    assert len(losses_of(lines)) == 3 and lines[1].endswith("11 steps, 1300 samples")
+
+
+def test_fsdp2():
+    lines = over_ranks("fsdp2.py")
+    assert lines[0].startswith("60 = ") and len(losses_of(lines)) == 2
+
+
+def test_unlike_ranks():
+    lines = over_ranks("unlike_ranks.py")
+    shares = [int(share) for share in re.match(r"120 = (\d+) \+ (\d+) \+ (\d+) over 3 ranks", lines[0]).groups()]
+    assert sum(shares) == 120 and shares == sorted(shares, reverse=True) and shares[2] < 30
+    assert len(losses_of(lines)) == 2
 
 
 GPT = ("examples/tiny_gpt.py:make_job", "-d", "cpu", "-q")

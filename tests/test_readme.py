@@ -63,7 +63,7 @@ def test_every_command_and_file_that_is_named_exists():
 
 
 def test_every_flag_that_is_named_exists():
-    known = "".join(autoaccum(name, "--help").stdout for name in ("tune", "check", "train", "estimate")) + " --batch-size --accum --max-steps"
+    known = "".join(autoaccum(name, "--help").stdout for name in ("tune", "check", "train", "estimate", "fleet")) + " --batch-size --accum --max-steps"
     for flag in set(re.findall(r"--[a-z][a-z-]+", TEXT)):
         assert flag in known, flag
 
@@ -85,3 +85,13 @@ def test_the_simulations_figures_are_those_of_the_committed_run():
     document = json.loads((ROOT / "benchmarks/results/estimate_published.json").read_text())
     assert estimate_published.table(document) in TEXT
     assert f"all {len(profiles.names())} cards" in TEXT
+
+
+def test_the_figures_of_several_ranks_are_those_of_the_committed_runs():
+    ranks = json.loads((ROOT / "benchmarks/results/ranks.json").read_text())
+    wait = f"{ranks['planned']['largest_wait_share']:.1%}"
+    assert f"a window takes {ranks['planned_over_even']:.2f} of the even split's time" in TEXT and f"waits longest waits {wait} of it" in TEXT
+    fleets = json.loads((ROOT / "benchmarks/results/fleets.json").read_text())
+    took = {row["ranks"]: f"{row['median_seconds'] * 1000:.0f} ms" for row in fleets["solve"]}
+    assert f"10,000 ranks of 64 kinds are shared out in {took[10_000]}, 100,000 in {took[100_000]}" in TEXT
+    assert f"are {fleets['against_proportional']['proportional_over_exact_mean']:.2f} times as slow" in TEXT

@@ -74,6 +74,15 @@ def test_a_loop_by_hand(engine):
         assert told < 1e-14
 
 
+def test_several_jobs_run_in_turn_over_ranks():
+    assert max(in_ranks("two_jobs_in_turn")) < 1e-14
+
+
+def test_an_inf_on_one_rank_skips_the_window_on_all():
+    for told in in_ranks("an_inf_on_one_rank"):
+        assert told["skipped"] == [True, False, False, True, False, False, False] and told["alike"] and told["finite"]
+
+
 def test_the_usual_weighting_is_wrong_and_this_notices():
     assert min(in_ranks("by_hand_loop", "ddp", True)) > 1e-3
 
