@@ -129,9 +129,10 @@ class Rescuer:
                     raise
                 again = self._smaller(whole, sizes) if self._redone(crossing) else None
                 if again is None:
+                    why = self._why_not()
                     self.micro_batch, self._left = at_first, self._left[:left_at_first]
                     if crossing is None or not (self._enabled and crossing.votes):
-                        noted(error, self._why_not())
+                        noted(error, why)
                         if crossing is not None:
                             crossing.failed()
                         if self._enabled and self._phase not in self._final(crossing):

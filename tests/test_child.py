@@ -154,7 +154,7 @@ def test_a_parent_that_is_killed_leaves_no_child_behind(hanging):
 def test_the_parent_never_imports_torch():
     code = (
         "import json, sys\n"
-        "from autoaccum import tuning\n"
+        "from autoaccum import line, tuning\n"
         "plan = tuning.tune_source(None, line.Wish(120), device='cpu')\n"
         "print(json.dumps([plan.effective_batch, 'torch' in sys.modules]))"
     )

@@ -242,7 +242,7 @@ def test_the_knobs_of_tune_are_these():
 
     parameters = inspect.signature(autoaccum.tune).parameters
     assert [each.name for each in parameters.values() if each.kind is each.KEYWORD_ONLY] == [
-        "target_batch", "device", "memory_limit", "headroom", "max_micro_batch", "equal", "largest", "timeout_s", "progress",
+        "target_batch", "device", "memory_limit", "headroom", "max_micro_batch", "equal", "largest", "lockstep", "timeout_s", "rank_timeout_s", "progress",
     ]  # fmt: skip
     assert [each.name for each in parameters.values() if each.kind is each.KEYWORD_ONLY and each.default is each.empty] == ["target_batch"]
 
