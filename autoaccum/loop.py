@@ -126,7 +126,7 @@ class Accumulator:
 
             cpu.steady_malloc()
         self._stats = [RunningStats(job.model) if correct_running_stats else None for job in self._jobs]
-        self._engines, self._team = self._ranks(careful_windows, rank_timeout_s)
+        self._engines, self._team = self._ranks(on_oom, careful_windows, rank_timeout_s)
         self._rescuer = Rescuer(self._jobs, device, self._plan, enabled=on_oom == "rescue", grow_after=grow_after, together=self._team is not None)
         self._short, self._begun = 0, False
 
@@ -204,8 +204,11 @@ class Accumulator:
                 return StepResult(*self._rescuer.run(part, cuts, run, crossing))
             except Void as void:
                 self._team.ran_out(void.out)
+            except Exception:
+                crossing.failed()  # or they would wait for this rank's vote
+                raise
 
-    def _ranks(self, careful_windows: int | None, timeout_s: float) -> tuple[list[Engine | None], Team | None]:
+    def _ranks(self, on_oom: str, careful_windows: int | None, timeout_s: float) -> tuple[list[Engine | None], Team | None]:
         """The engines that carry gradients across ranks, and the ranks. Raises `UsageError` and `PlanError` where they do not suit the plan."""
         fleet = self._plan.fleet
         if careful_windows is not None and (isinstance(careful_windows, bool) or not isinstance(careful_windows, int) or careful_windows < 0):
@@ -237,6 +240,7 @@ class Accumulator:
             raise PlanError(
                 f"the plan is for rank {self._plan.rank} of {self._plan.world_size}, and this is {here}: tune again, or Plan.load(path) on each rank"
             )
+        world.same("on_oom", on_oom)
         world.same("the plan's shares", (fleet.shares, fleet.lockstep, fleet.steps))
         world.same("the model, its optimizer and its settings", fingerprint(self._jobs))
         return list(found), Team(world, fleet, careful_windows)

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -39,13 +40,15 @@ def here(group: Any = None, timeout_s: float = TIMEOUT_S) -> Ranks | None:
         return None
     if not timeout_s > 0:
         raise UsageError(f"rank_timeout_s must be more than 0 seconds, not {timeout_s!r}")
-    known = (id(dist.group.WORLD), tuple(members), timeout_s)
-    if known not in _met:
-        _met[known] = Ranks(members, timeout_s)
-    return _met[known]
+    met = _met.setdefault(dist.group.WORLD, {})
+    known = (tuple(members), timeout_s)
+    if known not in met:
+        met[known] = Ranks(members, timeout_s)
+    return met[known]
 
 
-_met: dict[tuple[int, tuple[int, ...], float], Ranks] = {}
+# By the world that they are part of: one that was destroyed takes its groups along.
+_met: WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], float], Ranks]] = WeakKeyDictionary()
 
 
 class Ranks:

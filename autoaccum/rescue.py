@@ -16,7 +16,7 @@ from typing import Protocol
 
 from autoaccum import oom, rewinding, search
 from autoaccum.devices.base import Device
-from autoaccum.errors import RanksDisagree, noted
+from autoaccum.errors import noted
 from autoaccum.explaining import notation
 from autoaccum.job import Job
 from autoaccum.plan import Plan
@@ -124,8 +124,6 @@ class Rescuer:
             except Exception as error:
                 self._ballast.drop()  # first of all: what follows takes memory, too
                 if not self._is_oom(error, outside):
-                    if crossing is not None and not isinstance(error, RanksDisagree):
-                        crossing.failed()
                     raise
                 again = self._smaller(whole, sizes) if self._redone(crossing) else None
                 if again is None:
@@ -133,8 +131,6 @@ class Rescuer:
                     self.micro_batch, self._left = at_first, self._left[:left_at_first]
                     if crossing is None or not (self._enabled and crossing.votes):
                         noted(error, why)
-                        if crossing is not None:
-                            crossing.failed()
                         if self._enabled and self._phase not in self._final(crossing):
                             self._start.put_back()
                         raise

@@ -156,6 +156,11 @@ class Crossing:
         self.crossed = False
 
     @property
+    def in_step(self) -> bool:
+        """Whether every rank's every micro-step, forward and backward, waits for those of the others."""
+        return self._engine.in_step
+
+    @property
     def redone(self) -> str:
         """Who runs a window again in which this rank ran out: it "alone", all "together", or nobody, "never"."""
         if self.crossed or (self._engine.redone == "together" and not self._careful):
@@ -164,7 +169,7 @@ class Crossing:
 
     def gather(self) -> None:
         """Called before the first forward, also of a window that runs again."""
-        self.crossed = False
+        self.crossed = self._voted = False
         self._engine.gather()
 
     @contextmanager
@@ -188,7 +193,7 @@ class Crossing:
         if self._careful:
             return -1
         last = (len(pieces) if isinstance(pieces, Sized) else sum(1 for _ in pieces)) - 1
-        return -1 if counted and not counted[-1] else last  # what counts nothing has no backward
+        return -1 if counted and not counted[-1] and not self.in_step else last  # what counts nothing has no backward
 
     def settle(self) -> None:
         """Called after the last backward; the gradient of all ranks is in `.grad` afterwards. Raises `Void`, and `RanksDisagree` where a rank failed."""
@@ -200,6 +205,7 @@ class Crossing:
 
     def vote(self, mine: int) -> None:
         """Tells the others how this rank's part went. Raises as `settle` does; returns where all are done."""
+        self._voted = True
         votes = [int(row[0]) for row in self._ranks.table([mine], "voting on a window")]
         failed = [rank for rank, each in enumerate(votes) if each == FAILED]
         if failed:
@@ -210,14 +216,14 @@ class Crossing:
 
     def failed(self) -> None:
         """Tells the others that this rank is about to raise, where they would wait for its vote."""
-        if self._careful and not self.crossed:
+        if self.votes:
             with suppress(RanksDisagree, Void):  # its own failure is what it has to tell
                 self.vote(FAILED)
 
     @property
     def votes(self) -> bool:
         """True where the others wait for this rank's vote."""
-        return self._careful and not self.crossed
+        return self._careful and not self.crossed and not self._voted
 
     def void(self) -> None:
         """Forgets gradients that were left by a window that failed."""

@@ -142,7 +142,7 @@ def gradients(
     """The first part of `run`, with the same arguments: forward and backward for every piece, and what crosses ranks."""
     autocast = torch.autocast(device.type, dtype=job.autocast) if job.autocast is not None else None
     # On the host, beforehand: weights by count need the whole window's.
-    counted = [float(job.count(piece)) for piece, _ in pieces] if job.count is not None else []
+    counted = [float(job.count(piece)) if size else 0.0 for piece, size in pieces] if job.count is not None else []
     of_samples, of_count = (float(samples), sum(counted)) if crossing is None else crossing.owed(counted)
     for parameter in _graded(job):  # gradients that someone left would be added; `zero_grad` itself costs more
         parameter.grad = None
@@ -168,6 +168,8 @@ def gradients(
             )
             say("backward", index)
             if counted and counted[index] == 0:  # owes nothing; a mean over nothing is nan, and so is its gradient
+                if crossing is not None and crossing.in_step:
+                    term.nan_to_num().backward()
                 term = torch.zeros_like(term)
             else:
                 (term if scaler is None else scaler.scale(term)).backward()

@@ -280,6 +280,25 @@ def an_inf_on_one_rank():
     return {"skipped": skipped, "alike": all(torch.equal(mine, each) for each in others), "finite": bool(mine.isfinite().all())}
 
 
+def with_batch_norm(careful, shares):
+    """BatchNorm, whose buffers cross once a window; tells whether weights and buffers end alike on every rank."""
+    rank, world = meet(40)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).double()
+    inputs = torch.randn(300, 6, dtype=torch.double)
+    data = TensorDataset(inputs, inputs.sum(1, keepdim=True))
+    plan = fleet_plan(rank, world, shares, [10, 9, 5])
+    loop = autoaccum.Accumulator(DistributedDataParallel(net), torch.optim.SGD(net.parameters(), lr=0.05), plan, careful_windows=careful, rank_timeout_s=20)
+    loader = DataLoader(data, batch_sampler=plan.batch_sampler(data, drop_last=True))
+    losses = [
+        loop.step(window, lambda model, batch: F.mse_loss(model(batch[0]), batch[1])).loss for _ in range(3) for window in plan.windows(loader, drop_last=True)
+    ]
+    mine = torch.cat([each.flatten().double() for each in (*net.parameters(), *([] if careful == 0 else net.buffers()))])
+    others = [torch.empty_like(mine) for _ in range(world)]
+    dist.all_gather(others, mine.detach())
+    return {"alike": all(torch.equal(mine, each) for each in others), "losses": losses}
+
+
 def by_hand_loop(engine, wrong):
     """A loop that is not ours, with `micro.sync`, over a tail, too. wrong: weighted as most loops do."""
     rank, world = meet()

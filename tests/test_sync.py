@@ -44,6 +44,7 @@ def test_lockstep_resharding_equals_one_process():
     lockstep = {
         "two": {"shares": SHARES, "most": [35, 18, 8], "steps": 2, "loss": "by_sample", "careful": 3, "samples": 277},
         "four": {"shares": SHARES, "most": [40, 20, 8], "steps": 4, "loss": "summed", "careful": 0, "samples": 277},
+        "counted": {"shares": [119, 1, 0], "most": [40, 20, 8], "steps": 3, "loss": "counted", "careful": 0, "samples": 242},
         "sitting out": {"shares": [119, 1, 0], "most": [40, 20, 8], "steps": 3, "loss": "summed", "careful": 0, "samples": 242},
     }
     told = in_ranks("exact", "fsdp2", lockstep)
@@ -81,6 +82,13 @@ def test_several_jobs_run_in_turn_over_ranks():
 def test_an_inf_on_one_rank_skips_the_window_on_all():
     for told in in_ranks("an_inf_on_one_rank"):
         assert told["skipped"] == [True, False, False, True, False, False, False] and told["alike"] and told["finite"]
+
+
+@pytest.mark.parametrize("careful", [None, 0])
+@pytest.mark.parametrize("shares", [[30, 20, 10], [40, 20, 0]])
+def test_buffers_cross_once_a_window_and_nothing_hangs(careful, shares):
+    for told in in_ranks("with_batch_norm", careful, shares):
+        assert "raised" not in told and told["alike"] and told["losses"][-1] < told["losses"][0], told
 
 
 def test_the_usual_weighting_is_wrong_and_this_notices():
