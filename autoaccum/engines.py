@@ -117,7 +117,7 @@ class Ddp:
         inside = self._model.module
         with torch.enable_grad(), self.crossing():
             # DDP starts to reduce once its forward has run and every parameter got a gradient. This one takes no data.
-            self._model._modules["module"] = _Pulse(self._touched(inside))
+            self._model._modules["module"] = _Pulse(self._touched(inside), inside)
             try:
                 self._model().backward()
             finally:
@@ -135,11 +135,14 @@ class Ddp:
 
 
 class _Pulse(torch.nn.Module):
-    """Zero, with a gradient of zero for each of the parameters."""
+    """Zero, with a gradient of zero for each of the parameters. It has the model's buffers, which DDP broadcasts in forward."""
 
-    def __init__(self, of: Sequence[torch.Tensor]) -> None:
+    def __init__(self, of: Sequence[torch.Tensor], model: torch.nn.Module) -> None:
         super().__init__()
-        self._of = tuple(of)  # in a tuple: not parameters of its own
+        self._of, self._model = tuple(of), (model,)  # in tuples: nothing of it its own
+
+    def named_buffers(self, *arguments: Any, **given: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._model[0].named_buffers(*arguments, **given)
 
     def forward(self) -> torch.Tensor:
         return _zero(self._of)
