@@ -139,6 +139,8 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child's whole group
+            # The parent is the rank: a job that met the others from in here would wait for them without end.
+            env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")},
         )
         os.close(theirs_in)
         os.close(theirs_out)

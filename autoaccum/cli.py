@@ -193,7 +193,7 @@ def estimate(
 @click.option("--parameters", type=float, metavar="N", help="How many there are (124e6).")
 @click.option("--flops-per-sample", type=float, metavar="N", help="Floating point operations of forward and backward (870e9).")
 @click.option("--bytes-per-sample", type=float, metavar="N", help="Bytes that forward and backward move (9e9).")
-@click.option("--link", type=float, metavar="N", help="Bytes per second of the slowest link between ranks (6e9).")
+@click.option("--link", metavar="SIZE", help="Bytes per second of the slowest link between ranks (6GB).")
 @click.option("--dtype", help="Of the arithmetic: fp32, tf32, fp16, bf16; by default bf16 where all cards have it, else fp16.")
 @click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of each card free.")
 @click.option("--max-micro-batch", type=int, metavar="M", help="Consider no larger micro-batch.")
@@ -327,6 +327,8 @@ class _Asked:
             raise UsageError(f"{verb}, and torchrun started {told.world_size}: {instead}")
 
     def tuned(self) -> Plan:
+        if self.form == "env":
+            self.alone("--format env tells the numbers of one process", "write the plan with -o FILE.json, and autoaccum.Plan.load it on every rank")
         if self.command:
             self.alone("a command is tried in one process", "run autoaccum without torchrun")
         with self._talking() as talk:

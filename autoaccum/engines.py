@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Literal, Protocol
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -39,6 +39,9 @@ class Engine(Protocol):
 
     def crossing(self) -> AbstractContextManager[object]:
         """Backward in here carries all gradients since the last crossing over."""
+
+    def check(self) -> None:
+        """After a rank's last quiet backward: raises `UsageError` where a crossing in a backward could not work."""
 
     def pulse(self) -> None:
         """A crossing without a micro-batch: carries over what `quiet` backwards have left; none at all counts as zero."""
@@ -74,8 +77,15 @@ def synced_norms(model: torch.nn.Module) -> list[str]:
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside of DistributedDataParallel, for a rehearsal that must not communicate."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
+    """The model inside of DistributedDataParallel, compiled or not, for a rehearsal that must not communicate."""
+    own = getattr(model, "_orig_mod", model)
+    return own.module if isinstance(own, DistributedDataParallel) else model
+
+
+def group_of(model: Any) -> Any:
+    """The ranks that a model in DistributedDataParallel crosses; None for another model."""
+    own = getattr(model, "_orig_mod", model)
+    return own.process_group if isinstance(own, DistributedDataParallel) else None
 
 
 class Ddp:
@@ -112,6 +122,16 @@ class Ddp:
     def crossing(self) -> Iterator[None]:
         self._model.require_forward_param_sync = True
         yield
+
+    def check(self) -> None:
+        if self._model.find_unused_parameters:
+            return
+        unused = [name for name, parameter in self._model.module.named_parameters() if parameter.requires_grad and parameter.grad is None]
+        if unused:
+            raise UsageError(
+                f"{unused[0]!r}{f' and {len(unused) - 1} more parameters' if len(unused) > 1 else ''} got no gradient from this rank's samples: "
+                "DistributedDataParallel(model, find_unused_parameters=True), or requires_grad=False for what does not train"
+            )
 
     def pulse(self) -> None:
         inside = self._model.module
@@ -169,23 +189,27 @@ class Fsdp2:
         missing = [name for name in ("set_force_sum_reduction_for_comms", "set_gradient_divide_factor", "set_is_last_backward") if not hasattr(model, name)]
         if missing:
             raise UsageError(f"FSDP2 of torch {torch.__version__} has no {missing[0]}: torch 2.11 or later is needed")
-        meshes = {id(mesh): mesh for mesh in (parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh"))}
-        mesh = next(iter(meshes.values()))
-        if len(meshes) > 1 or mesh.ndim > 1:
-            raise UsageError("FSDP2 over a mesh of more than one dimension (hybrid sharding, tensor parallelism) is not supported: give one dimension")
+        # Each call of fully_shard without a mesh makes one of its own, over the same ranks.
+        meshes = [parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh")]
+        mesh = meshes[0]
+        if any(each.ndim > 1 for each in meshes):
+            raise UsageError("FSDP2 over a mesh of several dimensions (hybrid sharding, tensor parallelism) is not supported: give one dimension")
+        if len({tuple(dist.get_process_group_ranks(each.get_group())) for each in meshes}) > 1:
+            raise UsageError("parts of the model are sharded over different ranks: shard all of it over the same")
         self.group = mesh.get_group()
         world = dist.get_world_size(self.group)
         self.averages_over = world if by_hand else 1
         can_reset = hasattr(model, "reset_iter_state")  # torch 2.13
         self.redone: Literal["alone", "together", "never"] = "together" if can_reset and not lockstep else "never"
-        for module in self._modules:
-            # Neither reaches submodules. The factor on the root alone would scale the gradients of all others, silently;
-            # and backends such as gloo can add but not average.
-            module.set_gradient_divide_factor(float(self.averages_over))
-            module.set_force_sum_reduction_for_comms(True)
+        self._open = False  # whether a window began and its gradients have not crossed yet
 
     def gather(self) -> None:
+        if self._open:
+            self._clear()
+        self._open = True
         if not self._lockstep:
+            # Before the first forward the root does not know itself, and could not be reset.
+            self._model._get_fsdp_state()._lazy_init()
             for module in self._modules:
                 module.set_reshard_after_forward(False, recurse=False)
                 module.unshard()
@@ -199,16 +223,23 @@ class Fsdp2:
     def crossing(self) -> Iterator[None]:
         self._last(True)
         yield
+        self._open = False
 
     def _last(self, last: bool) -> None:
+        for module in self._modules:
+            # Neither reaches submodules. The factor on the root alone would scale the gradients of all others, silently;
+            # and backends such as gloo can add but not average. Every time, since a model may be trained by several loops.
+            module.set_gradient_divide_factor(float(self.averages_over))
+            module.set_force_sum_reduction_for_comms(True)
         self._model.set_requires_gradient_sync(last)
         self._model.set_is_last_backward(last)
         if not self._lockstep:
             self._model.set_reshard_after_forward(False)
             self._model.set_reshard_after_backward(last)
 
+    def check(self) -> None: ...
+
     def pulse(self) -> None:
-        self.gather()  # nothing to do where they are here already
         model = self._model
         with torch.enable_grad(), self.crossing():
             # The root's hooks reduce whatever its groups hold once a backward through it has ended.
@@ -219,8 +250,15 @@ class Fsdp2:
                 del model.forward
 
     def void(self) -> None:
-        if self.redone != "together":
-            return
+        if self.redone == "together":
+            self._clear()
+            self._open = False
+
+    def _clear(self) -> None:
+        if not hasattr(self._model, "reset_iter_state"):
+            raise UsageError(
+                f"the last window failed half-way, and FSDP2 of torch {torch.__version__} cannot forget what it left (2.13 can): start again from your last checkpoint"
+            )
         self._model.reset_iter_state()
         for module in self._modules:
             # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp/_fully_shard/_fsdp_param.py: no public
@@ -240,14 +278,14 @@ def _sharded(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-_by_hand: WeakKeyDictionary[torch.nn.Module, Engine | None] = WeakKeyDictionary()
+@functools.lru_cache(maxsize=8)
+def _of_hand(model: torch.nn.Module) -> Engine | None:
+    return parallel(model, by_hand=True)
 
 
 def for_hand(model: torch.nn.Module, *, last: bool) -> AbstractContextManager[object]:
     """Around one forward and backward of a loop that is not ours: gradients cross in the window's last one."""
-    if model not in _by_hand:
-        _by_hand[model] = parallel(model, by_hand=True)
-    engine = _by_hand[model]
+    engine = _of_hand(model)
     if engine is None:
         return nullcontext()
     return engine.crossing() if last else engine.quiet()

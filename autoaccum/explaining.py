@@ -56,9 +56,12 @@ def over_ranks(fleet: Fleet) -> Iterator[str]:
             yield f"{ranks}, {curve.gpu}: cannot hold one sample"
             continue
         sizes = [size for size in fleet.sizes(first - 1, fleet.target) if size]
+        if not sizes:
+            yield f"{ranks}, {curve.gpu}: no share; {curve.most} is the most that fits"
+            continue
         took = curve.seconds(share)
         idle = 1 - took / slowest if slowest else 0.0
-        yield f"{ranks}, {curve.gpu}: {notation(sizes) or 'nothing'}, {in_short(took)} a window, idle {idle:.0%}; {curve.most} is the most that fits"
+        yield f"{ranks}, {curve.gpu}: {notation(sizes)}, {in_short(took)} a window, idle {idle:.0%}; {curve.most} is the most that fits"
     if len(rows) > 20:
         yield f"and {sum(count for _, count in rows[20:])} more ranks"
 

@@ -15,9 +15,10 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, groupby
+from itertools import accumulate
 from typing import Any
 
 from autoaccum.errors import NothingFits, PlanError
@@ -160,13 +161,14 @@ def solve(classes: Sequence[Class], samples: int, most: Sequence[int] | None = N
         safe = max(0, curve.within(seconds, samples))
         shares += [min(safe, allowed) for allowed in room[len(shares) : len(shares) + count]]
     curves = [curve for curve, count in classes for _ in range(count)]
-    waiting = [(curves[rank].seconds(share + 1), rank) for rank, share in enumerate(shares) if share < room[rank] and able[rank]]
+    # Of ranks that would finish at the same time, the one with the fewest samples.
+    waiting = [(curves[rank].seconds(share + 1), share, rank) for rank, share in enumerate(shares) if share < room[rank] and able[rank]]
     heapq.heapify(waiting)
     for _ in range(samples - sum(shares)):
-        _, rank = heapq.heappop(waiting)
-        shares[rank] += 1
-        if shares[rank] < room[rank]:
-            heapq.heappush(waiting, (curves[rank].seconds(shares[rank] + 1), rank))
+        _, share, rank = heapq.heappop(waiting)
+        shares[rank] = share + 1
+        if share + 1 < room[rank]:
+            heapq.heappush(waiting, (curves[rank].seconds(share + 2), share + 1, rank))
     return shares
 
 
@@ -210,11 +212,15 @@ def in_lockstep(classes: Sequence[Class], samples: int, micro_step_seconds: floa
     curves = [curve for curve, count in classes for _ in range(count)]
     best: tuple[float, int, list[int]] | None = None
     fewest = -(-samples // together)
+    steps_alone = [curve.step_seconds for curve in curves if isinstance(curve, Affine)]
+    rates = sum(1 / curve.sample_seconds if curve.sample_seconds else math.inf for curve in curves if isinstance(curve, Affine) and curve.most)
+    # A micro-step's overhead on the quickest rank, and what all samples take if no rank ever waits.
+    overhead, flowing = (min(steps_alone) + micro_step_seconds, samples / rates if rates else 0.0) if len(steps_alone) == len(curves) else (0.0, 0.0)
     quickest = min(curve.micro_seconds(1) for curve in curves if curve.most) + micro_step_seconds
     # More micro-steps than the fewest pay only where a smaller one is faster than its share of a larger one; each takes
-    # at least what one sample does where that is quickest. Two thousand more than the fewest are looked at, at most.
-    for steps in range(fewest, min(samples, fewest + 2000) + 1):
-        if best is not None and steps * quickest >= best[0]:
+    # at least what one sample does where that is quickest. At most so many more than the fewest are looked at.
+    for steps in range(fewest, min(samples, fewest + max(32, 40_000 // len(curves))) + 1):
+        if best is not None and max(steps * quickest, steps * overhead + flowing) >= best[0]:
             break
         size, larger = divmod(samples, steps)
         small = solve(singly, size, most=caps)
@@ -253,12 +259,14 @@ class Fleet:
     """The ranks of one job, in order, and how they share windows out. The same on every rank, so that all compute the same.
 
     shares: of a full window. lockstep: every rank runs the same number of micro-steps; steps: how many, in a full window.
+    pairs: no micro-batch of one sample, as far as a smaller window allows it.
     """
 
     curves: tuple[Affine, ...]
     shares: tuple[int, ...]
     lockstep: bool = False
-    steps: int | None = field(default=None)
+    steps: int | None = None
+    pairs: bool = False
 
     @classmethod
     def planned(cls, curves: Sequence[Affine], target: int, *, equal: bool = False, lockstep: bool = False, pairs: bool = False) -> Fleet:
@@ -268,13 +276,21 @@ class Fleet:
         """
         if equal:
             share = equal_share(target, len(curves))
-            size = _largest_divisor(share, min(curve.most for curve in curves))
-            return cls(tuple(curves), (share,) * len(curves), True, share // size)
+            size = _largest_divisor(share, min(curve.most for curve in curves), 2 if pairs else 1)
+            return cls(tuple(curves), (share,) * len(curves), True, share // size, pairs)
         if lockstep:
-            shares, steps = in_lockstep(classes(curves), target)
-            return cls(tuple(curves), tuple(shares), True, steps)
-        shares = solve(classes(curves), target)
-        return cls(tuple(curves), tuple(_in_pairs(curves, shares) if pairs else shares))
+            if none := [rank for rank, curve in enumerate(curves) if not curve.most]:
+                raise NothingFits(f"rank {none[0]} cannot hold one sample, and in lockstep every rank runs one: leave lockstep out, or that rank")
+            of, order = classes(curves)
+            shares, steps = in_lockstep(of, target)
+            found = cls(tuple(curves), tuple(_ranked(shares, order)), True, steps, pairs)
+            if pairs and any(min(found._cut(rank, found.shares)) < 2 for rank in range(len(curves))):
+                raise NothingFits(
+                    "a micro-batch of one sample is forbidden, and in lockstep some rank would run one: choose another target, or leave lockstep out"
+                )
+            return found
+        shares = _solved(curves, target)
+        return cls(tuple(curves), tuple(_in_pairs(curves, shares) if pairs else shares), pairs=pairs)
 
     @cached_property
     def target(self) -> int:
@@ -285,7 +301,11 @@ class Fleet:
         """Shares of a window of `samples`, none above the rank's share of a full one. Raises `PlanError` for more than a full window."""
         if samples == self.target:
             return self.shares
-        return tuple(solve(classes(self.curves), samples, most=self.shares))
+        shares = _solved(self.curves, samples, self.shares)
+        if self.pairs:
+            with suppress(NothingFits):  # then one is left alone, and the loop says what forbids it
+                shares = _in_pairs(self.curves, shares, self.shares)
+        return tuple(shares)
 
     def sizes(self, rank: int, samples: int) -> tuple[int, ...]:
         """This rank's micro-batches of a window of `samples` over all ranks; zeros are micro-steps it sits out."""
@@ -330,47 +350,70 @@ class Fleet:
 
     def as_dict(self) -> dict[str, Any]:
         told = [{name: getattr(curve, name) for name in ("gpu", "most", "step_seconds", "sample_seconds", "window_seconds")} for curve in self.curves]
-        return {"ranks": told, "shares": list(self.shares), "lockstep": self.lockstep, "steps": self.steps}
+        return {"ranks": told, "shares": list(self.shares), "lockstep": self.lockstep, "steps": self.steps, "pairs": self.pairs}
 
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> Fleet:
-        return cls(tuple(Affine(**each) for each in told["ranks"]), tuple(told["shares"]), told["lockstep"], told["steps"])
+        return cls(tuple(Affine(**each) for each in told["ranks"]), tuple(told["shares"]), told["lockstep"], told["steps"], told["pairs"])
 
 
-def _in_pairs(curves: Sequence[Affine], shares: list[int]) -> list[int]:
-    """The shares with single samples moved until no rank's micro-batches leave one alone."""
+def _in_pairs(curves: Sequence[Affine], shares: Sequence[int], most: Sequence[int] | None = None) -> list[int]:
+    """The shares with single samples moved until no rank's micro-batches leave one alone; none above `most`."""
+    moved = list(shares)
 
     def alone(rank: int, share: int) -> bool:
         return share > 0 and (curves[rank].most < 2 or min(curves[rank].sizes(share)) < 2)
 
-    while any(alone(rank, share) for rank, share in enumerate(shares)):
-        one = next(rank for rank, share in enumerate(shares) if alone(rank, share))
+    def allowed(rank: int, share: int) -> bool:
+        return share >= 0 and (most is None or share <= most[rank])
+
+    lonely = [rank for rank, share in enumerate(moved) if alone(rank, share)]
+    while lonely:
+        one = lonely.pop()
+        if not alone(one, moved[one]):
+            continue
         moves = [
-            (curves[other].seconds(shares[other] - by), other, by)
+            (curves[other].seconds(moved[other] - by), other, by)
             for by in (-1, 1)
-            for other in range(len(shares))
-            if other != one
-            and not alone(one, shares[one] + by)
-            and shares[other] >= by
-            and not (alone(other, shares[other] - by) and not alone(other, shares[other]))
+            if allowed(one, moved[one] + by) and not alone(one, moved[one] + by)
+            for other in range(len(moved))
+            if other != one and allowed(other, moved[other] - by) and not (alone(other, moved[other] - by) and not alone(other, moved[other]))
         ]
         if not moves:
-            raise NothingFits("a layer forbids a micro-batch of one sample, and the ranks cannot share the window out without one: choose another target")
+            raise NothingFits("a micro-batch of one sample is forbidden, and the ranks cannot share the window out without one: choose another target")
         _, other, by = min(moves)
-        shares[one] += by
-        shares[other] -= by
-    return shares
+        moved[one] += by
+        moved[other] -= by
+    return moved
 
 
-def classes(curves: Sequence[Affine]) -> list[Class]:
-    """Neighbours that are alike, counted."""
-    return [(curve, len(list(alike))) for curve, alike in groupby(curves)]
+def classes(curves: Sequence[Affine]) -> tuple[list[Class], list[list[int]]]:
+    """Ranks that are alike, counted; and which ranks those of each class are."""
+    ranks: dict[Affine, list[int]] = {}
+    for rank, curve in enumerate(curves):
+        ranks.setdefault(curve, []).append(rank)
+    return [(curve, len(alike)) for curve, alike in ranks.items()], list(ranks.values())
 
 
-def _largest_divisor(share: int, most: int) -> int:
-    if most < 1:
-        raise NothingFits("a rank cannot hold one sample, so no equal plan fits: leave equal out, and the others carry its part")
-    return next(size for size in range(min(share, most), 0, -1) if share % size == 0)
+def _ranked(shares: Sequence[int], order: Sequence[Sequence[int]]) -> list[int]:
+    """Shares in the order of classes, by rank."""
+    found = [0] * len(shares)
+    for rank, share in zip((rank for alike in order for rank in alike), shares):
+        found[rank] = share
+    return found
+
+
+def _solved(curves: Sequence[Affine], samples: int, most: Sequence[int] | None = None) -> list[int]:
+    of, order = classes(curves)
+    return _ranked(solve(of, samples, None if most is None else [most[rank] for alike in order for rank in alike]), order)
+
+
+def _largest_divisor(share: int, most: int, least: int) -> int:
+    found = next((size for size in range(min(share, most), least - 1, -1) if share % size == 0), None)
+    if found is None:
+        what = "one sample" if least == 1 else f"micro-batches of {least} that divide a share of {share}"
+        raise NothingFits(f"a rank cannot hold {what}, so no equal plan fits: leave equal out, and the others carry its part")
+    return found
 
 
 def fitted(timings: Iterable[tuple[int, int, float]]) -> tuple[float, float, float]:
@@ -396,6 +439,40 @@ def fitted(timings: Iterable[tuple[int, int, float]]) -> tuple[float, float, flo
             best = (error, len(kept), (whole[0], whole[1], whole[2]))
     assert best is not None  # one unknown alone is never negative
     return best[2]
+
+
+Timing = tuple[int, int, float]  # micro-steps, samples, seconds
+_ALIKE = 1.3  # ranks of one GPU model whose times differ by less are taken to differ by noise
+
+
+def alike(ranks: Sequence[tuple[str, int, Sequence[Timing]]]) -> list[Affine]:
+    """Every rank's curve from its GPU's name, its most, and its timings (none where it cannot hold a sample).
+
+    Ranks on the same model of GPU whose times are about the same get one curve through all their timings: else noise
+    between equal cards would become unequal shares.
+    """
+    found = [Affine(0, 0.0, 0.0, gpu=gpu) for gpu, _, _ in ranks]
+    groups: list[list[int]] = []
+    for rank, (gpu, most, timings) in enumerate(ranks):
+        if not most or not timings:
+            continue
+        for group in groups:
+            first_gpu, _, first = ranks[group[0]]
+            ratios = sorted(seconds / _seconds_of(fitted(first), steps, samples) for steps, samples, seconds in timings)
+            if gpu == first_gpu and ratios[0] > 1 / _ALIKE and ratios[-1] < _ALIKE:
+                group.append(rank)
+                break
+        else:
+            groups.append([rank])
+    for group in groups:
+        window, step, sample = fitted([timing for rank in group for timing in ranks[rank][2]])
+        for rank in group:
+            found[rank] = Affine(ranks[rank][1], step, sample, window, ranks[rank][0])
+    return found
+
+
+def _seconds_of(curve: tuple[float, float, float], steps: int, samples: int) -> float:
+    return max(curve[0] + curve[1] * steps + curve[2] * samples, 1e-9)
 
 
 def _least_squares(rows: list[list[float]]) -> list[float] | None:

@@ -187,7 +187,7 @@ def fleet(
     parameters: float | None = None,
     flops_per_sample: float | None = None,
     bytes_per_sample: float | None = None,
-    link: float | None = None,
+    link: float | str | None = None,
     dtype: str | None = None,
     headroom: int | str = "3%",
     max_micro_batch: int | None = None,
@@ -200,7 +200,7 @@ def fleet(
     gpus: `"2*a100-80gb,4*t4"`, ranks in that order. job: `"train.py:make_job"`, whose memory is simulated on each card; without one,
     fixed: bytes of weights, gradients and optimizer, and per_sample: bytes that each sample of a micro-batch adds.
     parameters: their number. flops_per_sample, bytes_per_sample: of forward and backward; without either, traffic is
-    taken as three times `per_sample`. link: bytes per second of the slowest link between ranks. dtype: of the arithmetic, "fp32", "tf32", "fp16"
+    taken as three times `per_sample`. link: bytes per second of the slowest link between ranks, or `"10GB"`. dtype: of the arithmetic, "fp32", "tf32", "fp16"
     or "bf16"; by default bf16 where all cards have it, else fp16. equal: the same on every rank. lockstep: the same number of micro-steps.
 
     Raises `UsageError` for an unknown card or a missing figure, `PlanError` for a target that `equal` cannot share out, and `NothingFits`
@@ -212,6 +212,10 @@ def fleet(
     world = sum(count for _, count in counted)
     if equal:
         equal_share(target_batch, world)
+    figures = {"parameters": parameters, "flops_per_sample": flops_per_sample, "bytes_per_sample": bytes_per_sample, "link": link}
+    for name, value in figures.items():
+        if value is not None and not isinstance(value, str) and not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{name} must be a number above 0, not {value!r}")
     by_hand = fixed is not None or per_sample is not None
     if by_hand and (job is not None or fixed is None or per_sample is None):
         raise UsageError("give either a JOB, or both of --fixed and --per-sample" if job is not None else "--fixed and --per-sample belong together: give both")
@@ -228,15 +232,17 @@ def fleet(
         parameters = work.parameters or work.fixed / _FIXED_PER_PARAMETER
         if not work.parameters:
             assumed.append(f"{parameters / 1e6:.0f} million parameters, {_FIXED_PER_PARAMETER} bytes of the fixed ones each (--parameters)")
+    if 2 * parameters > work.fixed:
+        raise UsageError(f"{parameters:.3g} parameters cannot lie in {in_words(work.fixed)} of fixed bytes, with two bytes each: give a larger --fixed")
     work = Work(work.fixed, work.per_sample, int(parameters), flops_per_sample, bytes_per_sample)
     if flops_per_sample is None and bytes_per_sample is None:
         assumed.append(f"times go as 1/bandwidth: a sample moves {_PER_KEPT_BYTE} times what it keeps (--flops-per-sample, --bytes-per-sample)")
     precision = _dtype(dtype, [card for card, _ in counted], flops_per_sample)
     cards = tuple(Card(card, count, size, _curves(card, size, work, precision)) for (card, count), size in zip(counted, most))
+    moves = _LINK_BYTES_PER_SECOND if link is None else float(parse_size(link)) if isinstance(link, str) else link
     if link is None:
-        link = _LINK_BYTES_PER_SECOND
-        assumed.append(f"the slowest link moves {link / 1e9:.0f} GB/s (--link)")
-    return _forecast(label, wish, cards, work, link, tuple(assumed), tuple(_notes(cards, precision, dtype)), started)
+        assumed.append(f"the slowest link moves {moves / 1e9:.0f} GB/s (--link)")
+    return _forecast(label, wish, cards, work, moves, tuple(assumed), tuple(_notes(cards, precision, dtype)), started)
 
 
 def _forecast(
@@ -268,7 +274,7 @@ def _forecast(
     all_fit = all(curve.most for curve, share in zip(found.curves, even) if share)
     split = max(curve.seconds(share) for curve, share in zip(found.curves, even)) + crossing(world) if all_fit else None
     step = None
-    if not wish.equal and any(card.most for card in cards):
+    if not wish.equal and all(card.most for card in cards):
         step = planned(1, lockstep=True).seconds() + crossing(world)
     return Forecast(
         label, target, found, cards, window, (ends[1] + crossing(world), ends[0] + crossing(world)), crossing(world), split, step, without, assumed, notes,
@@ -289,13 +295,18 @@ def _parsed(gpus: str | Sequence[str]) -> list[tuple[Profile, int]]:
     texts = gpus.split(",") if isinstance(gpus, str) else list(gpus)
     found = []
     for text in texts:
-        told = re.fullmatch(r"\s*(?:(\d+)\s*[*x×]\s*)?(\S.*?)\s*", text)
+        told = re.fullmatch(r"\s*(?:(-?[\d.]+)\s*[*x×]\s*)?(\S.*?)\s*", text)
         if told is None:
             raise UsageError(f"{text!r} in --gpus names no card: write for instance 2*a100-80gb,4*t4")
-        count = int(told[1] or 1)
-        if not count:
-            raise UsageError(f"{text.strip()!r} in --gpus: how many must be at least 1")
-        found.append((profiles.load(told[2]), count))
+        if told[1] is not None and (not told[1].isdigit() or not int(told[1])):
+            raise UsageError(f"{text.strip()!r} in --gpus: how many must be a whole number, at least 1")
+        try:
+            card = profiles.load(told[2])
+        except UsageError as unknown:
+            raise UsageError(str(unknown).partition("; or give a size")[0]) from None
+        if card.bandwidth is None:
+            raise UsageError(f"nobody says how fast {card.label} is, so it cannot be given a share: name a card (autoaccum profiles list)")
+        found.append((card, int(told[1] or 1)))
     return found
 
 
@@ -342,8 +353,7 @@ def _dtype(asked: str | None, cards: Sequence[Profile], flops: float | None) -> 
 
 
 def _curves(card: Profile, most: int, work: Work, dtype: str) -> tuple[Affine, Affine, Affine]:
-    if card.bandwidth is None:
-        raise UsageError(f"nobody says how fast the memory of {card.label} is: name a card with a data file (autoaccum profiles list)")
+    assert card.bandwidth is not None  # `_parsed` refuses others
     bandwidth = float(card.bandwidth.value)
     moved = work.bytes_per_sample if work.bytes_per_sample is not None else 0.0 if work.flops_per_sample is not None else _PER_KEPT_BYTE * work.per_sample
     made = []
@@ -375,7 +385,7 @@ _TABLE = (("gpu", 18), ("ranks", 7), ("share", 7), ("micro-batches", 22), ("most
 def _lines(told: Forecast) -> Iterator[str]:
     fleet = told.fleet
     where = f" of {told.job}" if told.job != "by hand" else ""
-    yield f"{told.target_batch} samples a step{where} over {len(fleet.shares)} ranks; times are estimates"
+    yield f"{told.target_batch} samples a step{where} over {len(fleet.shares)} rank{'s' if len(fleet.shares) > 1 else ''}; times are estimates"
     yield "".join(f"{title:<{width}}" for title, width in _TABLE).rstrip()
     slowest, first = fleet.seconds(), 0
     for card in told.cards:
@@ -400,14 +410,16 @@ def _lines(told: Forecast) -> Iterator[str]:
     yield f"window {in_short(told.window_seconds)} ({in_short(low)} to {in_short(high)}), of it all-reduce {in_short(told.link_seconds)}: {per_second:.0f} samples a second"
     if told.equal_split_seconds is None:
         yield "an even split does not fit: a card that would have to hold a sample cannot"
-    elif not math.isclose(told.equal_split_seconds, told.window_seconds):
+    elif len(set(fleet.shares)) > 1 and not math.isclose(told.equal_split_seconds, told.window_seconds):
         yield f"an even split would take {in_short(told.equal_split_seconds)}, {told.equal_split_seconds / told.window_seconds:.2f} times as long"
-    if told.lockstep_seconds is not None and not fleet.lockstep:
+    if told.lockstep_seconds is not None and not fleet.lockstep and len(fleet.shares) > 1:
         yield f"with the same number of micro-steps on every rank (sharded parameters): {in_short(told.lockstep_seconds)}"
     for name, seconds in told.without.items():
         if seconds is None:
             continue
         gain = seconds / told.window_seconds
-        yield f"without {name}: {in_short(seconds)}, " + (f"so keeping it gives {gain:.2f} times the speed" if gain > 1.005 else "no slower: leave it out")
+        yield f"without {name}: {in_short(seconds)}, " + (
+            f"so keeping it gives {gain:.2f} times the speed" if gain > 1.005 else "faster: leave it out" if gain < 0.995 else "no slower: leave it out"
+        )
     yield from (f"note: {note}" for note in told.notes)
     yield from (f"assumed: {each}" for each in told.assumed)

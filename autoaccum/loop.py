@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
-from autoaccum import devices, engines, ranks, window
+from autoaccum import devices, engines, oom, ranks, window
 from autoaccum.engines import Engine
 from autoaccum.errors import PlanError, UsageError, noted
 from autoaccum.job import Job, fingerprint, in_turn
@@ -18,7 +18,7 @@ from autoaccum.plan import Plan, micro_batches
 from autoaccum.reading import Say
 from autoaccum.regrouping import Cut, Window, counted
 from autoaccum.rescue import Rescued, Rescuer
-from autoaccum.running_stats import RunningStats
+from autoaccum.running_stats import RunningStats, batch_norms
 from autoaccum.sync import Announced, Crossing, Team, Void
 
 Loss = Callable[[Any, Any], Any]
@@ -204,8 +204,10 @@ class Accumulator:
                 return StepResult(*self._rescuer.run(part, cuts, run, crossing))
             except Void as void:
                 self._team.ran_out(void.out)
-            except Exception:
+            except Exception as error:
                 crossing.failed()  # or they would wait for this rank's vote
+                if crossing.crossed and isinstance(error, RuntimeError) and oom.is_lost_rank(error):
+                    raise self._team.ranks.lost(error, "carrying gradients across") from error
                 raise
 
     def _ranks(self, on_oom: str, careful_windows: int | None, timeout_s: float) -> tuple[list[Engine | None], Team | None]:
@@ -215,12 +217,10 @@ class Accumulator:
             raise UsageError(f"careful_windows must be a number of windows, at least 0, or None for all, not {careful_windows!r}")
         if fleet is None:
             # A plan of one rank, whose model may still be wrapped, in a world of one.
-            if any(
-                isinstance(each.model, torch.nn.parallel.DistributedDataParallel) and dist.get_world_size(each.model.process_group) > 1 for each in self._jobs
-            ):
-                raise PlanError(
-                    "the model is in DistributedDataParallel over several ranks, and the plan is for one: every rank calls autoaccum.tune under torchrun"
-                )
+            for each in self._jobs:
+                wrapped = engines.parallel(each.model) if dist.is_available() and dist.is_initialized() else None
+                if wrapped is not None and dist.get_world_size(wrapped.group) > 1:
+                    raise PlanError("the model's gradients cross several ranks, and the plan is for one: every rank calls autoaccum.tune under torchrun")
             return [None] * len(self._jobs), None
         found = [engines.parallel(each.model, lockstep=fleet.lockstep) for each in self._jobs]
         for job, engine in zip(self._jobs, found):
@@ -243,7 +243,13 @@ class Accumulator:
         world.same("on_oom", on_oom)
         world.same("the plan's shares", (fleet.shares, fleet.lockstep, fleet.steps))
         world.same("the model, its optimizer and its settings", fingerprint(self._jobs))
-        return list(found), Team(world, fleet, careful_windows)
+        if not fleet.shares[0] and any(batch_norms(each.model) for each in self._jobs) and isinstance(found[0], engines.Ddp):
+            raise UsageError(
+                "rank 0 has no share, and DistributedDataParallel takes BatchNorm's statistics from rank 0, which would never move: "
+                "start a card that has a share as rank 0"
+            )
+        in_step = any(engine is not None and engine.in_step for engine in found)
+        return list(found), Team(world, fleet, careful_windows, in_step=in_step)
 
     def _check(self, samples: int) -> None:
         share = self._plan.share
@@ -285,8 +291,6 @@ def _filled_up(attempt: Callable[..., window.Ran], steps: int, whole: Window, cu
     """Where forward communicates, a rank with fewer micro-batches than others runs one sample again, of no weight."""
     held = list(cut)
     if len(held) < steps:
-        if not whole.parts:
-            raise PlanError("this rank has no sample to run while the others meet in forward: loop over plan.windows(loader) with plan.batch_sampler(dataset)")
         stand_in = Window(whole.parts[:1], [max(whole.sizes[0], 1)], whole.split, told=whole.told).between(0, 1).parts[0]
         held += [(stand_in, 0)] * (steps - len(held))
     return attempt(held, **given)

@@ -133,3 +133,12 @@ def _alone(error: BaseException) -> Verdict:
         if re.search(pattern, text, re.MULTILINE):
             return word
     return "not"
+
+
+# Gloo's and NCCL's words for a collective that other ranks did not come to: gloo/transport/tcp (pair.cc, unbound_buffer.cc), ProcessGroupNCCL.cpp.
+_LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Read error", "NCCL communicator was aborted", "watchdog")
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank was not there."""
+    return any(words in str(error) for words in _LOST_RANK)

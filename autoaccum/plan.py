@@ -178,7 +178,7 @@ class Plan:
         from autoaccum.regrouping import Window
 
         whole = batch if isinstance(batch, Window) else Window.of([batch])
-        if whole.samples > self.share and self.share:
+        if whole.samples > max(self.share, 1):
             raise PlanError(
                 f"a batch of {whole.samples} samples is more than this plan's {self.share} for one step: loop over plan.windows(loader), "
                 f"or DataLoader(batch_size={self.share})"

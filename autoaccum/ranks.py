@@ -6,6 +6,7 @@ when they time out. So ranks agree on the host.
 
 from __future__ import annotations
 
+import pickle
 import socket
 import time
 from collections.abc import Sequence
@@ -63,7 +64,10 @@ class Ranks:
         self._lost = False
         whole = len(self.members) == dist.get_world_size()
         # Groups of their own, so that no collective of the job can be mistaken for one of ours.
-        self._group = dist.new_group(list(self.members), timedelta(seconds=timeout_s), "gloo", use_local_synchronization=not whole)
+        try:
+            self._group = dist.new_group(list(self.members), timedelta(seconds=timeout_s), "gloo", use_local_synchronization=not whole)
+        except RuntimeError as error:
+            raise self.lost(error, "meeting the others") from error
 
     def table(self, row: Sequence[float], what: str) -> list[list[float]]:
         """Every rank's row of figures, by rank. what: the ranks are doing, for the message if one is missing."""
@@ -74,15 +78,22 @@ class Ranks:
 
     def gathered(self, told: Told, what: str) -> list[Told]:
         """What every rank told, by rank."""
-        found: list[Any] = [None] * self.world_size
-        self._meet(lambda: dist.all_gather_object(found, told, group=self._group), what)
-        return found
+        own = pickle.dumps(told)
+        sizes = [int(row[0]) for row in self.table([len(own)], what)]
+        # Not `all_gather_object`, which needs NumPy.
+        buffers = [bytearray(max(sizes)) for _ in sizes]
+        mine = bytearray(max(sizes))
+        mine[: len(own)] = own
+        self._meet(lambda: dist.all_gather([_shared(each) for each in buffers], _shared(mine), group=self._group), what)
+        return [pickle.loads(buffer[:size]) for buffer, size in zip(buffers, sizes)]
 
     def handed(self, told: Told, source: int, what: str) -> Told:
-        """What rank `source` told."""
-        found: list[Any] = [told]
-        self._meet(lambda: dist.broadcast_object_list(found, self.members[source], group=self._group, device=torch.device("cpu")), what)
-        return found[0]  # type: ignore[no-any-return]
+        """What rank `source` told; what the others give is not looked at."""
+        own = pickle.dumps(told) if self.rank == source else b""
+        buffer = bytearray(int(self.table([len(own)], what)[source][0]))
+        buffer[: len(own)] = own
+        self._meet(lambda: dist.broadcast(_shared(buffer), self.members[source], group=self._group), what)
+        return pickle.loads(buffer)  # type: ignore[no-any-return]
 
     def same(self, what: str, told: Told) -> Told:
         """`told`, where all ranks told the same. Raises `RanksDisagree` that names those which did not."""
@@ -101,13 +112,17 @@ class Ranks:
         try:
             collective()
         except RuntimeError as error:
-            self._lost = True
-            missing = self._missing()
-            who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}" if missing else "a rank"
-            raise RanksDisagree(
-                f"{who} did not come while rank {self.rank} was {what}: it ended, or did something else for {self.timeout_s:.0f} s; "
-                f"its own output says why ({str(error).strip().splitlines()[0][:160]})"
-            ) from error
+            raise self.lost(error, what) from error
+
+    def lost(self, error: RuntimeError, what: str) -> RanksDisagree:
+        """What to raise for a collective that failed with `error`: it names who is missing, as far as that can be found out."""
+        self._lost = True
+        missing = self._missing()
+        who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}" if missing else "a rank"
+        return RanksDisagree(
+            f"{who} did not come while rank {self.rank} was {what}: it ended, or did something else for too long; "
+            f"its own output says why ({str(error).strip().splitlines()[0][:160]})"
+        )
 
     def _missing(self) -> list[int]:
         """Who does not answer the store either, asked by all who are still there; nobody where the store is gone, too."""
@@ -121,6 +136,11 @@ class Ranks:
                 time.sleep(0.05)
             return waiting
         return []
+
+
+def _shared(buffer: bytearray) -> torch.Tensor:
+    """A tensor of the same memory."""
+    return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
 def host() -> str:

@@ -20,6 +20,7 @@ import torch.distributed as dist
 from autoaccum import batches
 from autoaccum.engines import Engine
 from autoaccum.errors import PlanError, RanksDisagree
+from autoaccum.explaining import listed
 from autoaccum.fleets import Fleet
 from autoaccum.ranks import Ranks
 from autoaccum.regrouping import Window
@@ -53,10 +54,11 @@ class Announced:
 class Team:
     """The ranks that train together, window by window, each calling at the same moment.
 
-    careful_windows: how many windows, at first and after trouble, are voted on; None for all.
+    careful_windows: how many windows, at first and after trouble, are voted on; None for all. in_step: whether forward communicates.
     """
 
-    def __init__(self, ranks: Ranks, fleet: Fleet, careful_windows: int | None) -> None:
+    def __init__(self, ranks: Ranks, fleet: Fleet, careful_windows: int | None, *, in_step: bool) -> None:
+        self._in_step = in_step
         self.ranks, self._fleet, self._careful_windows = ranks, fleet, careful_windows
         self._careful_left = careful_windows or 0
         self.lockstep = fleet.lockstep
@@ -65,21 +67,34 @@ class Team:
 
     def announce(self, whole: Window, counts: Sequence[Callable[[Any], Any] | None]) -> Announced:
         """What all ranks bring to this window. counts: each job's. Raises `PlanError` on every rank where the plan and the loaders do not agree."""
+        failure: Exception | None = None
         parts = [(part, size) for part, size in zip(whole.parts, whole.sizes) if size]
         larger = max((batches.nbytes(part) / size for part, size in parts), default=0.0)
         careful = self._careful_windows is None or self._careful_left > 0 or larger > self._largest_sample
         self._largest_sample = max(larger, self._largest_sample)
-        counted = [0.0 if count is None else sum(float(count(part)) for part, _ in parts) for count in counts]
-        table = self.ranks.table([whole.samples, careful, *counted], "announcing a window")
+        counted = [0.0] * len(counts)
+        try:
+            counted = [0.0 if count is None else sum(float(count(part)) for part, _ in parts) for count in counts]
+        except Exception as error:  # the others are told before it is raised
+            failure = error
+        table = self.ranks.table([whole.samples, careful, bool(whole.parts), failure is not None, *counted], "announcing a window")
+        if failure is not None:
+            raise failure
+        if failed := [rank for rank, row in enumerate(table) if row[3]]:
+            raise RanksDisagree(f"{listed(failed)} failed in counting this window, so no rank steps: its own output says why")
         held = tuple(int(row[0]) for row in table)
-        totals = tuple(None if count is None else sum(row[2 + at] for row in table) for at, count in enumerate(counts))
-        self._check(found := Announced(held, totals, any(row[1] for row in table)))
+        totals = tuple(None if count is None else sum(row[4 + at] for row in table) for at, count in enumerate(counts))
+        self._check(found := Announced(held, totals, any(row[1] for row in table)), [rank for rank, row in enumerate(table) if not row[2]])
         return found
 
-    def _check(self, found: Announced) -> None:
+    def _check(self, found: Announced, without: Sequence[int]) -> None:
         shares, target = self._fleet.shares, self._fleet.target
         if not found.samples:
             raise PlanError("a window of no samples: give a batch with at least one")
+        if self._in_step and without:
+            raise PlanError(
+                f"{listed(without)} has no sample to run while the others meet in forward: loop over plan.windows(loader) with plan.batch_sampler(dataset)"
+            )
         for rank, (held, share) in enumerate(zip(found.held, shares)):
             if held > share and rank not in self.out:
                 raise PlanError(
@@ -123,9 +138,7 @@ class Team:
         self.out = tuple(sorted({*self.out, *out}))
         if len(self.out) == self.ranks.world_size:
             raise RanksDisagree("no rank is left that can hold one sample: start again with a plan that is tuned anew")
-        log.warning(
-            "rank %s cannot hold one sample any more: the others run its samples, and it still steps; tune again when you can", ", ".join(map(str, out))
-        )
+        log.warning("%s cannot hold one sample any more: the others run its samples, and it still steps; tune again when you can", listed(out))
         self.trouble()
 
     def trouble(self) -> None:
@@ -149,11 +162,12 @@ class Crossing:
 
     def __init__(self, engine: Engine, ranks: Ranks, announced: Announced, out: Sequence[int] = (), job: int = 0) -> None:
         self._engine, self._ranks = engine, ranks
-        empty = bool(out) or 0 in announced.held
-        # Where forward communicates no rank can run anything again alone, and a vote would be for nothing.
-        self._careful = not engine.in_step and (announced.careful or (engine.pulses_apart and empty))
         self.samples, self.count, self.averaged = announced.samples, announced.counts[job], engine.averages_over
-        self.crossed = False
+        # A rank without a sample, or whose last micro-batch counts nothing, has no backward for gradients to cross in.
+        apart = engine.pulses_apart and (bool(out) or 0 in announced.held or self.count is not None)
+        # Where forward communicates no rank can run anything again alone, and a vote would be for nothing.
+        self._careful = not engine.in_step and (announced.careful or apart)
+        self.crossed = self._voted = False
 
     @property
     def in_step(self) -> bool:
@@ -195,9 +209,14 @@ class Crossing:
         last = (len(pieces) if isinstance(pieces, Sized) else sum(1 for _ in pieces)) - 1
         return -1 if counted and not counted[-1] and not self.in_step else last  # what counts nothing has no backward
 
-    def settle(self) -> None:
-        """Called after the last backward; the gradient of all ranks is in `.grad` afterwards. Raises `Void`, and `RanksDisagree` where a rank failed."""
+    def settle(self, backwards: int) -> None:
+        """Called after the last of so many backwards; the gradient of all ranks is in `.grad` afterwards.
+
+        Raises `Void`, `RanksDisagree` where a rank failed, and `UsageError` where a later window could not cross.
+        """
         if self._careful:
+            if backwards:
+                self._engine.check()
             self.vote(DONE)
         if not self.crossed:
             self.crossed = True
@@ -209,7 +228,7 @@ class Crossing:
         votes = [int(row[0]) for row in self._ranks.table([mine], "voting on a window")]
         failed = [rank for rank, each in enumerate(votes) if each == FAILED]
         if failed:
-            raise RanksDisagree(f"rank {', '.join(map(str, failed))} failed in this window, so no rank steps: its own output says why")
+            raise RanksDisagree(f"{listed(failed)} failed in this window, so no rank steps: its own output says why")
         out = [rank for rank, each in enumerate(votes) if each == CANNOT]
         if out or AGAIN in votes:
             raise Void(out)

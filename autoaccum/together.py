@@ -15,7 +15,7 @@ from typing import TypeVar
 from autoaccum import explaining, refusing, search
 from autoaccum.devices.base import Budget
 from autoaccum.errors import NothingFits, RanksDisagree
-from autoaccum.fleets import Affine, Fleet, equal_share, fitted
+from autoaccum.fleets import Fleet, Timing, alike, equal_share
 from autoaccum.line import Teller, Wish, planned
 from autoaccum.plan import Plan
 from autoaccum.ranks import Ranks, host
@@ -23,6 +23,7 @@ from autoaccum.reading import Limits, Reading, Rehearser
 from autoaccum.units import in_words
 
 Made = TypeVar("Made")
+_SOON_S = 0.5
 
 
 def limits(wish: Wish, ranks: Ranks, device: tuple[str, str | None, int | None], *, buckets: bool) -> tuple[Limits, tuple[str, ...]]:
@@ -55,13 +56,17 @@ def found_together(rehearsal: Rehearser, wish: Wish, tell: Teller, label: str, r
         equal_share(target, ranks.world_size)  # before anything is rehearsed
     first_budget = _with_all(ranks, "reading its memory", rehearsal.budget)
     most, refused = _with_all(ranks, "looking for its largest micro-batch", lambda: _most(rehearsal, wish, tell, first_budget, smallest))
-    curve = _timed(ranks, rehearsal, tell, most, subject.device.name)
+    most, timings = _timed(ranks, rehearsal, tell, most, smallest)
     budget, confirmed = first_budget, {}
     while True:
-        curves = ranks.gathered(curve, "planning")
+        curves = alike(ranks.gathered((subject.device.name, most, timings), "planning"))
         if not any(each.most for each in curves):
             raise _nothing_fits(refused, budget, tell)
-        fleet = Fleet.planned(curves, target, equal=wish.equal, lockstep=wish.lockstep, pairs=smallest > 1)
+        try:
+            fleet = Fleet.planned(curves, target, equal=wish.equal, lockstep=wish.lockstep, pairs=smallest > 1)
+        except NothingFits as nothing:
+            named = f"BatchNorm layer {subject.batch_norms[0]!r}: " if subject.batch_norms else ""
+            raise NothingFits(f"{named}{nothing}", budget_bytes=budget.budget_bytes, trials=tell.tried) from None
         sizes = tuple(size for size in fleet.sizes(ranks.rank, target) if size)
         if sizes and sizes not in confirmed:
             budget, confirmed[sizes] = _with_all(ranks, "confirming its part", partial(_confirmed, rehearsal, tell, sizes))
@@ -73,11 +78,11 @@ def found_together(rehearsal: Rehearser, wish: Wish, tell: Teller, label: str, r
         if not fits:
             tell.refused[sizes[0]] = refused = confirmed[sizes]
             below = [size for size in _worth_trying(target, wish, smallest) if size < sizes[0]]
-            curve = replace(curve, most=max(below, default=0))
+            most = max(below, default=0)
     seconds = confirmed[sizes].window_seconds if sizes else None
     slowest = max(row[0] for row in ranks.table([seconds or 0.0], "comparing speeds"))
     said = [*remarked, *_said(fleet), *explaining.drift(first_budget, budget)]
-    found = search.Found(max(sizes, default=0), len(sizes), curve.most, None)
+    found = search.Found(max(sizes, default=0), len(sizes), most, None)
     own = _with_all(
         ranks,
         "writing its plan",
@@ -146,23 +151,23 @@ def _most(rehearsal: Rehearser, wish: Wish, tell: Teller, budget: Budget, smalle
     return found.micro_batch, min((each for each in tell.tried if not each.fits), key=lambda each: each.micro_batch, default=None)
 
 
-def _timed(ranks: Ranks, rehearsal: Rehearser, tell: Teller, most: int, gpu: str) -> Affine:
-    """How long this rank takes, fitted to windows that all ranks run at the same moments, as they will train."""
-    half = max(most // 2, 1)
-    timings = []
-    for sizes in ((most,) * 2, (half,) * 2, (half,) * 4, (most,) * 2):
-        timed = partial(tell.measured, rehearsal, sizes, full=True) if most else _nothing
-        reading = _with_all(ranks, "timing itself", timed)
+def _timed(ranks: Ranks, rehearsal: Rehearser, tell: Teller, most: int, smallest: int) -> tuple[int, tuple[Timing, ...]]:
+    """How long windows of this rank take, run by all ranks at the same moments, as they will train; and the most, if it turned out to be less."""
+    half = max(most // 2, smallest)
+    least: dict[tuple[int, ...], float] = {}
+    quick = True
+    # What is over soon is measured three times: of times that vary, the least is the nearest to the rank's own.
+    for sizes in (*((most,) * 2, (half,) * 2, (half,) * 4, (most,) * 2), *(((most,) * 2, (half,) * 2, (half,) * 4) * 2)):
+        wanted = most and max(sizes) <= most and (sizes not in least or quick or sizes == (most,) * 2)
+        reading = _with_all(ranks, "timing itself", partial(tell.measured, rehearsal, sizes, full=True) if wanted else _nothing)
         if reading is None:
             continue
         if reading.fits and reading.window_seconds:
-            timings.append((len(sizes), sum(sizes), reading.window_seconds))
+            least[sizes] = min(reading.window_seconds, least.get(sizes, reading.window_seconds))
+            quick = quick and reading.window_seconds < _SOON_S
         elif sizes[0] == most:
             most = half if half < most else 0  # twice in a row it did not fit
-    if not most or not timings:
-        return Affine(0, 0.0, 0.0, gpu=gpu)
-    window, step, sample = fitted(timings)
-    return Affine(most, step, sample, window, gpu)
+    return most, tuple((len(sizes), sum(sizes), seconds) for sizes, seconds in least.items() if max(sizes) <= most)
 
 
 def _confirmed(rehearsal: Rehearser, tell: Teller, sizes: tuple[int, ...]) -> tuple[Budget, Reading]:
@@ -184,6 +189,8 @@ def _said(fleet: Fleet) -> list[str]:
     said = []
     if out:
         said.append(f"{explaining.listed(out)} cannot hold one sample: no share there, and the others carry all")
-    if idle:
-        said.append(f"{explaining.listed(idle)} would only slow the job down: no share there; without it the job is no slower")
+    if idle and fleet.target < len(fleet.shares):
+        said.append(f"{fleet.target} samples are fewer than the {len(fleet.shares)} ranks: no share for {explaining.listed(idle)}")
+    elif idle:
+        said.append(f"{explaining.listed(idle)} would only slow the job down, and no share is there: leave {'it' if len(idle) == 1 else 'them'} out")
     return said

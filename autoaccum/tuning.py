@@ -86,7 +86,7 @@ def tune(
         with trial.rehearsal(rehearsed, where, wish.limits, enforce=enforce, say=tell.phase) as rehearsal:
             found = found_for(rehearsal, wish, tell, "in place", idle)
     else:
-        alone = tuple(_without_engine(each, wish) for each in rehearsed)
+        alone = tuple(_without_engine(each) for each in rehearsed)
         facts = where.facts
         limits, shared = together.limits(wish, others, (facts.kind, facts.uuid, facts.index), buckets=alone[0].model is rehearsed[0].model)
         with trial.rehearsal(alone, where, limits, enforce=enforce, say=tell.phase) as rehearsal:
@@ -249,18 +249,22 @@ def _known(given: dict[str, Any], verb: Callable[..., Any]) -> None:
 
 def _group(jobs: Sequence[Job]) -> Any:
     """The ranks that a model's engine carries gradients across; None for all there are."""
-    return getattr(jobs[0].model, "process_group", None)
+    from autoaccum import engines
+
+    return engines.group_of(jobs[0].model)
 
 
-def _without_engine(job: Job, wish: Wish) -> Job:
+def _without_engine(job: Job) -> Job:
     """The job as one rank can rehearse it, without communication. Raises `UsageError` for a model that cannot run so."""
     from autoaccum import engines
 
     engine = engines.parallel(job.model)
     if isinstance(engine, engines.Fsdp2):
         raise UsageError("a sharded model cannot be rehearsed by one rank alone: call tune() before fully_shard(model), on every rank")
-    if (synced := engines.synced_norms(job.model)) and not (wish.equal or wish.lockstep):
-        raise UsageError(f"SyncBatchNorm ({synced[0]}) communicates in forward, so every rank must run as many micro-steps: equal=True, or lockstep=True")
+    if synced := engines.synced_norms(job.model):
+        raise UsageError(
+            f"SyncBatchNorm ({synced[0]}) communicates in forward, so one rank alone cannot rehearse it: call tune(..., equal=True) before convert_sync_batchnorm"
+        )
     return replace(job, model=engines.unwrapped(job.model))
 
 

@@ -150,6 +150,7 @@ def gradients(
         crossing.gather()
     terms: list[torch.Tensor] = []
     counts: list[torch.Tensor | float] = []
+    backwards = 0
     index, crosses = -1, -1 if crossing is None else crossing.crosses_at(pieces, counted)
     for piece, size in feeding.feed(pieces, device):
         index += 1
@@ -172,6 +173,7 @@ def gradients(
                     term.nan_to_num().backward()
                 term = torch.zeros_like(term)
             else:
+                backwards += 1
                 (term if scaler is None else scaler.scale(term)).backward()
         terms.append(term.detach())
         if count is not None:
@@ -179,7 +181,7 @@ def gradients(
         del returned, term, batch, piece  # no graph and no activation outlives its micro-batch
     if crossing is not None:
         say("sync", max(index, 0))
-        crossing.settle()
+        crossing.settle(backwards)
         total, total_count = crossing.totals(Terms(terms, None).sum() if terms else None, counts, device)
         # What crossed is divided by the window's samples; so is the loss.
         factor = None if total_count is None else weighting.late_factor([total_count], crossing.samples)

@@ -3,6 +3,7 @@
 python -m tests.ranked WORLD PROGRAM ARGUMENTS-AS-JSON
 """
 
+import itertools
 import json
 import os
 import resource
@@ -364,9 +365,112 @@ def limited(engine, where, careful, keeps_mib, windows=6):
     return {"difference": difference(net, reference), "rescued": rescued, "micro_batches": micro}
 
 
-def ends_early(rank_that_dies, how):
-    """In the third window one rank ends, fails, or stays away."""
+def running_out(engine, shares, most, calls, careful=3, optimizer="sgd", windows=4):
+    """Ranks run out of memory in the given calls of the loss, counted from 0; tells what was rescued and the difference to one process."""
+    rank, world = meet(30)
+    data, net, mine, seen = texts(), words(), calls.get(str(rank), []), itertools.count()
+    model = wrapped(net, engine, world)
+    plan = fleet_plan(rank, world, shares, most)
+
+    def made(parameters):
+        return torch.optim.LBFGS(parameters, lr=0.1, max_iter=4) if optimizer == "lbfgs" else torch.optim.SGD(parameters, lr=0.5, momentum=0.9)
+
+    def loss(model, batch):
+        if next(seen) in mine:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return summed(model, batch)
+
+    loop = autoaccum.Accumulator(model, made(net.parameters()), plan, careful_windows=careful, rank_timeout_s=20)
+    results = []
+    for at, window in enumerate(plan.windows(DataLoader(data, batch_sampler=plan.batch_sampler(data, shuffle=False)))):
+        if at == windows:
+            break
+        results.append(loop.step(window, loss))
+    reference, _, _ = one_process(data, list(range(400)), sum(shares), summed, windows=windows)
+    return {"difference": difference(net, reference), "rescued": [bool(each.rescued) for each in results], "steps": [each.micro_batches for each in results]}
+
+
+def counting_nothing(engine, careful, steps):
+    """The last micro-batch of the last rank holds no label at all, and the mean over none is nan."""
+    rank, world = meet(30)
+    data, net = texts(240), words()
+    data.tensors[1][236:240] = -100
+    model = wrapped(net, engine, world)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    plan = fleet_plan(rank, world, [70, 35, 15], [35, 35, 4], lockstep=steps is not None, steps=steps)
+    loop = autoaccum.Accumulator(model, optimizer, plan, careful_windows=careful, count=labels_of, rank_timeout_s=20)
+    for window in plan.windows(DataLoader(data, batch_sampler=plan.batch_sampler(data, shuffle=False))):
+        loop.step(window, mean_of_labels)
+    reference, _, _ = one_process(data, list(range(240)), 120, mean_of_labels)
+    return difference(net, reference)
+
+
+def after_a_failure(engine, careful):
+    """Every rank's loss fails in the middle of a window, that is caught, and the next window is trained on."""
+    rank, world = meet(30)
+    data, net, seen = texts(), words(), itertools.count()
+    model = wrapped(net, engine, world)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    plan = fleet_plan(rank, world, [20, 20, 20], [5, 5, 5])
+    loop = autoaccum.Accumulator(model, optimizer, plan, careful_windows=careful, rank_timeout_s=20)
+
+    def fails(model, batch):
+        if next(seen) == 2:
+            raise ValueError("a mistake")
+        return summed(model, batch)
+
+    try:
+        loop.step(data[20 * rank : 20 * rank + 20], fails)
+    except ValueError:
+        loop.step(data[60 + 20 * rank : 80 + 20 * rank], summed)
+    reference, _, _ = one_process(data, list(range(60, 120)), 60, summed)
+    return difference(net, reference)
+
+
+def by_hand_and_ours():
+    """Gradients of a loop by hand before and after an Accumulator of the same sharded model has trained."""
     rank, world = meet()
+    data, net = texts(), words()
+    model = wrapped(net, "fsdp2", world)
+    plan, found = fleet_plan(rank, world, [20, 20, 20], [5, 5, 5]), []
+    loop = autoaccum.Accumulator(model, torch.optim.SGD(net.parameters(), lr=0.0), plan, rank_timeout_s=30)
+    mine = data[20 * rank : 20 * rank + 20]
+    for _ in range(2):
+        for micro in plan.split(mine, labels_of):
+            with micro.sync(model):
+                (mean_of_labels(model, micro.batch) * micro.weight).backward()
+        found.append([whole(each.grad) for each in net.parameters()])
+        model.zero_grad()
+        loop.step(mine, summed)
+    return max(float((one - other).abs().max()) for one, other in zip(*found))
+
+
+def never_used():
+    """A part of the model that no sample touches, under DDP that does not look for such."""
+    rank, world = meet(30)
+    data, net = texts(), words()
+    net.extra = nn.Linear(4, 4).double()
+    model = wrapped(net, "ddp", world)
+    plan = fleet_plan(rank, world, [20, 20, 20], [5, 5, 5])
+    loop = autoaccum.Accumulator(model, torch.optim.AdamW(net.parameters()), plan, rank_timeout_s=20)
+    loop.step(data[20 * rank : 20 * rank + 20], summed)
+
+
+def tuned_with_batch_norm(target, most, settings):
+    meet(60)
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 16), nn.BatchNorm1d(16), nn.Linear(16, 1))
+    data = (torch.randn(64, 8), torch.randn(64, 1))
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    plan = autoaccum.tune(
+        net, optimizer, lambda model, batch: F.mse_loss(model(batch[0]), batch[1]), data, target_batch=target, max_micro_batch=most, **settings
+    )
+    return [plan.shares, plan.micro_batches, [plan.fleet.cuts(tail) for tail in range(2, target)]]
+
+
+def ends_early(rank_that_dies, how, careful):
+    """In the third window one rank ends, fails, or stays away."""
+    rank, world = meet(15)
     data, net = texts(), words()
     model = wrapped(net, "ddp", world)
     plan = fleet_plan(rank, world, [35, 17, 8], [20, 17, 3])
@@ -378,7 +482,7 @@ def ends_early(rank_that_dies, how):
             raise ValueError("the data is corrupt")
         return summed(model, batch)
 
-    loop = autoaccum.Accumulator(model, torch.optim.SGD(net.parameters(), lr=0.1), plan, careful_windows=None, rank_timeout_s=4)
+    loop = autoaccum.Accumulator(model, torch.optim.SGD(net.parameters(), lr=0.1), plan, careful_windows=careful, rank_timeout_s=4)
     started = time.monotonic()
     try:
         for at, window in enumerate(plan.windows(DataLoader(data, batch_sampler=plan.batch_sampler(data)))):
@@ -477,6 +581,7 @@ def refusals():
     noted("data parallel", lambda: loop(nn.DataParallel(words())))
     noted("a part wrapped", lambda: loop(nn.Sequential(DistributedDataParallel(words()), nn.Linear(31, 31).double())))
     noted("a plan of one", lambda: loop(DistributedDataParallel(words()), by_hand(None, 60, 20)))
+    noted("a plan of one, sharded", lambda: loop(wrapped(words(), "fsdp2", world), by_hand(None, 60, 20)))
     noted("another rank's plan", lambda: loop(DistributedDataParallel(words()), fleet_plan((rank + 1) % world, world, [35, 17, 8], [20, 17, 3])))
     noted("synced norms", lambda: tune(nn.Sequential(words(), nn.SyncBatchNorm(8).double())))  # DDP has it on GPUs only
     noted("tune sharded", lambda: tune(wrapped(words(), "fsdp2", world)))

@@ -45,9 +45,9 @@ def test_unmodified_script():
     assert "step 2  loss" in example("unmodified_script.py", "--batch-size", 2, "--accum", 2)
 
 
-def over_ranks(name, ranks=3):
+def over_ranks(name, ranks=3, **env):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "examples" / name)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=False, timeout=170)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}, check=False, timeout=170)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout.splitlines()
 
@@ -58,8 +58,9 @@ def losses_of(lines):
     return found
 
 
-def test_ddp():
-    lines = over_ranks("ddp.py")
+def test_ddp_also_where_there_is_no_numpy(tmp_path):
+    (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('there is no NumPy')")
+    lines = over_ranks("ddp.py", PYTHONPATH=str(tmp_path))
     assert lines[0].startswith("120 = ") and "over 3 ranks" in lines[0]
     assert len(losses_of(lines)) == 3 and lines[1].endswith("11 steps, 1300 samples")
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import autoaccum
-from autoaccum.fleets import Affine, Fleet, Table, classes, equal_share, fitted, in_lockstep, solve
+from autoaccum.fleets import Affine, Fleet, Table, alike, equal_share, fitted, in_lockstep, solve
 
 
 def brute(curves, samples):
@@ -96,7 +96,7 @@ def test_lockstep_equals_brute_force():
     for _ in range(150):
         curves = [Affine(draw.randint(1, 5), draw.random(), draw.random()) for _ in range(draw.choice([2, 3]))]
         samples, meeting = draw.randint(1, 20), draw.choice([0.0, 0.5])
-        shares, steps = in_lockstep(classes(curves), samples, meeting)
+        shares, steps = in_lockstep([(curve, 1) for curve in curves], samples, meeting)
         fleet = Fleet(tuple(curves), tuple(shares), True, steps)
         sizes = [fleet.sizes(rank, samples) for rank in range(len(curves))]
         assert sum(shares) == samples and all(len(each) == steps and max(each) <= curve.most for curve, each in zip(curves, sizes))
@@ -127,7 +127,7 @@ def test_where_a_layer_needs_two_samples_none_is_left_alone():
         fleet = Fleet.planned([Affine(2, 0.1, 1.0), Affine(5, 0.1, 1.1), Affine(3, 0.1, 7.0)], target, pairs=True)
         assert sum(fleet.shares) == target
         assert all(min(fleet.sizes(rank, target), default=2) >= 2 for rank in range(3)), target
-    with pytest.raises(autoaccum.NothingFits, match="forbids a micro-batch of one sample"):
+    with pytest.raises(autoaccum.NothingFits, match="a micro-batch of one sample is forbidden"):
         Fleet.planned([Affine(1, 0, 1), Affine(1, 0, 1)], 4, pairs=True)
 
 
@@ -160,3 +160,28 @@ def test_noise_makes_no_time_negative():
         assert min(fitted(rows)) >= 0
     with pytest.raises(autoaccum.PlanError, match="nothing was timed"):
         fitted([])
+
+
+def timed(window, step, sample, most, noise=1.0):
+    half = max(most // 2, 1)
+    return [(steps, steps * size, noise * (window + step * steps + sample * steps * size)) for steps, size in ((2, most), (2, half), (4, half))]
+
+
+def test_noise_between_equal_cards_makes_no_unequal_shares():
+    draw = random.Random(4)
+    for _ in range(100):
+        ranks = [("T4", 20, timed(0.001, 0.002, 0.0001, 20, draw.uniform(0.9, 1.1))) for _ in range(4)]
+        shares = Fleet.planned(alike(ranks), 203).shares
+        assert max(shares) - min(shares) <= 1
+
+
+def test_unlike_speeds_memory_and_models_stay_unlike():
+    same = timed(0.0, 0.002, 0.001, 20)
+    found = alike([("T4", 20, same), ("T4", 20, timed(0.0, 0.002, 0.003, 20)), ("L4", 20, same), ("T4", 8, timed(0.0, 0.002, 0.001, 8)), ("T4", 0, ())])
+    assert found[1].sample_seconds > 2 * found[0].sample_seconds and [curve.most for curve in found] == [20, 20, 20, 8, 0]
+    assert [curve.gpu for curve in found] == ["T4", "T4", "L4", "T4", "T4"]
+
+
+def test_ranks_that_no_sample_slows_down_share_alike():
+    assert Fleet.planned([Affine(40, 0.01, 0.0)] * 3, 120).shares == (40, 40, 40)
+    assert max(Fleet.planned([Affine(200, 0.01, 0.0)] * 3, 120).shares) <= 40

@@ -120,9 +120,50 @@ def test_a_rank_that_cannot_hold_one_sample_any_more_hands_its_samples_over(engi
     assert sum(told[0]["micro_batches"]) + sum(told[1]["micro_batches"]) > 12 + 6
 
 
-@pytest.mark.parametrize("how", ["dies", "fails", "stays away"])
-def test_a_rank_that_is_lost_ends_the_others_with_an_error_that_names_it(how):
-    told = in_ranks("ends_early", 1, how)
+@pytest.mark.parametrize(
+    ("engine", "shares", "most", "calls"),
+    [
+        ("ddp", [35, 17, 8], [20, 17, 3], {"2": [0]}),  # the very first forward
+        ("fsdp2", [40, 20, 0], [20, 10, 3], {"0": [0]}),  # the others have run nothing yet, one of them never does
+        ("fsdp2", [35, 17, 8], [20, 17, 3], {"2": [0], "1": list(range(10))}),  # one runs smaller, one not at all any more
+        ("ddp", [35, 17, 8], [20, 17, 3], {"0": list(range(40)), "2": [4, 5]}),
+    ],
+)
+def test_out_of_memory_in_the_first_windows(engine, shares, most, calls):
+    for told in in_ranks("running_out", engine, shares, most, calls):
+        assert "raised" not in told and told["difference"] < 1e-12, told
+
+
+def test_in_an_optimizers_step_an_out_of_memory_is_the_end_on_all_ranks():
+    """LBFGS evaluates again while weights move: nothing can be repeated then."""
+    told = in_ranks("running_out", "ddp", [20, 20, 20], [20, 20, 1], {"2": [45]}, None, "lbfgs")
+    assert told[2]["raised"] == "OutOfMemoryError" and "weights may have changed" in told[2]["notes"][0]
+    assert told[0]["raised"] == told[1]["raised"] == "RanksDisagree" and "rank 2 failed" in told[0]["message"]
+
+
+@pytest.mark.parametrize(("engine", "careful", "steps"), [("ddp", 0, None), ("fsdp2", 0, None), ("fsdp2", None, None), ("fsdp2", 0, 4)])
+def test_a_micro_batch_that_counts_nothing(engine, careful, steps):
+    assert max(in_ranks("counting_nothing", engine, careful, steps)) < 1e-14
+
+
+@pytest.mark.parametrize(("engine", "careful"), [("ddp", 0), ("fsdp2", 0), ("fsdp2", None)])
+def test_nothing_is_left_of_a_window_that_failed(engine, careful):
+    assert max(in_ranks("after_a_failure", engine, careful)) < 1e-14
+
+
+def test_a_loop_by_hand_and_ours_on_one_sharded_model():
+    assert max(in_ranks("by_hand_and_ours")) < 1e-14
+
+
+def test_a_parameter_that_is_never_used_is_told_at_once():
+    for told in in_ranks("never_used"):
+        assert told["raised"] in ("UsageError", "RanksDisagree"), told
+    assert "'extra.weight' and 1 more parameters got no gradient" in "".join(each["message"] for each in in_ranks("never_used"))
+
+
+@pytest.mark.parametrize(("how", "careful"), [("dies", None), ("fails", None), ("stays away", None), ("dies", 0)])
+def test_a_rank_that_is_lost_ends_the_others_with_an_error_that_names_it(how, careful):
+    told = in_ranks("ends_early", 1, how, careful)
     for rank in (0, 2):
         assert told[rank]["raised"] == "RanksDisagree" and told[rank]["seconds"] < 30, told[rank]
         assert "rank 1 " in told[rank]["message"] or (how != "fails" and "a rank did not come" in told[rank]["message"]), told[rank]["message"]

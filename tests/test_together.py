@@ -39,6 +39,17 @@ def test_equal_is_one_size_for_all():
     assert all(rank["difference"] < 1e-12 for rank in told)
 
 
+def test_batch_norm_never_gets_one_sample_alone():
+    told = in_ranks("tuned_with_batch_norm", 21, 3, {})
+    assert told[0][0] == told[1][0] == told[2][0]
+    for shares, sizes, tails in told:
+        assert sum(shares) == 21 and min(sizes, default=2) >= 2
+        for samples, cuts in enumerate(tails, 2):
+            assert sum(map(sum, cuts)) == samples and min(size for cut in cuts for size in cut) >= 2, (samples, cuts)
+    for rank in in_ranks("tuned_with_batch_norm", 21, 6, {"equal": True}):  # seven samples each are not to be had in equal twos and threes
+        assert rank["raised"] == "NothingFits" and rank["message"].startswith("BatchNorm layer '1': "), rank
+
+
 def test_refusals_are_one_sentence_on_every_rank():
     told = in_ranks("refusals")
     for rank, said in enumerate(told):
@@ -48,6 +59,7 @@ def test_refusals_are_one_sentence_on_every_rank():
         assert "DataParallel splits batches evenly in one process" in said["data parallel"]
         assert "a part of the model is wrapped" in said["a part wrapped"]
         assert "the plan is for one" in said["a plan of one"]
+        assert "the plan is for one" in said["a plan of one, sharded"]
         assert f"this is rank {rank} of 3" in said["another rank's plan"]
         assert said["synced norms"].startswith("UsageError: SyncBatchNorm (1) communicates in forward")
         assert "call tune() before fully_shard(model)" in said["tune sharded"]
