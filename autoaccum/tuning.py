@@ -8,7 +8,7 @@ import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,6 +87,7 @@ def tune(
             found = found_for(rehearsal, wish, tell, "in place", idle)
     else:
         alone = tuple(_without_engine(each) for each in rehearsed)
+        _met_on(rehearsed[0])
         facts = where.facts
         limits, shared = together.limits(wish, others, (facts.kind, facts.uuid, facts.index), buckets=alone[0].model is rehearsed[0].model)
         with trial.rehearsal(alone, where, limits, enforce=enforce, say=tell.phase) as rehearsal:
@@ -252,6 +253,16 @@ def _group(jobs: Sequence[Job]) -> Any:
     from autoaccum import engines
 
     return engines.group_of(jobs[0].model)
+
+
+def _met_on(job: Job) -> None:
+    """Has the ranks of a CUDA job meet once on their cards: NCCL takes its buffers then, and they are to be there when memory is read."""
+    import torch
+    import torch.distributed as dist
+
+    if job.device.type == "cuda":
+        with suppress(RuntimeError):  # a process group that knows no cards: then none of its buffers will be on them
+            dist.all_reduce(torch.zeros(1, device=job.device), group=_group([job]))
 
 
 def _without_engine(job: Job) -> Job:
