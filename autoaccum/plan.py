@@ -243,7 +243,28 @@ class Plan:
         from autoaccum.regrouping import Windows
 
         shares = None if self.fleet is None else self.shares_of
-        return Windows(loader, self.target_batch, samples=samples, split=split, drop_last=drop_last, shares=shares, rank=self.rank)
+        return Windows(
+            loader,
+            self.target_batch,
+            samples=samples,
+            split=split,
+            drop_last=drop_last,
+            shares=shares,
+            rank=self.rank,
+            alike=self._alike if self.fleet else None,
+        )
+
+    def _alike(self, checksum: int) -> None:
+        """Raises `PlanError` where other ranks read another first batch. Every rank calls it; without ranks here there is nobody to ask."""
+        import torch.distributed as dist
+
+        if not (dist.is_available() and dist.is_initialized()):
+            return
+        if len(set(self._ranks().gathered(checksum, "comparing the loaders' first batches"))) > 1:
+            raise PlanError(
+                "the ranks' loaders give unlike samples, so they are shared out already or shuffle each by itself: every rank must be given all samples in "
+                "the same order, or use DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset))"
+            )
 
     def batch_sampler(self, dataset: Sized, shuffle: bool = True, seed: int = 0, *, drop_last: bool = False) -> WindowSampler:
         """For `DataLoader(dataset, batch_sampler=...)`: one micro-batch after another, collated one by one, in whole windows.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from typing import Any
 
@@ -133,7 +134,8 @@ class Windows:
     """What `Plan.windows` returns: iterates a loader as windows of exactly `samples_of_all` samples, the last one smaller, or left out.
 
     Over ranks, each yields its own part: all of them read the same loader and keep the samples that are theirs, or each
-    reads a loader with `Plan.batch_sampler`, which gives it no others. `shares(samples)` says how many each rank has of a window.
+    reads a loader with `Plan.batch_sampler`, which gives it no others. `shares(samples)` says how many each rank has of a window;
+    `alike` is given a checksum of the first batch, and raises where ranks read unlike ones.
     Each iteration is one epoch. It has a length where the loader's number of samples is known.
     """
 
@@ -147,13 +149,14 @@ class Windows:
         drop_last: bool = False,
         shares: Callable[[int], Sequence[int]] | None = None,
         rank: int = 0,
+        alike: Callable[[int], object] | None = None,
     ) -> None:
         if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
             raise PlanError(f"windows takes a loader, not a dataset (a {type(loader).__name__}): give DataLoader(dataset, batch_size=...), of any size")
         if not hasattr(loader, "__iter__") or _is_one_batch(loader):
             raise PlanError(f"windows takes a loader of batches, not one batch (a {type(loader).__name__}): give the DataLoader itself")
         self._loader, self._share, self._samples, self._split, self._drop_last = loader, share, samples, split, drop_last
-        self._shares, self._rank = shares, rank
+        self._shares, self._rank, self._alike = shares, rank, alike
         self._sampler = _window_sampler(loader)
         if self._sampler is not None:
             if drop_last != self._sampler.drop_last:
@@ -213,7 +216,9 @@ class Windows:
         parts: list[Any] = []
         sizes: list[int] = []
         ragged = even = False
-        for batch in self._loader:
+        for index, batch in enumerate(self._loader):
+            if index == 0 and self._alike is not None:
+                self._alike(_checksum(batch))
             # Whether a list holds samples or fields is told by what it holds; of a ragged loader, some batch may happen to be even.
             if batches.is_list_of_samples(batch) and not ragged:
                 if even:
@@ -271,6 +276,15 @@ def counted(batch: Any, samples: Callable[[Any], int] | None = None) -> int:
         if isinstance(batch, (torch.Tensor, list, tuple)) or hasattr(batch, "keys"):
             raise
         raise PlanError(f"{error}; for batches that cannot be cut, plan.windows(loader, samples=...) with a function that says how many they hold") from None
+
+
+def _checksum(batch: Any) -> int:
+    """Of the beginnings of its tensors."""
+    found = 0
+    for _, tensor in batches.tensors(batch):
+        first = tensor.detach().flatten()[:1024].cpu().contiguous().view(torch.uint8).tolist()
+        found = zlib.crc32(bytes(first), found)
+    return found
 
 
 def _window_sampler(loader: Any) -> WindowSampler | None:

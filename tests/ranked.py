@@ -594,6 +594,9 @@ def refusals():
     noted("a rank's job fails", lambda: autoaccum.tune(net, torch.optim.SGD(net.parameters(), lr=0.1), loss, data[:4], target_batch=60, rank_timeout_s=20))
     good = loop(DistributedDataParallel(words()))
     noted("too many", lambda: good.step(data[:60], summed))
+    plan = fleet_plan(rank, world, [35, 17, 8], [20, 17, 3])
+    noted("shared out already", lambda: next(iter(plan.windows(DataLoader(Subset(data, range(rank, 400, 3)), batch_size=32)))))
+    noted("the same everywhere", lambda: next(iter(plan.windows(DataLoader(data, batch_size=32)))))
     from torch.distributed.algorithms.join import Join
 
     with Join([model := DistributedDataParallel(words())]):

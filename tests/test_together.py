@@ -71,6 +71,7 @@ def test_refusals_are_one_sentence_on_every_rank():
             "KeyError" if rank == 1 else "RanksDisagree: rank 1 failed while looking for its largest micro-batch: KeyError"
         )
         assert said["too many"].startswith("PlanError: the loader of rank 0 gives 60 samples a step, and its share is 35")
+        assert said["shared out already"].startswith("PlanError: the ranks' loaders give unlike samples") and said["the same everywhere"] is None
         assert said["join"].startswith("UsageError: Join makes up for ranks")
         assert said["too few once"] is None and "twice in a row" in said["too few twice"]
 
