@@ -129,7 +129,7 @@ class Rescuer:
                 if again is None:
                     why = self._why_not()
                     self.micro_batch, self._left = at_first, self._left[:left_at_first]
-                    if crossing is None or not (self._enabled and crossing.votes and self._phase not in self._final(crossing)):
+                    if crossing is None or not (self._redone(crossing) and crossing.votes):
                         noted(error, why)
                         if self._enabled and self._phase not in self._final(crossing):
                             self._start.put_back()
