@@ -127,6 +127,8 @@ def test_where_a_layer_needs_two_samples_none_is_left_alone():
         fleet = Fleet.planned([Affine(2, 0.1, 1.0), Affine(5, 0.1, 1.1), Affine(3, 0.1, 7.0)], target, pairs=True)
         assert sum(fleet.shares) == target
         assert all(min(fleet.sizes(rank, target), default=2) >= 2 for rank in range(3)), target
+    with pytest.raises(autoaccum.NothingFits, match="micro-batches of 2 that divide a share of 7"):
+        Fleet.planned([Affine(6, 0.1, 1.0)] * 3, 21, equal=True, pairs=True)
     with pytest.raises(autoaccum.NothingFits, match="a micro-batch of one sample is forbidden"):
         Fleet.planned([Affine(1, 0, 1), Affine(1, 0, 1)], 4, pairs=True)
 

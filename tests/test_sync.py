@@ -95,7 +95,7 @@ def test_the_usual_weighting_is_wrong_and_this_notices():
     assert min(in_ranks("by_hand_loop", "ddp", True)) > 1e-3
 
 
-@pytest.mark.parametrize(("where", "careful"), [("forward", None), ("backward", None), ("forward", 1), ("backward", 1)])
+@pytest.mark.parametrize(("where", "careful"), [("forward", None), ("backward", None), ("backward", 1)])
 def test_an_out_of_memory_on_one_rank_is_its_own_business(where, careful):
     told = in_ranks("limited", "ddp", where, careful, 11)
     assert all(rank["difference"] < 1e-12 for rank in told), told
@@ -114,7 +114,7 @@ def test_fsdp2_runs_the_window_again_on_all_ranks(where):
 
 @pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
 def test_a_rank_that_cannot_hold_one_sample_any_more_hands_its_samples_over(engine):
-    told = in_ranks("limited", engine, "forward", None, 2)
+    told = in_ranks("limited", engine, "forward", None, 2, 60)
     assert all(rank["difference"] < 1e-12 for rank in told), told
     assert told[2]["micro_batches"] == [3, 3, 0, 0, 0, 0]
     assert sum(told[0]["micro_batches"]) + sum(told[1]["micro_batches"]) > 12 + 6
@@ -156,9 +156,9 @@ def test_a_loop_by_hand_and_ours_on_one_sharded_model():
 
 
 def test_a_parameter_that_is_never_used_is_told_at_once():
-    for told in in_ranks("never_used"):
-        assert told["raised"] in ("UsageError", "RanksDisagree"), told
-    assert "'extra.weight' and 1 more parameters got no gradient" in "".join(each["message"] for each in in_ranks("never_used"))
+    told = in_ranks("never_used")
+    assert {rank["raised"] for rank in told} <= {"UsageError", "RanksDisagree"}, told
+    assert "'extra.weight' and 1 more parameters got no gradient" in "".join(rank["message"] for rank in told)
 
 
 @pytest.mark.parametrize(("how", "careful"), [("dies", None), ("fails", None), ("stays away", None), ("dies", 0)])
