@@ -8,7 +8,7 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, TypeVar
 
-from autoaccum.devices.base import ASSUMED_OUTSIDE, Budget
+from autoaccum.devices.base import ASSUMED_OUTSIDE, SHARED, Budget
 from autoaccum.units import in_words, number, seconds_in_words, unit_for
 
 if TYPE_CHECKING:
@@ -146,7 +146,14 @@ def arithmetic(budget: Budget) -> tuple[tuple[int, str], ...]:
     if rest < 0:  # resident pages that processes share are counted with each
         others, rest = (), memory.total_bytes - whole - sum(bytes_ for bytes_, _ in context)
     word = "cgroup limit" if memory.binding_limit.startswith("cgroup") else "total"
-    return ((memory.total_bytes, word), *others, *context, *(((rest, "in use"),) if rest > 0 else ()), *kept, headroom)
+    return (
+        (memory.total_bytes, word),
+        *others,
+        *context,
+        *(((rest, "in use or other ranks'" if memory.binding_limit == SHARED else "in use"),) if rest > 0 else ()),
+        *kept,
+        headroom,
+    )
 
 
 def drift(before: Budget, after: Budget) -> tuple[str, ...]:

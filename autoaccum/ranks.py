@@ -130,11 +130,13 @@ class Ranks:
             store = dist.distributed_c10d._get_default_store()
             name = "autoaccum/still_here/" + "-".join(map(str, self.members))
             store.set(f"{name}/{self.rank}", "1")
-            waiting, until = [rank for rank in range(self.world_size) if rank != self.rank], time.monotonic() + 3.0
-            while waiting and time.monotonic() < until:
-                waiting = [rank for rank in waiting if not store.check([f"{name}/{rank}"])]
-                time.sleep(0.05)
-            return waiting
+            until, missing = time.monotonic() + 8.0, []  # others may have begun to wait, and so give up, later
+            for rank in range(self.world_size):
+                try:
+                    store.wait([f"{name}/{rank}"], timedelta(seconds=max(until - time.monotonic(), 0.05)))
+                except RuntimeError:
+                    missing.append(rank)
+            return missing
         return []
 
 

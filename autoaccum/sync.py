@@ -34,7 +34,7 @@ class Void(Exception):
     """This window's gradients are void, on every rank, because of an out-of-memory. out: ranks that cannot hold one sample any more."""
 
     def __init__(self, out: Sequence[int] = ()) -> None:
-        super().__init__(f"rank {', '.join(map(str, out))} cannot hold one sample" if out else "a rank ran out of memory")
+        super().__init__(f"{listed(out)} cannot hold one sample" if out else "a rank ran out of memory")
         self.out = tuple(out)
 
 

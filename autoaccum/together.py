@@ -15,11 +15,12 @@ from typing import TypeVar
 from autoaccum import explaining, refusing, search
 from autoaccum.devices.base import Budget
 from autoaccum.errors import NothingFits, RanksDisagree
-from autoaccum.fleets import Fleet, Timing, alike, equal_share
+from autoaccum.fleets import Fleet, equal_share
 from autoaccum.line import Teller, Wish, planned
 from autoaccum.plan import Plan
 from autoaccum.ranks import Ranks, host
 from autoaccum.reading import Limits, Reading, Rehearser
+from autoaccum.speeds import Timing, alike
 from autoaccum.units import in_words
 
 Made = TypeVar("Made")

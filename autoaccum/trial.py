@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from autoaccum import batches, comparing, oom, rewinding, snapshot, window
-from autoaccum.devices.base import Budget, Device, Watch, budget
+from autoaccum.devices.base import SHARED, Budget, Device, Watch, budget
 from autoaccum.devices.cpu import RLIMIT
 from autoaccum.errors import AutoaccumError, JobError, noted
 from autoaccum.job import Job, fingerprint, in_turn, is_compiled
@@ -278,7 +278,7 @@ class Rehearsal:
         """What a window may peak at, read now; without `limited`, what the device itself would allow."""
         memory = self._device.memory()
         if self._part_bytes is not None:
-            memory = replace(memory, free_bytes=max(min(memory.free_bytes, self._part_bytes - memory.ours_bytes), 0))
+            memory = replace(memory, free_bytes=max(min(memory.free_bytes, self._part_bytes - memory.ours_bytes), 0), others=(), binding_limit=SHARED)
         ours = replace(memory, ours_bytes=memory.ours_bytes - self._aside_bytes)
         limit = self._limits.memory_bytes if limited else None
         found = budget(ours, kind=self._device.facts.kind, limit_bytes=limit, headroom=self._limits.headroom)

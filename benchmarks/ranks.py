@@ -17,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -100,11 +101,11 @@ def main() -> None:
     if asked.answer is not None:
         rank_main(asked.rounds, asked.answer)
         return
-    answer = Path(f"/tmp/ranks-{os.getpid()}.json")
-    own = [str(Path(__file__).resolve()), "--rounds", str(asked.rounds), "--answer", str(answer)]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD), *own], check=True)
-    found = json.loads(answer.read_text())
-    answer.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        answer = Path(folder) / "answer.json"
+        own = [str(Path(__file__).resolve()), "--rounds", str(asked.rounds), "--answer", str(answer)]
+        subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(WORLD), *own], check=True)
+        found = json.loads(answer.read_text())
     document = {
         "versions": {name: importlib.metadata.version(name) for name in ("autoaccum", "torch")},
         "machine": {"python": platform.python_version(), "cores": os.cpu_count(), "threads": 1},

@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "autoaccum"
 ROWS = """
 version errors under_limit
 units oom launched engines fleets sampler
-batches devices.base profiles simulate.settings simulate.margins ranks
+batches devices.base profiles simulate.settings simulate.margins ranks speeds
 simulate simulate.allocator simulate.kernels simulate.fake simulate.attention
 simulate.tape
 simulate.trace simulate.timeline

@@ -162,6 +162,7 @@ class Budget:
     bucket_bytes: int = 0
 
 
+SHARED = "shared by ranks"  # as a binding limit: of what is free, other ranks of the job have their parts
 LEAST_GPU_HEADROOM = 256 * MIB
 # Used only where a cap is given and nobody can tell what the context holds: about what a CUDA context
 # with cuBLAS and cuDNN loaded takes on recent cards.
