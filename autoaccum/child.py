@@ -27,7 +27,7 @@ from typing import Any
 from autoaccum import errors, oom
 from autoaccum.devices.base import Budget, Memory
 from autoaccum.job import Source, in_turn, load
-from autoaccum.reading import Equivalence, Estimate, Limits, Reading, Say, Subject
+from autoaccum.reading import Conditions, Equivalence, Estimate, Limits, Reading, Say, Subject
 from autoaccum.units import MIB
 
 
@@ -71,12 +71,17 @@ class Child:
             raise errors.JobFailed(f"the job's process ended between two trials (exit code {death.code})", text=self._tail.strip()) from None
         return Budget(**{**answer, "memory": Memory.from_dict(answer["memory"])})
 
-    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
+    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
         started = time.monotonic()
         self._phase = "batch"
         try:
             answer = self._ask(
-                "measure", timeout_s=self._limits.timeout_of(len(micro_batches), full=full), micro_batches=list(micro_batches), full=full, limited=limited
+                "measure",
+                timeout_s=self._limits.timeout_of(len(micro_batches), full=full, windows=windows),
+                micro_batches=list(micro_batches),
+                full=full,
+                limited=limited,
+                windows=windows,
             )
         except _Died as death:
             reading = self._of_the_dead(death, micro_batches[0], len(micro_batches), time.monotonic() - started, full)
@@ -95,6 +100,15 @@ class Child:
             self._start()
             return None
         return None if answer is None else Equivalence.from_dict(answer)
+
+    def conditions(self) -> Conditions | None:
+        if self._subject["predicted"]:
+            return None
+        try:
+            return Conditions(**self._ask("conditions"))
+        except _Died:
+            self._start()
+            return None
 
     def fresh(self) -> None:
         if not self._subject["predicted"]:
@@ -326,6 +340,8 @@ def _answer(rehearsal: Any, requests: Any, tell: Callable[[dict[str, Any]], None
         elif verb == "compare":
             found = rehearsal.compare(**asked)
             tell({"answer": found and found.as_dict()})
+        elif verb == "conditions":
+            tell({"answer": asdict(rehearsal.conditions())})
         elif verb in ("estimate", "tape"):
             tell({"answer": getattr(rehearsal, verb + "d")(**asked)})
         else:

@@ -10,11 +10,11 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
-from autoaccum import drawing, estimating, forecasting, oom, profiles, progress, report, tuning
+from autoaccum import cache, drawing, estimating, forecasting, formats, oom, profiles, progress, report, tuning
 from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short
 from autoaccum.job import Source, source
 from autoaccum.launched import launched
@@ -46,11 +46,26 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--max-micro-batch", type=int, metavar="M", help="Try no larger micro-batch."),
         click.option("--equal", is_flag=True, help="Equal micro-batches only, as most frameworks need."),
         click.option("--largest", is_flag=True, help="Search the exact largest micro-batch, not only those that save a step."),
+        click.option(
+            "--objective",
+            type=click.Choice(["fewest-steps", "throughput"]),
+            default="fewest-steps",
+            show_default=True,
+            help="throughput: time smaller micro-batches, too, and take the fastest.",
+        ),
         click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated."),
         click.option("--timeout", type=float, metavar="SECONDS", help="A trial that takes longer counts as not fitting."),
+        click.option("--no-cache", is_flag=True, help="Neither use nor keep readings of earlier runs (autoaccum cache list)."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document, failures included."),
         click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Also write the plan as JSON."),
-        click.option("--format", "form", type=click.Choice(["text", "json", "env"]), default="text", show_default=True, help="How to print the plan."),
+        click.option(
+            "--format",
+            "form",
+            type=click.Choice(["text", "json", "env", *formats.FORMATS]),
+            default="text",
+            show_default=True,
+            help="How to print the plan; for frameworks as JSON, of equal micro-batches.",
+        ),
         click.option("-q", "--quiet", is_flag=True, help="No progress and none of the job's output on stderr."),
         click.option("--traceback", is_flag=True, help="Show whole tracebacks of the job's failures."),
     ]
@@ -98,6 +113,8 @@ def check(rest: list[str] | None, /, micro_batch: int | None, equivalence: bool,
         return
     if micro_batch is None:
         raise UsageError("Missing option '-m' / '--micro-batch': the size to rehearse")
+    if given["objective"] == "throughput":
+        raise UsageError("check rehearses one size, so there is nothing to choose from: leave --objective out")
     asked = _Asked(rest, **given)
     asked.answer(asked.checked(micro_batch), asked.equivalence() if equivalence else None)
 
@@ -112,8 +129,8 @@ def train(rest: list[str] | None, /, epochs: int, **given: Any) -> None:
     if asked.command:
         raise UsageError("train needs a JOB that builds the model: a command trains by itself")
     asked.alone("train runs in one process", "in a script of your own, autoaccum.tune and Accumulator run on every rank (examples/ddp.py)")
-    if asked.form == "env":
-        raise UsageError("train prints text or json: use tune for --format env")
+    if asked.form not in ("text", "json"):
+        raise UsageError(f"train prints text or json: use tune for --format {asked.form}")
     planned = asked.tuned()
     asked.trained(planned, epochs)
 
@@ -275,6 +292,24 @@ def record(device: str, output: Path | None) -> None:
         output.write_text(text)
 
 
+@cli.group(name="cache")
+def cache_() -> None:
+    """Readings of earlier runs, which make the next one of the same job on the same device shorter."""
+
+
+@cache_.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def remembered(as_json: bool) -> None:
+    """Every job that is remembered."""
+    click.echo(report.as_json({"schema": "autoaccum.cache/1", "folder": str(cache.folder()), "jobs": cache.documents()}) if as_json else cache.listed())
+
+
+@cache_.command()
+def clear() -> None:
+    """Forget all readings."""
+    click.echo(f"{cache.clear()} forgotten")
+
+
 class _Asked:
     """What the options of one call say together."""
 
@@ -290,8 +325,10 @@ class _Asked:
         max_micro_batch: int | None,
         equal: bool,
         largest: bool,
+        objective: Literal["fewest-steps", "throughput"],
         settings: tuple[str, ...],
         timeout: float | None,
+        no_cache: bool,
         as_json: bool,
         output: Path | None,
         form: str,
@@ -301,11 +338,11 @@ class _Asked:
         if target_batch is None:
             raise UsageError("Missing option '-b' / '--target-batch': the effective batch")
         self.form, self.output, self.quiet, self.device = "json" if as_json else form, output, quiet, device
-        if as_json and form == "env":
-            raise UsageError("--json and --format env both say how to print: give one")
-        self.memory_limit = memory_limit
+        if as_json and form not in ("text", "json"):
+            raise UsageError(f"--json and --format {form} both say how to print: give one")
+        self.memory_limit, self.cache = memory_limit, not no_cache
         self.virtual = device.removeprefix("virtual:") if device.startswith("virtual:") else None
-        self.wish = Wish(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout)
+        self.wish = Wish(target_batch, memory_limit, headroom, max_micro_batch, equal or form in formats.FORMATS, largest, timeout, objective=objective)
         if output is not None:
             _writable(output)
         if rest == [] and job is None:
@@ -315,10 +352,12 @@ class _Asked:
             raise UsageError("--device virtual: needs a JOB that builds the model: a command cannot be simulated")
         if self.virtual is not None:
             profiles.load(self.virtual)  # an unknown card is told before anything is built
+        if self.virtual is not None and objective == "throughput":
+            raise UsageError("--objective throughput needs a device that is here: a simulated card has no clock")
         if self.command and (settings or largest):
             raise UsageError("--set and --largest are for a JOB: a command gets its arguments in its own words, and equal micro-batches")
-        if self.form == "env" and job is None and not self.command:
-            raise UsageError("--format env without a JOB would plan the built-in demo: say `demo` as JOB if that is meant")
+        if self.form not in ("text", "json") and job is None and not self.command:
+            raise UsageError(f"--format {form} without a JOB would plan the built-in demo: say `demo` as JOB if that is meant")
         self.source: Source = source(job, settings, rest or ())
 
     def alone(self, verb: str, instead: str) -> None:
@@ -332,7 +371,9 @@ class _Asked:
         if self.command:
             self.alone("a command is tried in one process", "run autoaccum without torchrun")
         with self._talking() as talk:
-            return tuning.tune_command(self.command, self.wish, **talk) if self.command else tuning.tune_source(self.source, self.wish, **talk)
+            return (
+                tuning.tune_command(self.command, self.wish, **talk) if self.command else tuning.tune_source(self.source, self.wish, cache=self.cache, **talk)
+            )
 
     def checked(self, micro_batch: int) -> Plan:
         self.alone("check rehearses on one device", "run it without torchrun")
@@ -353,6 +394,11 @@ class _Asked:
         if self.form == "json":
             click.echo(report.as_json({**planned.as_dict(), **({"equivalence": found.as_dict()} if found is not None else {})}))
             return
+        if self.form in formats.FORMATS:
+            click.echo(report.as_json(formats.FORMATS[self.form](planned)))
+            if self.form in formats.LOADER_SIZED:
+                _said(f"the DataLoader's batch_size is {planned.micro_batch}\n")
+            return
         click.echo({"text": report.text, "env": report.env}[self.form](planned))
         if found is not None and self.form == "text":
             click.echo(f"splitting: {found}")
@@ -365,8 +411,8 @@ class _Asked:
         return tuning.compare_source(self.source, self.wish, device=self.device, said=_said_nothing if self.quiet else _said)
 
     def compared(self) -> None:
-        if self.output is not None or self.form == "env":
-            raise UsageError("check --equivalence alone makes no plan: leave --output and --format env out, or give -b and -m")
+        if self.output is not None or self.form not in ("text", "json"):
+            raise UsageError("check --equivalence alone makes no plan: leave --output and --format out, or give -b and -m")
         found = self.equivalence()
         click.echo(report.as_json(found.as_dict()) if self.form == "json" else str(found))
 
@@ -436,6 +482,7 @@ def _stdout_for_us() -> Iterator[Callable[[str], None]]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit code."""
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; nobody here needs NumPy
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     words = list(sys.argv[1:] if arguments is None else arguments)
     # click would swallow the `--`: what follows it is not ours to parse.
     ours, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, None)

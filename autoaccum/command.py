@@ -103,7 +103,7 @@ class Command:
         limit = self._limits.memory_bytes if limited else None
         return budget(self._memory, kind=self._facts.kind, limit_bytes=limit, headroom=self._limits.headroom)
 
-    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
+    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
         size, steps = micro_batches[0], len(micro_batches)
         words = self._template.filled(size, steps)
         allowed = self.budget(limited=limited)
@@ -144,6 +144,9 @@ class Command:
 
     def compare(self, samples: int) -> Equivalence | None:
         return None  # its loss is out of reach
+
+    def conditions(self) -> None:
+        """What a command's trials depend on (its files, their imports, its data) is not known."""
 
     def fresh(self) -> None:
         """Every run has a process of its own."""

@@ -26,6 +26,8 @@ def lines(plan: Plan) -> Iterator[str]:
         yield from over_ranks(plan.fleet)
     if plan.micro_batches and plan.trials:
         yield _why(plan)
+    if plan.objective == "throughput":
+        yield from _timed(plan)
     if plan.budget_bytes:
         yield _budget(plan)
     for warning in plan.warnings:
@@ -102,6 +104,17 @@ def _why(plan: Plan) -> str:
     return " · ".join(parts)
 
 
+def _timed(plan: Plan) -> Iterator[str]:
+    """Every plan that was timed, a line each, the largest micro-batch first."""
+    timed = {each.micro_batch: each for each in plan.trials if each.samples_per_second}
+    for size, each in sorted(timed.items(), reverse=True):
+        rate = each.samples_per_second or 0.0
+        small, larger = divmod(plan.target_batch, each.accumulation_steps)
+        window = (small + 1,) * larger + (small,) * (each.accumulation_steps - larger)
+        peak = "" if each.peak_bytes is None else f", peak {in_words(each.peak_bytes, unit_for(plan.budget_bytes))}"
+        yield f"{notation(window)}: {rate:.4g} samples a second{peak}{'  <- chosen' if size == plan.micro_batch else ''}"
+
+
 def outcome(tried: Tried) -> str:
     """What happened to a size that does not fit: `"ran out in backward"`."""
     return _OUTCOMES[tried.outcome].format(phase=tried.phase, peak=in_words(tried.peak_bytes or 0))
@@ -110,7 +123,7 @@ def outcome(tried: Tried) -> str:
 def _between(plan: Plan) -> str:
     """Sizes above the answer that would save no step: `"41 and 42"`."""
     refused = plan.smallest_refused or plan.predicted_refusal
-    if refused is None or plan.accumulation_steps < 2:
+    if refused is None or plan.accumulation_steps < 2 or plan.objective == "throughput":
         return ""
     first, last = plan.micro_batch + 1, min(refused, math.ceil(plan.target_batch / (plan.accumulation_steps - 1))) - 1
     if last < first:
@@ -126,8 +139,9 @@ def _budget(plan: Plan) -> str:
         parts.append(("simulated at " if plan.predicted else "measured at ") + ", ".join(f"{path} {shape}" for path, shape in list(plan.shapes.items())[:4]))
     if plan.allocator:
         parts.append(plan.allocator)
-    trials = len(plan.trials)
-    parts.append(f"{trials} trial{'s' if trials != 1 else ''}, {seconds_in_words(plan.seconds)}")
+    trials = sum(not each.cached for each in plan.trials)
+    remembered = f", {len(plan.trials) - trials} remembered" if trials < len(plan.trials) else ""
+    parts.append(f"{trials} trial{'s' if trials != 1 else ''}{remembered}, {seconds_in_words(plan.seconds)}")
     return " · ".join(parts)
 
 
@@ -176,9 +190,10 @@ def html(plan: Plan) -> str:
             each.phase,
             "" if each.peak_bytes is None else in_words(each.peak_bytes),
             seconds_in_words(each.seconds),
+            "" if each.samples_per_second is None else f"{each.samples_per_second:.4g}",
         )
         for each in plan.trials
     ]
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
-    head = "".join(f"<th>{word}</th>" for word in ("tried", "outcome", "phase", "peak", "took"))
+    head = "".join(f"<th>{word}</th>" for word in ("tried", "outcome", "phase", "peak", "took", "samples/s"))
     return f"<pre>{escape(plan.explain())}</pre><table><tr>{head}</tr>{rows}</table>"

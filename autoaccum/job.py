@@ -212,6 +212,11 @@ class Source:
         place, _, function = self.where.rpartition(":") if ":" in self.where else (self.where, "", "")
         return place, function or "make_job"
 
+    def digest(self) -> str:
+        """Of the file's text; "" for a module, whose file is not known before it is imported."""
+        place, _ = self.parts
+        return hashlib.sha256(Path(place).read_bytes()).hexdigest()[:16] if place.endswith(".py") else ""
+
 
 def source(where: str | None, settings: Iterable[str] = (), argv: Iterable[str] = ()) -> Source:
     """Reads JOB and the `name=value` texts of `--set` as the command line gives them.

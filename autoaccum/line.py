@@ -13,15 +13,19 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 from autoaccum import explaining, hints, oom, plan, refusing, search
+from autoaccum.cache import Shelf
 from autoaccum.command import Command
 from autoaccum.devices.base import ASSUMED_OUTSIDE, Budget
-from autoaccum.errors import AutoaccumError, DeviceError, JobError, JobFailed, UsageError, noted
+from autoaccum.errors import AutoaccumError, DeviceError, JobError, JobFailed, NothingFits, UsageError, noted
 from autoaccum.plan import Plan, PlannedDevice, Tried
-from autoaccum.reading import COMPARED_SAMPLES, Limits, Progress, Reading, Rehearser, Trying
+from autoaccum.reading import COMPARED_SAMPLES, Limits, Progress, Reading, Rehearser, Subject, Trying
 from autoaccum.units import MIB, in_words, parse_headroom, parse_size
 from autoaccum.version import __version__
+
+Objective = Literal["fewest-steps", "throughput"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Wish:
     largest: bool = False
     timeout_s: float | None = None
     lockstep: bool = False
+    objective: Objective = "fewest-steps"
     limits: Limits = field(init=False)
 
     def __post_init__(self) -> None:
@@ -48,6 +53,10 @@ class Wish:
                 raise UsageError(f"{name} must be a whole number of samples, at least 1, not {value!r}")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise UsageError(f"timeout_s must be more than 0 seconds, not {self.timeout_s!r}")
+        if self.objective not in get_args(Objective):
+            raise UsageError(f"objective must be {' or '.join(get_args(Objective))}, not {self.objective!r}")
+        if self.largest and self.objective == "throughput":
+            raise UsageError("the largest micro-batch and the fastest one are two questions: give either largest or the objective throughput")
         limit = None if self.memory_limit is None else parse_size(self.memory_limit)
         if limit is not None and limit < MIB:
             raise UsageError(f"a memory limit of {self.memory_limit} is {in_words(limit)}, less than any process takes: did you mean {self.memory_limit}MiB?")
@@ -55,10 +64,26 @@ class Wish:
         object.__setattr__(self, "limits", Limits(limit, self.headroom, self.timeout_s))
 
 
-def found_for(rehearsal: Rehearser, wish: Wish, tell: Teller, label: str, remarked: tuple[str, ...]) -> Plan:
+def found_for(rehearsal: Rehearser, wish: Wish, tell: Teller, label: str, remarked: tuple[str, ...], shelf: Shelf | None = None) -> Plan:
+    """The plan of one device. shelf: readings of earlier runs, which shorten the search, and where this one's are kept."""
     started = time.monotonic()
     subject = rehearsal.subject()
     first_budget = budget = refusing.enough(rehearsal.budget())
+    target = wish.target_batch
+    if shelf is not None:
+        tell.tried += shelf.known(target, budget.budget_bytes)
+    try:
+        found, confirmed, sizes, budget = _searched(rehearsal, wish, tell, subject, budget, shelf)
+    finally:
+        if shelf is not None:
+            shelf.keep(tell.tried, target, budget.budget_bytes)
+    return planned(rehearsal, wish, tell, label, found, confirmed, sizes, budget, started, (*remarked, *explaining.drift(first_budget, rehearsal.budget())))
+
+
+def _searched(
+    rehearsal: Rehearser, wish: Wish, tell: Teller, subject: Subject, budget: Budget, shelf: Shelf | None
+) -> tuple[search.Found, Reading, tuple[int, ...], Budget]:
+    """What was found, its confirming run, the window's micro-batches, and the budget that these ran under."""
     target = wish.target_batch
     smallest = 2 if subject.batch_norms else 1
     candidates = search.sizes(target, smallest=smallest, most=wish.max_micro_batch, equal=wish.equal, every=wish.largest)
@@ -72,8 +97,15 @@ def found_for(rehearsal: Rehearser, wish: Wish, tell: Teller, label: str, remark
     def budget_bytes() -> int:
         return budget.budget_bytes
 
+    allowed = candidates
     while True:
-        found = search.largest(fits, target, candidates, budget_bytes=budget_bytes, gradient_bytes=subject.gradient_bytes, daring=rehearsal.enforces)
+        remembered = [each for each in tell.tried if each.cached]
+        found = search.largest(
+            fits, target, candidates, budget_bytes=budget_bytes, gradient_bytes=subject.gradient_bytes, daring=rehearsal.enforces, known=remembered
+        )
+        if not found.micro_batch and remembered:
+            tell.tried = [each for each in tell.tried if not each.cached]  # bad news is not taken from memory
+            continue
         if not found.micro_batch:
             raise nothing_fits(rehearsal, tell, candidates[0], target, budget)
         if subject.predicted and wish.largest:
@@ -89,11 +121,54 @@ def found_for(rehearsal: Rehearser, wish: Wish, tell: Teller, label: str, remark
         if confirmed.fits:
             break
         tell.refused[sizes[0]] = confirmed
+        if remembered and shelf is not None:
+            # What was remembered promised more than there is: something changed that nobody knew of. Once more, from what is seen now.
+            shelf.forget()
+            tell.tried = [each for each in tell.tried if not each.cached]
+            candidates = allowed
         # Smaller ones are left, and the window in one piece, which holds no gradients, if it was not asked yet.
         candidates = [size for size in candidates if size < sizes[0] or (size == target and (target, False) not in tell.known)]
         if not candidates:
             raise nothing_fits(rehearsal, tell, sizes[0], target, budget)
-    return planned(rehearsal, wish, tell, label, found, confirmed, sizes, budget, started, (*remarked, *explaining.drift(first_budget, rehearsal.budget())))
+    if wish.objective == "throughput":
+        if subject.predicted:
+            raise UsageError('objective "throughput" needs a device that is here: a simulated card has no clock')
+        confirmed = _fastest(rehearsal, tell, [size for size in allowed if size <= sizes[0] and size not in tell.refused], target)
+        sizes = plan.micro_batches(target, confirmed.accumulation_steps)
+        found = replace(found, micro_batch=sizes[0], accumulation_steps=len(sizes))
+    return found, confirmed, sizes, budget
+
+
+_TIMED_WINDOWS = 4  # of which the first warms up, and the others' median counts
+_ALIKE = 1.02  # times that differ by less are the same
+_SLOWER = 1.15  # two in a row that are this much slower than the best end the search
+_MOST_TIMED = 8
+
+
+def _fastest(rehearsal: Rehearser, tell: Teller, allowed: Sequence[int], target: int) -> Reading:
+    """The fastest plan with micro-batches of at most the largest of `allowed`, which fits; of those that are about as fast the one that takes least."""
+    timed: list[Reading] = []
+    size, slower = allowed[-1], 0
+    while slower < 2 and len(timed) < _MOST_TIMED:
+        if rehearsal.subject().device.kind == "cpu":
+            rehearsal.fresh()
+        reading = tell.measured(rehearsal, plan.micro_batches(target, math.ceil(target / size)), full=True, windows=_TIMED_WINDOWS)
+        if reading.fits and reading.window_seconds:
+            timed.append(reading)
+            best = min(each.window_seconds or math.inf for each in timed)
+            slower = slower + 1 if reading.window_seconds > _SLOWER * best else 0
+        else:
+            tell.refused[size] = reading
+        below = [each for each in allowed if each <= 0.9 * size]
+        if not below:
+            break
+        # About a fifth smaller, and if there is one near, a multiple of eight, which tensor cores like.
+        near = [each for each in below if each > 0.7 * size] or below[-1:]
+        size = min(near, key=lambda each: (each % 8 != 0, abs(each - 0.8 * size)))
+    if not timed:
+        raise NothingFits(f"{allowed[-1]} had fitted, and no size did while it was timed: memory went to others; tune again, or leave more headroom")
+    best = min(each.window_seconds or math.inf for each in timed)
+    return min((each for each in timed if (each.window_seconds or math.inf) <= _ALIKE * best), key=lambda each: each.peak_bytes or 0)
 
 
 def _beyond(rehearsal: Rehearser, tell: Teller, candidates: Sequence[int], found: search.Found, target: int, budget_bytes: int) -> search.Found:
@@ -125,11 +200,11 @@ class Teller:
         if self._progress is not None:
             self._progress(Trying(*self._now, phase, index))
 
-    def measured(self, rehearsal: Rehearser, sizes: tuple[int, ...], *, full: bool = False, limited: bool = True) -> Reading:
+    def measured(self, rehearsal: Rehearser, sizes: tuple[int, ...], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
         self._now = (sizes[0], len(sizes), full)
         self.phase("batch", 0)
         try:
-            reading = rehearsal.measure(sizes, full=full, limited=limited)
+            reading = rehearsal.measure(sizes, full=full, limited=limited, windows=windows)
         except Exception as error:
             worked = sorted({each.micro_batch for each in self.tried if each.fits})
             if worked and not isinstance(error, AutoaccumError):
@@ -197,9 +272,20 @@ def planned(
         headroom_bytes=budget.headroom_bytes,
         samples_per_second=wish.target_batch / confirmed.window_seconds if confirmed is not None and confirmed.window_seconds else None,
         trials=tuple(
-            Tried(each.micro_batch, each.accumulation_steps, each.outcome, each.phase, each.peak_bytes, round(each.seconds, 4), each.cached, each.full)
+            Tried(
+                each.micro_batch,
+                each.accumulation_steps,
+                each.outcome,
+                each.phase,
+                each.peak_bytes,
+                round(each.seconds, 4),
+                each.cached,
+                each.full,
+                wish.target_batch / each.window_seconds if each.full and each.fits and each.window_seconds else None,
+            )
             for each in tell.tried
         ),
+        objective=wish.objective,
         seconds=round(time.monotonic() - started, 4),
         versions=versions(),
         job_fingerprint=subject.fingerprint,

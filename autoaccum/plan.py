@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoaccum import explaining
+from autoaccum import explaining, formats
 from autoaccum.errors import NoSuchDevice, PlanError
 from autoaccum.fleets import Fleet
 from autoaccum.launched import launched
@@ -68,7 +68,7 @@ class PlannedDevice:
 
 @dataclass(frozen=True)
 class Tried:
-    """One trial as a plan remembers it; the fields are told at `reading.Reading`."""
+    """One trial as a plan remembers it; the fields are told at `reading.Reading`. samples_per_second: of a whole window, where one was timed."""
 
     micro_batch: int
     accumulation_steps: int
@@ -78,6 +78,7 @@ class Tried:
     seconds: float
     cached: bool = False
     full: bool = False
+    samples_per_second: float | None = None
 
 
 @dataclass(frozen=True)
@@ -142,6 +143,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     hints: tuple[str, ...] = field(default=())
     fleet: Fleet | None = None
+    objective: str = "fewest-steps"
 
     @property
     def spare_bytes(self) -> int | None:
@@ -302,6 +304,22 @@ class Plan:
             trials=(),
             peak_bytes=None,
         )
+
+    def to_huggingface(self) -> dict[str, Any]:
+        """Arguments of `transformers.TrainingArguments`. Raises `PlanError` for unequal micro-batches, as the next three do."""
+        return formats.huggingface(self)
+
+    def to_accelerate(self) -> dict[str, Any]:
+        """Arguments of `accelerate.Accelerator`; the DataLoader's batch size is `micro_batch`."""
+        return formats.accelerate(self)
+
+    def to_lightning(self) -> dict[str, Any]:
+        """Arguments of `lightning.Trainer`; the DataLoader's batch size is `micro_batch`."""
+        return formats.lightning(self)
+
+    def to_deepspeed(self) -> dict[str, Any]:
+        """The three entries of a DeepSpeed configuration that must agree with each other."""
+        return formats.deepspeed(self)
 
     def explain(self) -> str:
         """The whole report: the plan, why not fewer steps, where the budget comes from, what to know."""

@@ -132,8 +132,11 @@ class Ranks:
             store.set(f"{name}/{self.rank}", "1")
             until, missing = time.monotonic() + 8.0, []  # others may have begun to wait, and so give up, later
             for rank in range(self.world_size):
+                key = f"{name}/{rank}"
+                if rank == self.rank or store.check([key]):
+                    continue
                 try:
-                    store.wait([f"{name}/{rank}"], timedelta(seconds=max(until - time.monotonic(), 0.05)))
+                    store.wait([key], timedelta(seconds=max(until - time.monotonic(), 0.05)))
                 except RuntimeError:
                     missing.append(rank)
             return missing

@@ -28,9 +28,9 @@ class Limits:
     among: int = 1
     buckets: bool = False
 
-    def timeout_of(self, steps: int, *, full: bool) -> float | None:
-        """Seconds that a trial may take; a confirming run as many times more as it has more micro-batches than three."""
-        return self.timeout_s if self.timeout_s is None or not full else self.timeout_s * max(2 * steps / 3, 1.0)
+    def timeout_of(self, steps: int, *, full: bool, windows: int = 2) -> float | None:
+        """Seconds that a trial may take; a run of whole windows as many times more as it has more micro-batches than three."""
+        return self.timeout_s if self.timeout_s is None or not full else self.timeout_s * max(windows * steps / 3, 1.0)
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class Reading:
     micro-batches (parameters, optimizer state, resident gradients), as far as known.
     activation_bytes: the most that was live in forward and backward, which is what grows with the micro-batch;
     the optimizer's step may peak above it, whatever the size. None where the trial did not get so far.
-    seconds: the whole trial; window_seconds: its last window.
+    seconds: the whole trial; window_seconds: a window, the median of all but the first.
     least_bytes: what the size takes whatever an allocator makes of it, known where it was simulated.
-    limited: False for a run without the user's limit, for its figure. full: True for a confirming run, the whole window twice. doubtful: True for an out-of-memory that a library
+    limited: False for a run without the user's limit, for its figure. full: True for a confirming run, the whole window at least twice. doubtful: True for an out-of-memory that a library
     told of in words it also uses for other failures; such a library may refuse the same again in this process,
     whatever memory there is (oneDNN remembers).
     """
@@ -158,6 +158,19 @@ class Subject:
 
 
 @dataclass(frozen=True)
+class Conditions:
+    """What readings depend on, so that they can be remembered.
+
+    key: by what it is about, in digests; readings under another key say nothing here. floor_bytes: what the process holds before the first
+    trial, in the terms of the peak. sample_bytes: what each sample of a window takes of the measured memory while it waits on the host.
+    """
+
+    key: dict[str, str]
+    floor_bytes: int
+    sample_bytes: int
+
+
+@dataclass(frozen=True)
 class Estimate:
     """What a card that is not here would make of a job; bytes.
 
@@ -220,11 +233,14 @@ class Rehearser(Protocol):
     def budget(self, *, limited: bool = True) -> Budget:
         """What a window may peak at, read now; without `limited`, what the device itself would allow."""
 
-    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
-        """One trial of the window `micro_batches`, undone. `full`: the whole window, twice."""
+    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
+        """One trial of the window `micro_batches`, undone. `full`: the whole window, `windows` times."""
 
     def compare(self, samples: int) -> Equivalence | None:
         """Whether splitting `samples` of the job's own changes the gradient, undone; None where it cannot be asked here."""
+
+    def conditions(self) -> Conditions | None:
+        """What readings depend on; None where they are not worth remembering."""
 
     def fresh(self) -> None:
         """Makes the next trial start as training will: in a new process, where trials have one."""

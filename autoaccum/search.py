@@ -147,6 +147,7 @@ def largest(
     gradient_bytes: int = 0,
     daring: bool = True,
     start: int = 1,
+    known: Sequence[Showed] = (),
 ) -> Found:
     """The largest of `candidates` that fits, by few trials and fewer refusals.
 
@@ -155,6 +156,7 @@ def largest(
     gradient_bytes: what gradients held between micro-batches add to the peak; with one step there are none,
     so a window in one piece is a case of its own and may fit where two halves do not.
     start: about the size to begin with. daring: False if a size that is predicted above the budget must not be run, because nothing would stop it.
+    known: readings of earlier searches, also of sizes that are no candidates: what they settle is not run again.
     Raises `PlanError` without candidates.
     """
     if not candidates:
@@ -162,6 +164,10 @@ def largest(
     line = _Line(gradient_bytes)
     whole = candidates[-1] == target  # the window in one piece is among them
     tried: dict[int, Showed] = {}
+    for reading in known:
+        line.add(reading, budget_bytes())
+        if reading.micro_batch in candidates and (reading.accumulation_steps == 1) == (reading.micro_batch == target):
+            tried[reading.micro_batch] = reading
 
     def run(index: int) -> bool:
         size = candidates[index]
@@ -176,7 +182,9 @@ def largest(
         predicted = line.peak(size, resident=size != target)
         return predicted is None or predicted <= budget_bytes()
 
-    low, high = -1, len(candidates)  # candidates[low] fitted, candidates[high] did not
+    # candidates[low] fitted, candidates[high] did not
+    low = max((index for index, size in enumerate(candidates) if _settled(size, target, known) is True), default=-1) if known else -1
+    high = next((index for index in range(low + 1, len(candidates)) if known and _settled(candidates[index], target, known) is False), len(candidates))
     predicted_refusal: int | None = None
     missed = 0  # predictions in a row that were refused
     while high - low > 1:
@@ -195,7 +203,7 @@ def largest(
                 # The whole window failed in one piece. That says nothing of smaller ones until they are asked.
                 missed -= 1
             high = size
-    if whole and high < len(candidates) - 1 and target not in tried:
+    if whole and high < len(candidates) - 1 and target not in tried and _settled(target, target, known) is None:
         # Fewer steps may still fit where more did not: in one piece no gradients are resident.
         possible = line.least(target) - gradient_bytes <= budget_bytes()
         if (possible or low < 0) and dares(len(candidates) - 1) and run(len(candidates) - 1):
@@ -203,10 +211,23 @@ def largest(
     if low < 0:
         return Found(0, 0, 0, min(tried, default=None), predicted_refusal)
     answer = candidates[low]
-    refused = [size for size, reading in tried.items() if not reading.fits and size > answer]
+    refused = [each.micro_batch for each in (*tried.values(), *known) if not each.fits and each.micro_batch > answer]
     most = line.most(budget_bytes())
     guess = None if most is None else max(answer, min(int(most), min(refused, default=target + 1) - 1))
     return Found(answer, math.ceil(target / answer), answer, min(refused, default=None), predicted_refusal, guess)
+
+
+def _settled(size: int, target: int, known: Sequence[Showed]) -> bool | None:
+    """What earlier readings say of a size: a larger one that fits settles it, also with more beside it; else a smaller one that does not.
+
+    None if they say nothing. Holding no gradients, the window in one piece says nothing good of smaller sizes, nor they anything bad of it.
+    """
+    alone = size == target
+    if any(each.fits and each.micro_batch >= size and (alone or each.accumulation_steps > 1) for each in known):
+        return True
+    if any(not each.fits and each.micro_batch <= size and (not alone or each.accumulation_steps == 1) for each in known):
+        return False
+    return None
 
 
 # How far a line may be trusted beyond the largest size that it was drawn through.

@@ -149,7 +149,7 @@ class Simulation:
         bucket_bytes = self._gradient_bytes if self._limits.buckets else 0
         return replace(found, budget_bytes=found.budget_bytes - bucket_bytes, bucket_bytes=bucket_bytes)
 
-    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
+    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
         """One simulated trial; `full` traces the very window, and any smaller trial takes it from two traces."""
         started = time.perf_counter()
         if self._say is not None:
@@ -184,6 +184,9 @@ class Simulation:
 
     def compare(self, samples: int) -> Equivalence | None:
         return None
+
+    def conditions(self) -> None:
+        """Simulated trials cost next to nothing."""
 
     def fresh(self) -> None:
         """Every trial starts afresh already."""

@@ -7,6 +7,7 @@ there are none then, which is a different peak. The confirming run is the whole 
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -15,12 +16,12 @@ from typing import Any
 
 import torch
 
-from autoaccum import batches, comparing, oom, rewinding, snapshot, window
+from autoaccum import batches, comparing, conditions, oom, rewinding, snapshot, window
 from autoaccum.devices.base import SHARED, Budget, Device, Watch, budget
 from autoaccum.devices.cpu import RLIMIT
 from autoaccum.errors import AutoaccumError, JobError, noted
 from autoaccum.job import Job, fingerprint, in_turn, is_compiled
-from autoaccum.reading import Equivalence, Limits, Outcome, Reading, Say, Subject
+from autoaccum.reading import Conditions, Equivalence, Limits, Outcome, Reading, Say, Subject
 from autoaccum.running_stats import batch_norms
 
 
@@ -58,6 +59,7 @@ def measure(
     *,
     allowed: Budget,
     full: bool = False,
+    windows: int = 2,
     enforce: bool = True,
     aside_bytes: int = 0,
     timeout_s: float | None = None,
@@ -65,18 +67,19 @@ def measure(
 ) -> Reading:
     """Runs one trial of the window `micro_batches` (largest first) and says how it went.
 
-    jobs: run one after the other in every window. allowed: what it may peak at. full: the whole window twice, instead of its two telling parts.
+    jobs: run one after the other in every window. allowed: what it may peak at. full: the whole window, `windows` times, instead of its two telling parts.
     aside_bytes: held in the measured memory for the trial's own sake (a snapshot): allowed on top of the
     budget and left out of the peak.
     Leaves gradients empty and the job's state changed; `snapshot.preserved` is around this.
     Raises what the job's own code raised, with a note, and `JobError`.
     """
     largest, steps = micro_batches[0], len(micro_batches)
-    windows = [micro_batches, micro_batches] if full else [micro_batches[:1], micro_batches[:2]]
+    to_run = [micro_batches] * windows if full else [micro_batches[:1], micro_batches[:2]]
     scalers = [_scaler_of_our_own(job, device) for job in jobs]
     device.release()
     held_before = device.live_bytes()
-    base_bytes = seconds = shapes = None
+    base_bytes = shapes = None
+    took: list[float] = []
     remarks: tuple[str, ...] = ()
     stepped, doubtful = [False] * len(jobs), False
     outcome: Outcome = "fits"
@@ -96,10 +99,11 @@ def measure(
                 history = _history_to_come(jobs)
                 shapes = batches.shapes(batch) if jobs[0].split is None else {}
                 start = rewinding.WindowStart(jobs)  # training holds one, too
-                for sizes in windows:
+                for sizes in to_run:
                     watch.lap_bytes()
                     start.note()
                     ran, seconds = _window(jobs, device, batch, sizes, scalers, tell)
+                    took.append(seconds)
                     stepped = [before or not each.skipped for before, each in zip(stepped, ran)]
                     if base_bytes is None:
                         base_bytes = device.live_bytes() - aside_bytes + (gradient_bytes(jobs) if steps > 1 else 0)
@@ -139,7 +143,7 @@ def measure(
         time.perf_counter() - started,
         base_bytes=base_bytes,
         activation_bytes=None if outcome in ("oom", "timeout") or tell.activation_bytes is None else tell.activation_bytes - aside_bytes,
-        window_seconds=seconds,
+        window_seconds=statistics.median(took[1:] or took) if took else None,
         full=full,
         doubtful=doubtful,
         shapes=shapes,
@@ -245,6 +249,7 @@ class Rehearsal:
         self._jobs, self._device, self._kept, self._interrupts, self._limits, self._say = jobs, device, kept, interrupts, limits, say
         # Held for the trials' own sake: copies, where they sit in the measured memory, and earlier gradients.
         self._aside_bytes = kept.gradient_bytes + (kept.host_bytes if device.shared_with_host else 0)
+        self._floor_bytes = device.held_bytes() - self._aside_bytes
         # Of a device that ranks share, this one's part of what was free before the first trial.
         memory = device.memory(who=False) if limits.among > 1 else None
         self._part_bytes = None if memory is None or memory.binding_limit == RLIMIT else memory.ours_bytes + memory.free_bytes // limits.among
@@ -284,7 +289,7 @@ class Rehearsal:
         found = budget(ours, kind=self._device.facts.kind, limit_bytes=limit, headroom=self._limits.headroom)
         return replace(found, budget_bytes=found.budget_bytes - self._bucket_bytes, bucket_bytes=self._bucket_bytes)
 
-    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True) -> Reading:
+    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
         """One trial, and the job's state put back."""
         try:
             with self._interrupts.allowed():
@@ -294,9 +299,10 @@ class Rehearsal:
                     micro_batches,
                     allowed=self.budget(limited=limited),
                     full=full,
+                    windows=windows,
                     enforce=self.enforces,
                     aside_bytes=self._aside_bytes,
-                    timeout_s=self._limits.timeout_of(len(micro_batches), full=full),
+                    timeout_s=self._limits.timeout_of(len(micro_batches), full=full, windows=windows),
                     say=self._say,
                 )
         finally:
@@ -307,6 +313,14 @@ class Rehearsal:
         try:
             with self._interrupts.allowed(), self._device.capped(self.budget().budget_bytes + self._aside_bytes) if self.enforces else nullcontext():
                 return comparing.compare(self._jobs, samples)
+        finally:
+            self._kept.rewind()
+
+    def conditions(self) -> Conditions:
+        """What readings depend on."""
+        try:
+            waits = self._device.shared_with_host and self._jobs[0].split is None
+            return Conditions(conditions.of(self._jobs), self._floor_bytes, conditions.sample_bytes(self._jobs[0]) if waits else 0)
         finally:
             self._kept.rewind()
 

@@ -13,14 +13,16 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from autoaccum import devices, explaining, plan, refusing, search
+from autoaccum.cache import Shelf
 from autoaccum.child import Child
 from autoaccum.command import Command, Template
+from autoaccum.devices import nvml
 from autoaccum.errors import JobFailed, NoSuchDevice, UsageError
 from autoaccum.job import Job, Source, in_turn, source
 from autoaccum.launched import launched
-from autoaccum.line import Teller, Wish, found_for, nothing_fits, planned, unlimited, window_of
+from autoaccum.line import Objective, Teller, Wish, found_for, nothing_fits, planned, unlimited, versions, window_of
 from autoaccum.plan import Plan
-from autoaccum.reading import COMPARED_SAMPLES, Equivalence, Limits, Progress, Reading
+from autoaccum.reading import COMPARED_SAMPLES, Equivalence, Limits, Progress, Reading, Rehearser
 
 if TYPE_CHECKING:
     import torch
@@ -41,9 +43,11 @@ def tune(
     max_micro_batch: int | None = None,
     equal: bool = False,
     largest: bool = False,
+    objective: Objective = "fewest-steps",
     lockstep: bool = False,
     timeout_s: float | None = None,
     rank_timeout_s: float = RANK_TIMEOUT_S,
+    cache: bool = False,
     progress: Progress | None = None,
     **job: Any,
 ) -> Plan:
@@ -55,7 +59,10 @@ def tune(
     device: where the parameters are; another one is refused. memory_limit: bytes or `"2GiB"`, enforced.
     headroom: kept aside, a size or a percentage of the budget. max_micro_batch: no larger one is tried.
     equal: equal micro-batches only. largest: search the exact largest micro-batch, not only those that save
-    a step. timeout_s: per trial; a longer one counts as not fitting. progress: called along the way.
+    a step. objective: "throughput" also times smaller micro-batches, in whole windows, and takes the fastest (of those within 2 % of it
+    the one with the lowest peak). timeout_s: per trial; a longer one counts as not fitting. progress: called along the way.
+    cache: start from what earlier runs of the same job read on the same device (`autoaccum cache list`), and remember what this one does;
+    the plan is made anew, and confirmed by a run. On one device alone.
 
     Under torchrun every rank calls this, after `torch.distributed.init_process_group` and before `fully_shard` (before or after
     DistributedDataParallel). Each rehearses on its own device, and the shares of the plan let all finish together: unlike
@@ -75,16 +82,19 @@ def tune(
     else:
         _known(job, tune)
         rehearsed = (Job(model, optimizer, loss, batch, **job),)
-    wish = Wish(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout_s, lockstep)
+    wish = Wish(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout_s, lockstep, objective)
     where = _where(rehearsed[0], None if device is None else str(device))
     # In place, on a CPU, an enforced limit is also in the way of threads that other code starts meanwhile:
     # only who asked for one gets it. Without, only sizes that are predicted to fit are run.
     enforce = where.facts.kind != "cpu" or wish.memory_limit is not None
     tell, idle = Teller(progress), _idle_gpu(where.facts.kind)
     others = ranks.here(_group(rehearsed), rank_timeout_s)
+    if others is not None and cache:
+        raise UsageError("cache=True is for one device: over ranks all rehearse at the same moments, so leave it out")
+    _alone_for_throughput(wish, others is not None)
     if others is None:
         with trial.rehearsal(rehearsed, where, wish.limits, enforce=enforce, say=tell.phase) as rehearsal:
-            found = found_for(rehearsal, wish, tell, "in place", idle)
+            found = found_for(rehearsal, wish, tell, "in place", idle, _shelf(rehearsal, "in place") if cache else None)
     else:
         alone = tuple(_without_engine(each) for each in rehearsed)
         _met_on(rehearsed[0])
@@ -100,13 +110,46 @@ def tune(
 
 
 def tune_source(
-    where: Source | str | None, wish: Wish, *, device: str = "auto", progress: Progress | None = None, said: Callable[[str], None] | None = None
+    where: Source | str | None,
+    wish: Wish,
+    *,
+    device: str = "auto",
+    cache: bool = False,
+    progress: Progress | None = None,
+    said: Callable[[str], None] | None = None,
 ) -> Plan:
     """As `tune`, for a job that a file builds, in a child process of its own. `said` gets what the job prints."""
+    origin = where if isinstance(where, Source) else source(where)
+    _alone_for_throughput(wish, launched() is not None)
     if launched() is not None:
-        return _tuned_with_ranks(where, wish, device, progress, said)
-    with _child(where, wish, device, progress, said) as (child, tell, label):
-        return found_for(child, wish, tell, label, ())
+        return _tuned_with_ranks(origin, wish, device, progress, said)
+    with _child(origin, wish, device, progress, said) as (child, tell, label):
+        return found_for(child, wish, tell, label, (), _shelf(child, label, origin) if cache else None)
+
+
+def _alone_for_throughput(wish: Wish, over_ranks: bool) -> None:
+    if over_ranks and wish.objective == "throughput":
+        raise UsageError('objective "throughput" is for one device: over ranks shares are made for the shortest time anyway, so leave it out')
+
+
+def _shelf(rehearsal: Rehearser, label: str, origin: Source | None = None) -> Shelf | None:
+    """What is remembered of this job on this device; None where nothing is worth it."""
+    conditions = rehearsal.conditions()
+    if conditions is None:
+        return None
+    subject, memory = rehearsal.subject(), rehearsal.budget().memory
+    about: dict[str, Any] = {
+        "device": subject.device.name,
+        "kind": subject.device.kind,
+        "total_bytes": memory.total_bytes,
+        "driver": nvml.driver_version() if subject.device.kind == "cuda" else "",
+        "allocator": subject.allocator,
+        **{name: version for name, version in versions().items() if name != "python"},
+    }
+    if origin is not None:
+        about["job"], about["settings"], about["arguments"] = origin.where, repr(sorted(origin.settings.items())), list(origin.argv)
+        about["file"] = origin.digest()
+    return Shelf(label, conditions, about)
 
 
 def _tuned_with_ranks(where: Source | str | None, wish: Wish, device: str, progress: Progress | None, said: Callable[[str], None] | None) -> Plan:
@@ -186,6 +229,8 @@ def tune_command(words: Sequence[str], wish: Wish, *, device: str = "auto", prog
 
     Raises `JobFailed` where the command fails for another reason than memory.
     """
+    if wish.objective == "throughput":
+        raise UsageError("--objective throughput times windows, and of a command only the whole run can be timed, its start included: leave it out")
     template, tell, started = Template(tuple(words)), Teller(progress), time.monotonic()
     wish = replace(wish, equal=True)
     with Command(template, device, wish.limits, said=said) as command:

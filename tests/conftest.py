@@ -13,6 +13,12 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def nothing_remembered(tmp_path, monkeypatch):
+    """Nothing of the user's is read or written, and every test searches anew."""
+    monkeypatch.setenv("AUTOACCUM_CACHE_DIR", str(tmp_path / "readings"))
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

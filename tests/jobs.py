@@ -218,11 +218,11 @@ def random_everywhere():
     return small(loss)
 
 
-def slow_above(most=30):
+def slow_above(most=30, seconds=1.2):
     """Above `most` samples, forward takes long; in one process that shows when it has ended."""
 
     def loss(model, batch):
-        until = time.monotonic() + (1.2 if len(batch[0]) > most else 0)
+        until = time.monotonic() + (seconds if len(batch[0]) > most else 0)
         while time.monotonic() < until:
             pass
         return mse(model, batch)

@@ -18,11 +18,12 @@ devices.cpu devices.cuda devices.mps devices.xpu devices.virtual
 devices
 reading weighting explaining losses rates
 job search regrouping feeding running_stats generators
-sync
-snapshot plan window refusing recording
+sync dividing
+formats
+snapshot plan window refusing recording conditions
 rewinding hints comparing phantom
 trial command simulation
-child
+child cache
 line rescue
 together
 tuning

@@ -87,6 +87,34 @@ def test_no_micro_batch_of_a_window_is_smaller_than_the_smallest(target, largest
         assert target // math.ceil(target / size) >= smallest
 
 
+@given(target=st.integers(1, 3000), largest=st.integers(1, 3000), before=st.lists(st.integers(1, 3000), max_size=8))
+@settings(max_examples=200)
+def test_what_earlier_searches_settled_is_not_run_again(target, largest, before):
+    """Readings of any sizes, of windows of other targets; the answer is the same."""
+    device = Device(largest)
+    known = [device(size, 2) for size in before]
+    device.tried.clear()
+    found = search.largest(device, target, search.sizes(target), budget_bytes=lambda: BUDGET, known=known)
+    assert found.accumulation_steps == math.ceil(target / min(largest, target))
+    fits, fails = [size for size in before if size <= largest], [size for size in before if size > largest]
+    resident = [size for size in device.tried if size < target]
+    assert all(size > max(fits, default=0) and size < min(fails, default=target) for size in resident)
+
+
+@given(target=st.integers(1, 3000), largest=st.integers(1, 3000))
+def test_the_same_search_again_runs_nothing(target, largest):
+    device, readings = Device(largest), []
+
+    def fits(size, steps):
+        readings.append(device(size, steps))
+        return readings[-1]
+
+    first = search.largest(fits, target, search.sizes(target), budget_bytes=lambda: BUDGET)
+    device.tried.clear()
+    again = search.largest(device, target, search.sizes(target), budget_bytes=lambda: BUDGET, known=readings)
+    assert not device.tried and (again.micro_batch, again.smallest_refused) == (first.micro_batch, first.smallest_refused)
+
+
 def test_equal_micro_batches_divide_the_target():
     assert search.sizes(120, most=40, equal=True) == [1, 2, 3, 4, 5, 6, 8, 10, 12, 15, 20, 24, 30, 40]
     assert search.sizes(127, most=40, equal=True) == [1]

@@ -1,0 +1,188 @@
+"""Remembers readings, by everything that changes them, and by neither target nor budget: those differ in every run.
+
+One JSON file for each job and device. A file is written beside and then renamed, so that readers, other processes and a kill
+at any moment see a whole one; of two that write at once the later one wins, and what the other had read is measured again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from autoaccum.reading import Conditions, Reading
+from autoaccum.units import number, unit_for
+
+SCHEMA = "autoaccum.readings/1"
+FOLDER = "AUTOACCUM_CACHE_DIR"
+_MOST = 64  # readings of one job
+_TOLD = ("fits", "over-budget", "oom", "killed")  # a timeout says nothing of memory
+_STALE_S = 3600.0  # a file half-written that long ago is nobody's any more
+
+
+def folder() -> Path:
+    """Where readings are kept: AUTOACCUM_CACHE_DIR, or the system's folder for caches."""
+    told = os.environ.get(FOLDER)
+    if told:
+        return Path(told)
+    import platformdirs
+
+    return Path(platformdirs.user_cache_dir("autoaccum")) / "readings"
+
+
+@dataclass(frozen=True)
+class _Kept:
+    """A reading and what it was read under, in bytes: what the process held before, and what it was allowed.
+
+    Where whole windows lie in the measured memory, target: how many samples that was.
+    """
+
+    reading: Reading
+    budget_bytes: int
+    floor_bytes: int
+    target: int
+
+
+class Shelf:
+    """The readings of one job on one device. Nothing here raises for a file or a folder that cannot be used: it warns, and forgets."""
+
+    def __init__(self, label: str, conditions: Conditions, about: dict[str, Any]) -> None:
+        self._label, self._now = label, conditions
+        self._key = {**about, **conditions.key}
+        self._path = folder() / f"{hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:32]}.json"
+
+    def known(self, target: int, budget_bytes: int) -> list[Reading]:
+        """What was read, as it would be in a window of `target` under this budget; without refusals that had less to spend."""
+        found = []
+        for each in self._read():
+            more = self._now.floor_bytes - each.floor_bytes + self._now.sample_bytes * (target - each.target)
+            told = each.reading
+            shifted = replace(
+                told,
+                peak_bytes=told.peak_bytes and told.peak_bytes + more,
+                base_bytes=told.base_bytes and told.base_bytes + more,
+                activation_bytes=told.activation_bytes and told.activation_bytes + more,
+                cached=True,
+            )
+            if told.outcome in ("fits", "over-budget"):
+                if shifted.peak_bytes is not None:
+                    found.append(replace(shifted, outcome="fits" if shifted.peak_bytes <= budget_bytes else "over-budget"))
+            elif budget_bytes <= each.budget_bytes + more:
+                found.append(replace(shifted, peak_bytes=None, activation_bytes=None))  # it saw but a part of its peak
+        return found
+
+    def keep(self, readings: Iterable[Reading], target: int, budget_bytes: int) -> None:
+        """Adds what was read just now; of one size, the newest is kept."""
+        new = [
+            _Kept(each, budget_bytes, self._now.floor_bytes, target)
+            for each in readings
+            if not each.cached and each.limited and each.outcome in _TOLD and (each.peak_bytes is not None or each.outcome != "fits")
+        ]
+        if not new:
+            return
+        of_size = {(each.reading.micro_batch, each.reading.accumulation_steps > 1, each.reading.fits): each for each in (*self._read(), *new)}
+        self._write(list(of_size.values())[-_MOST:])
+
+    def forget(self) -> None:
+        """The readings proved wrong."""
+        with suppress(OSError):
+            self._path.unlink(missing_ok=True)
+
+    def _read(self) -> list[_Kept]:
+        try:
+            document = json.loads(self._path.read_text())
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError) as error:
+            return self._ignored(str(error))
+        try:
+            if document["schema"] != SCHEMA or document["key"] != self._key:
+                return self._ignored("it is of another program, or of another job")
+            return [
+                _Kept(Reading.from_dict(each["reading"]), int(each["budget_bytes"]), int(each["floor_bytes"]), int(each["target"])) for each in document["kept"]
+            ]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            return self._ignored(f"{type(error).__name__}: {error}")
+
+    def _ignored(self, why: str) -> list[_Kept]:
+        warnings.warn(f"the remembered readings in {self._path} cannot be used and are replaced: {why}", stacklevel=2)
+        return []
+
+    def _write(self, kept: Sequence[_Kept]) -> None:
+        document = {
+            "schema": SCHEMA,
+            "job": self._label,
+            "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "key": self._key,
+            "kept": [asdict(each) for each in kept],
+        }
+        # The name is nobody else's, also on a folder that several machines share.
+        beside = self._path.with_name(f".{self._path.stem}.{os.uname().nodename}.{os.getpid()}.{time.monotonic_ns()}")
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(beside, "w") as file:
+                json.dump(document, file)
+                file.flush()
+                os.fsync(file.fileno())  # else a rename may reach the disk before what it names
+            os.replace(beside, self._path)
+            _sweep(self._path.parent)
+        except OSError as error:
+            warnings.warn(f"readings cannot be remembered in {str(self._path.parent)!r}: {error.strerror}; set {FOLDER}, or --no-cache", stacklevel=2)
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
+
+
+def _sweep(place: Path) -> None:
+    """What processes that were killed while writing have left."""
+    for left in place.glob(".*"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > _STALE_S:
+                left.unlink()
+
+
+def documents() -> list[dict[str, Any]]:
+    """Every job that is remembered: its file, job, device, when it was written, and its readings. Files that are not ours are left out."""
+    found = []
+    for path in sorted(folder().glob("*.json")):
+        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+            document = json.loads(path.read_text())
+            if document["schema"] == SCHEMA:
+                readings = [
+                    {name: each["reading"][name] for name in ("micro_batch", "accumulation_steps", "outcome", "peak_bytes")} for each in document["kept"]
+                ]
+                told = {"file": str(path), "job": document["job"], "device": document["key"]["device"], "written": document["written"], "readings": readings}
+                found.append(told)
+    return found
+
+
+def clear() -> int:
+    """Removes what is remembered, and nothing else that lies there. Returns how many jobs that was."""
+    removed = 0
+    for document in documents():
+        with suppress(OSError):
+            os.unlink(document["file"])
+            removed += 1
+    for left in folder().glob(".*"):
+        with suppress(OSError):
+            left.unlink()
+    return removed
+
+
+def listed() -> str:
+    """A table, a line for each job."""
+    rows = []
+    for each in documents():
+        fits = [reading for reading in each["readings"] if reading["outcome"] in ("fits", "over-budget") and reading["peak_bytes"]]
+        most = max(fits, key=lambda reading: reading["micro_batch"], default=None)
+        unit = unit_for(most["peak_bytes"]) if most else ""
+        seen = f"{most['micro_batch']} at {number(most['peak_bytes'], unit)} {unit}" if most else ""
+        rows.append(f"{each['written'][:16].replace('T', ' ')}  {len(each['readings']):>8}  {seen:22}{each['device']:28}{each['job']}")
+    head = f"{'written':16}  {'readings':>8}  {'largest':22}{'device':28}job"
+    return "\n".join([head, *rows]) if rows else f"nothing is remembered in {folder()}"
