@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from autoaccum.estimating import estimate
     from autoaccum.forecasting import fleet
     from autoaccum.job import Job
+    from autoaccum.lengths import worst_case
     from autoaccum.loop import Accumulator, StepResult
     from autoaccum.losses import token_mean
     from autoaccum.plan import MicroBatch, Plan
@@ -55,6 +56,7 @@ _WHERE = {
     "VirtualGpu": "devices.virtual",
     "estimate": "estimating",
     "fleet": "forecasting",
+    "worst_case": "lengths",
 }
 
 __all__ = [
@@ -88,6 +90,7 @@ __all__ = [
     "scale_lr",
     "token_mean",
     "tune",
+    "worst_case",
 ]
 
 

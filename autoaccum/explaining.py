@@ -26,6 +26,8 @@ def lines(plan: Plan) -> Iterator[str]:
         yield from over_ranks(plan.fleet)
     if plan.micro_batches and plan.trials:
         yield _why(plan)
+    for length, each in plan.per_length:
+        yield f"up to {length} long: {plan.target_batch} = {notation(each.micro_batches)}"
     if plan.objective == "throughput":
         yield from _timed(plan)
     if plan.budget_bytes:

@@ -64,8 +64,21 @@ class Wish:
         object.__setattr__(self, "limits", Limits(limit, self.headroom, self.timeout_s))
 
 
-def found_for(rehearsal: Rehearser, wish: Wish, tell: Teller, label: str, remarked: tuple[str, ...], shelf: Shelf | None = None) -> Plan:
-    """The plan of one device. shelf: readings of earlier runs, which shorten the search, and where this one's are kept."""
+def found_for(
+    rehearsal: Rehearser,
+    wish: Wish,
+    tell: Teller,
+    label: str,
+    remarked: tuple[str, ...],
+    shelf: Shelf | None = None,
+    *,
+    known: Sequence[Reading] = (),
+    start: int = 1,
+) -> Plan:
+    """The plan of one device.
+
+    shelf: readings of earlier runs, which shorten the search, and where this one's are kept. known, start: as in `search.largest`.
+    """
     started = time.monotonic()
     subject = rehearsal.subject()
     first_budget = budget = refusing.enough(rehearsal.budget())
@@ -73,7 +86,7 @@ def found_for(rehearsal: Rehearser, wish: Wish, tell: Teller, label: str, remark
     if shelf is not None:
         tell.tried += shelf.known(target, budget.budget_bytes)
     try:
-        found, confirmed, sizes, budget = _searched(rehearsal, wish, tell, subject, budget, shelf)
+        found, confirmed, sizes, budget = _searched(rehearsal, wish, tell, subject, budget, shelf, known, start)
     finally:
         if shelf is not None:
             shelf.keep(tell.tried, target, budget.budget_bytes)
@@ -81,7 +94,7 @@ def found_for(rehearsal: Rehearser, wish: Wish, tell: Teller, label: str, remark
 
 
 def _searched(
-    rehearsal: Rehearser, wish: Wish, tell: Teller, subject: Subject, budget: Budget, shelf: Shelf | None
+    rehearsal: Rehearser, wish: Wish, tell: Teller, subject: Subject, budget: Budget, shelf: Shelf | None, known: Sequence[Reading], start: int
 ) -> tuple[search.Found, Reading, tuple[int, ...], Budget]:
     """What was found, its confirming run, the window's micro-batches, and the budget that these ran under."""
     target = wish.target_batch
@@ -101,10 +114,17 @@ def _searched(
     while True:
         remembered = [each for each in tell.tried if each.cached]
         found = search.largest(
-            fits, target, candidates, budget_bytes=budget_bytes, gradient_bytes=subject.gradient_bytes, daring=rehearsal.enforces, known=remembered
+            fits,
+            target,
+            candidates,
+            budget_bytes=budget_bytes,
+            gradient_bytes=subject.gradient_bytes,
+            daring=rehearsal.enforces,
+            start=start,
+            known=[*remembered, *known],
         )
-        if not found.micro_batch and remembered:
-            tell.tried = [each for each in tell.tried if not each.cached]  # bad news is not taken from memory
+        if not found.micro_batch and (remembered or known):
+            tell.tried, known = [each for each in tell.tried if not each.cached], ()  # bad news is not taken from memory
             continue
         if not found.micro_batch:
             raise nothing_fits(rehearsal, tell, candidates[0], target, budget)
@@ -121,6 +141,7 @@ def _searched(
         if confirmed.fits:
             break
         tell.refused[sizes[0]] = confirmed
+        known = ()
         if remembered and shelf is not None:
             # What was remembered promised more than there is: something changed that nobody knew of. Once more, from what is seen now.
             shelf.forget()
@@ -195,6 +216,10 @@ class Teller:
         self.known: dict[tuple[int, bool], Reading] = {}  # by micro-batch and whether gradients were resident
         self.refused: dict[int, Reading] = {}  # confirming runs that failed
         self._now = (0, 0, False)
+
+    def again(self) -> Teller:
+        """One that tells the same listener and remembers nothing."""
+        return Teller(self._progress)
 
     def phase(self, phase: str, index: int) -> None:
         if self._progress is not None:

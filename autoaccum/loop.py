@@ -143,7 +143,7 @@ class Accumulator:
         Raises `PlanError` for a window of more samples than the share, and for a loader that gives fewer twice in a row.
         """
         whole = batch if isinstance(batch, Window) else Window((batch,), (counted(batch),), self._jobs[0].split)
-        return self._step(whole, loss, lambda part, most: self._plan.sizes(part.samples, most))
+        return self._step(whole, loss, self._plan.sizes_of)
 
     def step_micro(self, micro_batches: Iterable[Any] | Window, loss: Loss | None = None, *, samples: Callable[[Any], int] | None = None) -> Any:
         """One optimizer step on micro-batches that make up a whole window together, run one by one as they came.

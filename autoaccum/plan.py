@@ -112,6 +112,7 @@ class Plan:
     by the process beyond its allocator, None if unknown. shapes: of the largest micro-batch measured.
     allocator: its settings while measuring, in words, which training must share.
     arithmetic: what the budget was made of, as (bytes, word), the first positive and the rest subtracted.
+    per_length: a plan for each length that was asked for, ascending; this one is the longest's.
     """
 
     target_batch: int
@@ -144,6 +145,7 @@ class Plan:
     hints: tuple[str, ...] = field(default=())
     fleet: Fleet | None = None
     objective: str = "fewest-steps"
+    per_length: tuple[tuple[int, Plan], ...] = ()
 
     @property
     def spare_bytes(self) -> int | None:
@@ -189,7 +191,7 @@ class Plan:
         if self.fleet is not None:
             cut, owed = self._owed_over_ranks(whole, count)
         else:
-            cut = whole.cut(self.sizes(whole.samples), most=self.micro_batch)
+            cut = whole.cut(self.sizes_of(whole), most=self.micro_batch)
             counts = [float(samples if count is None else count(piece)) for piece, samples in cut]
             owed = [each / sum(counts) if any(counts) else 0.0 for each in counts]
         device = torch.device(self.device.label)
@@ -268,17 +270,56 @@ class Plan:
                 "the same order, or use DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset))"
             )
 
-    def batch_sampler(self, dataset: Sized, shuffle: bool = True, seed: int = 0, *, drop_last: bool = False) -> WindowSampler:
+    def for_length(self, length: float) -> Plan:
+        """The plan for samples of up to `length`. Raises `PlanError` where none that long was asked for, or none at all."""
+        for most, plan in self.per_length:
+            if length <= most:
+                return plan
+        if not self.per_length:
+            raise PlanError("the plan knows no lengths: tune(..., lengths=[512, 1024, 2048])")
+        raise PlanError(f"the longest that was planned is {self.per_length[-1][0]}, not {length:g}: tune(..., lengths=[..., {length:g}])")
+
+    def sizes_of(self, window: Window, most: int | None = None) -> tuple[int, ...]:
+        """Micro-batches for a window of this rank: of parts that were arranged by length as they are, or as much smaller as `most` is than this plan's."""
+        if not window.arranged:
+            return self.sizes(window.samples, most)
+        share = (most or self.micro_batch) / self.micro_batch
+        return tuple(size for held in window.sizes for size in micro_batches(held, math.ceil(held / max(int(held * share), 1))))
+
+    def batch_sampler(
+        self,
+        dataset: Sized,
+        shuffle: bool = True,
+        seed: int = 0,
+        *,
+        drop_last: bool = False,
+        length: Callable[[Any], float] | Sequence[float] | None = None,
+    ) -> WindowSampler:
         """For `DataLoader(dataset, batch_sampler=...)`: one micro-batch after another, collated one by one, in whole windows.
 
         The order of an epoch depends on `seed` and the epoch's number alone, and a window on the target: over ranks
         each takes its slice of the same windows. Give the loader to `windows`.
+        length: of a plan made with `lengths`, `length(sample)` or a length for every sample: then a window's longest samples come together, and each
+        micro-batch holds as many as its longest allows. Raises `PlanError` for a sample that is longer than was planned.
         """
         from autoaccum.sampler import WindowSampler
 
+        if length is not None and not self.per_length:
+            raise PlanError("the plan knows no lengths: tune(..., lengths=[512, 1024, 2048]), or leave length= out")
+
         if not hasattr(dataset, "__len__"):
             raise PlanError(f"a {type(dataset).__name__} has no length to draw from: for an iterable dataset use plan.windows(DataLoader(dataset, ...))")
-        return WindowSampler(len(dataset), self.target_batch, self._cuts, rank=self.rank, shuffle=shuffle, seed=seed, drop_last=drop_last)
+        arrange = None
+        if length is not None:
+            from autoaccum import lengths
+
+            of = lengths.by_length(dataset, length)[1]
+            most = [(each, plan.micro_batch) for each, plan in self.per_length]
+
+            def arrange(indices: Sequence[int]) -> list[list[int]]:
+                return list(lengths.arrange(indices, of, most))
+
+        return WindowSampler(len(dataset), self.target_batch, self._cuts, rank=self.rank, shuffle=shuffle, seed=seed, drop_last=drop_last, arrange=arrange)
 
     def _cuts(self, samples: int) -> list[tuple[int, ...]]:
         """Every rank's micro-batches of a window of `samples`, without those that it sits out."""
@@ -337,6 +378,7 @@ class Plan:
         first = ("job", "target_batch", "effective_batch", "micro_batch", "accumulation_steps", "micro_batches", "share", "shares")
         for name in (*first, *(each.name for each in fields(self))):
             document.setdefault(name, getattr(self, name))
+        document["per_length"] = [[length, plan.as_dict()] for length, plan in self.per_length]
         document["fleet"] = None if self.fleet is None else self.fleet.as_dict()
         document["spare_bytes"] = self.spare_bytes
         document["device"] = asdict(self.device)
@@ -402,6 +444,7 @@ class Plan:
         values["trials"] = tuple(Tried(**each) for each in values["trials"])
         values["shapes"] = {path: tuple(shape) for path, shape in values["shapes"].items()}
         values["fleet"] = Fleet.from_dict(values["fleet"]) if values.get("fleet") else None
+        values["per_length"] = tuple((length, cls._from_dict(told)) for length, told in values.get("per_length", ()))
         values["arithmetic"] = tuple((bytes_, word) for bytes_, word in values["arithmetic"])
         return cls(**values)
 

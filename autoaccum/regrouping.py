@@ -23,12 +23,12 @@ class Window:
 
     parts: batches, or the pieces of batches, in order. sizes: samples of each. samples: of all.
     told: True where somebody said how many samples a part holds, because its first dimension does not: then parts are
-    cut by `split` alone, and never joined.
+    cut by `split` alone, and never joined. arranged: True where parts are micro-batches of as many samples as their length allows.
     """
 
-    def __init__(self, parts: Sequence[Any], sizes: Sequence[int], split: Splitter | None = None, *, told: bool = False) -> None:
+    def __init__(self, parts: Sequence[Any], sizes: Sequence[int], split: Splitter | None = None, *, told: bool = False, arranged: bool = False) -> None:
         self.parts, self.sizes, self.samples = tuple(parts), tuple(sizes), sum(sizes)
-        self.split, self.told = split, told
+        self.split, self.told, self.arranged = split, told, arranged
 
     def __repr__(self) -> str:
         return f"Window({self.samples} samples in {len(self.parts)} part{'s' if len(self.parts) != 1 else ''})"
@@ -65,7 +65,7 @@ class Window:
 
     def cut_by(self, split: Splitter) -> Window:
         """The same window with a splitter, if it has none of its own."""
-        return self if self.split is not None else Window(self.parts, self.sizes, split, told=self.told)
+        return self if self.split is not None else Window(self.parts, self.sizes, split, told=self.told, arranged=self.arranged)
 
     def runs_as(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """What `cut` makes of these sizes, as far as it is known beforehand: parts that cannot be cut stay what they are."""
@@ -209,7 +209,7 @@ class Windows:
             self._done = start + min(sampler.target, sampler.length - start)
             if self._samples is not None and any(sizes):
                 sizes = tuple(int(self._samples(part)) if size else 0 for part, size in zip(parts, sizes))
-            yield Window(parts, sizes, self._split, told=self._samples is not None)
+            yield Window(parts, sizes, self._split, told=self._samples is not None, arranged=sampler.arrange is not None)
         self._epoch, self._done = self._epoch + 1, 0
 
     def _regrouped(self) -> Iterator[Window]:

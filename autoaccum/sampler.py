@@ -23,9 +23,22 @@ class WindowSampler(Sampler[list[int]]):
     Each iteration is an epoch; `set_epoch` chooses one. drop_last: leaves the smaller last window out.
 
     Made by `Plan.batch_sampler`. target: samples of a window. cuts: every rank's micro-batches of a window; a zero is none.
+    arrange: makes a window's indices into micro-batches instead, on one rank; where each begins is then of this order.
     """
 
-    def __init__(self, length: int, target: int, cuts: Cuts, *, rank: int = 0, shuffle: bool = True, seed: int = 0, drop_last: bool = False) -> None:
+    def __init__(
+        self,
+        length: int,
+        target: int,
+        cuts: Cuts,
+        *,
+        rank: int = 0,
+        shuffle: bool = True,
+        seed: int = 0,
+        drop_last: bool = False,
+        arrange: Callable[[Sequence[int]], Sequence[list[int]]] | None = None,
+    ) -> None:
+        self.arrange = arrange
         self.length, self.target, self.rank, self.shuffle, self.seed, self.drop_last = length, target, rank, shuffle, seed, drop_last
         self.epoch = self.done = self.in_window = 0  # read so far: samples in whole windows, and micro-batches of the one after these
         self.began = (0, 0, 0)  # where the last iteration started, in the same terms
@@ -41,15 +54,18 @@ class WindowSampler(Sampler[list[int]]):
         order = self._order(epoch)
         for start, sizes in self.windows(first):
             samples = min(self.target, self.length - start)
-            at, _ = self._slice(samples)
-            ends = list(accumulate(sizes, initial=start + at))
-            for index, size in enumerate(sizes):
+            if self.arrange is not None:
+                pieces = list(self.arrange(order[start : start + samples]))
+            else:
+                ends = list(accumulate(sizes, initial=start + self._slice(samples)[0]))
+                pieces = [list(order[end : end + size]) if size else [order[start]] for end, size in zip(ends, sizes)]
+            for index, piece in enumerate(pieces):
                 if skipped:
                     skipped -= 1
                     continue
-                over = index == len(sizes) - 1
+                over = index == len(pieces) - 1
                 self.epoch, self.done, self.in_window = epoch, start + samples if over else start, 0 if over else index + 1
-                yield list(order[ends[index] : ends[index] + size]) if size else [order[start]]
+                yield piece
         self.set_epoch(epoch + 1)
 
     def __len__(self) -> int:
@@ -57,12 +73,13 @@ class WindowSampler(Sampler[list[int]]):
         return sum(len(sizes) for _, sizes in self.windows(0))
 
     def windows(self, start: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """From `start` to the end of an epoch: where each window begins in its order, and this rank's micro-batches of it."""
+        """From `start` to the end of the epoch that is being read: where each window begins in its order, and this rank's micro-batches of it."""
+        order = self._order(self.began[0] if self._reading else self.epoch) if self.arrange is not None else ()
         while start < self.length:
             samples = min(self.target, self.length - start)
             if samples < self.target and self.drop_last:
                 return
-            yield start, self._slice(samples)[1]
+            yield start, self._slice(samples)[1] if self.arrange is None else tuple(map(len, self.arrange(order[start : start + samples])))
             start += self.target
 
     def set_epoch(self, epoch: int) -> None:

@@ -243,7 +243,7 @@ def _next(candidates: Sequence[int], low: int, high: int, line: _Line, budget: f
             index += 1
         return index
 
-    if low < 0 and high == len(candidates):
+    if high == len(candidates) and (low < 0 or not line.readings):
         return at_most(start)  # a small one first: cheap, and all that is needed where nothing fits
     if low < 0:
         return (low + high) // 2

@@ -48,6 +48,7 @@ def tune(
     timeout_s: float | None = None,
     rank_timeout_s: float = RANK_TIMEOUT_S,
     cache: bool = False,
+    lengths: Sequence[int] | None = None,
     progress: Progress | None = None,
     **job: Any,
 ) -> Plan:
@@ -63,6 +64,8 @@ def tune(
     the one with the lowest peak). timeout_s: per trial; a longer one counts as not fitting. progress: called along the way.
     cache: start from what earlier runs of the same job read on the same device (`autoaccum cache list`), and remember what this one does;
     the plan is made anew, and confirmed by a run. On one device alone.
+    lengths: also plans for shorter samples, `Plan.for_length(length)`: batch is then `make_batch(n, length)`, or tensors with the length
+    as their second dimension. The plan that comes back is the longest's. On one device alone.
 
     Under torchrun every rank calls this, after `torch.distributed.init_process_group` and before `fully_shard` (before or after
     DistributedDataParallel). Each rehearses on its own device, and the shares of the plan let all finish together: unlike
@@ -92,6 +95,10 @@ def tune(
     if others is not None and cache:
         raise UsageError("cache=True is for one device: over ranks all rehearse at the same moments, so leave it out")
     _alone_for_throughput(wish, others is not None)
+    if lengths is not None:
+        if others is not None:
+            raise UsageError("lengths= is for one device: over ranks leave it out, and measure with the longest samples")
+        return _per_length(rehearsed, where, wish, lengths, tell, idle, enforce=enforce, cache=cache)
     if others is None:
         with trial.rehearsal(rehearsed, where, wish.limits, enforce=enforce, say=tell.phase) as rehearsal:
             found = found_for(rehearsal, wish, tell, "in place", idle, _shelf(rehearsal, "in place") if cache else None)
@@ -130,6 +137,35 @@ def tune_source(
 def _alone_for_throughput(wish: Wish, over_ranks: bool) -> None:
     if over_ranks and wish.objective == "throughput":
         raise UsageError('objective "throughput" is for one device: over ranks shares are made for the shortest time anyway, so leave it out')
+
+
+def _per_length(
+    rehearsed: tuple[Job, ...], where: devices.Device, wish: Wish, lengths: Sequence[int], tell: Teller, idle: tuple[str, ...], *, enforce: bool, cache: bool
+) -> Plan:
+    """One plan for each length, the longest first: what fits there fits the shorter ones, too, and is where their search begins."""
+    from autoaccum import trial
+    from autoaccum.lengths import AtLength
+
+    wanted = sorted(set(lengths), reverse=True)
+    if not wanted or not all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in wanted):
+        raise UsageError(f"lengths must be a list of whole numbers, at least 1, not {lengths!r}")
+    batch = AtLength(rehearsed[0].batch)
+    jobs = (replace(rehearsed[0], batch=batch), *rehearsed[1:])
+    plans: list[tuple[int, Plan]] = []
+    with trial.rehearsal(jobs, where, wish.limits, enforce=enforce, say=tell.phase) as rehearsal:
+        fitted: list[Reading] = []
+        start = 1
+        for length, shorter in zip(wanted, [*wanted[1:], wanted[-1]]):
+            batch.length = length
+            found = found_for(rehearsal, wish, tell, "in place", idle, _shelf(rehearsal, "in place") if cache else None, known=fitted, start=start)
+            plans.append((length, found))
+            # Of a longer sample's reading only that it fits says something of a shorter one.
+            fitted += [replace(each, peak_bytes=None, activation_bytes=None, base_bytes=None) for each in tell.tried if each.fits]
+            start = max(found.micro_batch * length // shorter, 1)
+            tell = tell.again()
+    for said in dict.fromkeys(said for _, found in plans for said in found.warnings):
+        warnings.warn(said, stacklevel=3)
+    return replace(plans[0][1], per_length=tuple(plans[::-1]))
 
 
 def _shelf(rehearsal: Rehearser, label: str, origin: Source | None = None) -> Shelf | None:

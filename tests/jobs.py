@@ -218,11 +218,23 @@ def random_everywhere():
     return small(loss)
 
 
-def slow_above(most=30, seconds=1.2):
+def slow_above(most=30):
     """Above `most` samples, forward takes long; in one process that shows when it has ended."""
 
     def loss(model, batch):
-        until = time.monotonic() + (seconds if len(batch[0]) > most else 0)
+        until = time.monotonic() + (1.2 if len(batch[0]) > most else 0)
+        while time.monotonic() < until:
+            pass
+        return mse(model, batch)
+
+    return small(loss)
+
+
+def crawls_above(most=30):
+    """Above `most` samples each takes a millisecond more, as where a cache is too small."""
+
+    def loss(model, batch):
+        until = time.monotonic() + (0.001 * len(batch[0]) if len(batch[0]) > most else 0)
         while time.monotonic() < until:
             pass
         return mse(model, batch)

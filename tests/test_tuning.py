@@ -55,8 +55,8 @@ def test_where_nothing_is_enforced_nothing_runs_that_is_predicted_not_to_fit():
 
 
 def test_the_fastest_plan_that_fits_is_chosen_and_all_that_were_timed_are_told():
-    """Above 30 samples a micro-batch takes a tenth of a second more; 120 would fit."""
-    plan = autoaccum.tune(jobs.slow_above(30, 0.1), target_batch=120, objective="throughput")
+    """Above 30 samples each takes a millisecond more; all 120 would fit."""
+    plan = autoaccum.tune(jobs.crawls_above(30), target_batch=120, objective="throughput")
     assert plan.micro_batch <= 30 and sum(plan.micro_batches) == 120 and plan.objective == "throughput"
     timed = [each for each in plan.trials if each.samples_per_second]
     assert len({each.micro_batch for each in timed}) > 3 and timed[0].micro_batch == 120
@@ -65,7 +65,7 @@ def test_the_fastest_plan_that_fits_is_chosen_and_all_that_were_timed_are_told()
     assert f"{plan.micro_batch} x {plan.accumulation_steps}" in plan.explain() and plan.explain().count("samples a second") == len(
         {each.micro_batch for each in timed}
     )
-    assert autoaccum.tune(jobs.slow_above(30, 0.1), target_batch=120).micro_batch == 120
+    assert autoaccum.tune(jobs.crawls_above(30), target_batch=120).micro_batch == 120
     with pytest.raises(autoaccum.UsageError, match="two questions"):
         autoaccum.tune(jobs.small(), target_batch=120, objective="throughput", largest=True)
     with pytest.raises(autoaccum.UsageError, match="fewest-steps or throughput"):
@@ -261,7 +261,7 @@ def test_the_knobs_of_tune_are_these():
     parameters = inspect.signature(autoaccum.tune).parameters
     assert [each.name for each in parameters.values() if each.kind is each.KEYWORD_ONLY] == [
         "target_batch", "device", "memory_limit", "headroom", "max_micro_batch", "equal", "largest", "objective", "lockstep", "timeout_s",
-        "rank_timeout_s", "cache", "progress",
+        "rank_timeout_s", "cache", "lengths", "progress",
     ]  # fmt: skip
     assert [each.name for each in parameters.values() if each.kind is each.KEYWORD_ONLY and each.default is each.empty] == ["target_batch"]
 
