@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import math
 import os
@@ -345,6 +346,14 @@ class Plan:
             trials=(),
             peak_bytes=None,
         )
+
+    def apply(self, live: Any) -> None:
+        """Sets the plan in a `transformers.Trainer`, an `accelerate.Accelerator` or a `lightning.Trainer`, where it will be read.
+
+        Raises `PlanError` where the framework cannot run it, `UsageError` for anything else.
+        """
+        # By name: plans know nothing of frameworks, whose files stand far above this one.
+        importlib.import_module("autoaccum.integrations").of(live).apply(self, live)
 
     def to_huggingface(self) -> dict[str, Any]:
         """Arguments of `transformers.TrainingArguments`. Raises `PlanError` for unequal micro-batches, as the next three do."""

@@ -8,7 +8,7 @@ PACKAGE = Path(__file__).parent.parent / "autoaccum"
 # A file may import from rows above its own, and from nothing else of ours.
 ROWS = """
 version errors under_limit
-units oom launched engines fleets sampler
+units oom launched engines fleets sampler modules
 batches devices.base profiles simulate.settings simulate.margins ranks speeds
 simulate simulate.allocator simulate.kernels simulate.fake simulate.attention
 simulate.tape
@@ -28,7 +28,8 @@ line rescue
 together
 tuning
 estimating
-loop report progress plot forecasting
+loop report progress plot forecasting integrations
+integrations.huggingface integrations.accelerate integrations.lightning
 training demo drawing
 cli
 __init__ __main__

@@ -1,0 +1,28 @@
+"""Plans for live objects of other frameworks: one file for each, none imported before it is asked for."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from autoaccum.errors import MissingExtra, UsageError
+
+# The framework's own package -> our file for it.
+_FILES = {"transformers": "huggingface", "lightning": "lightning", "pytorch_lightning": "lightning", "accelerate": "accelerate"}
+
+
+def of(live: Any) -> Any:
+    """Our file for an object of a framework. Raises `UsageError` for anything else."""
+    for base in type(live).__mro__:
+        file = _FILES.get(base.__module__.partition(".")[0])
+        if file is not None:
+            return import_module(f"autoaccum.integrations.{file}")
+    raise UsageError(f"a plan can be applied to a transformers.Trainer, an accelerate.Accelerator or a lightning.Trainer, not to a {type(live).__name__}")
+
+
+def needed(package: str, extra: str) -> Any:
+    """The framework. Raises `MissingExtra` with the line that installs it."""
+    try:
+        return import_module(package)
+    except ImportError:
+        raise MissingExtra(f"{package} is not installed: pip install 'autoaccum[{extra}]'") from None
