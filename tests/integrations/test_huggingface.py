@@ -105,7 +105,7 @@ def deep():
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=256, n_embd=96, n_layer=2, n_head=2, resid_pdrop=0.1))
 
 
-@pytest.mark.parametrize("settings", [{}, {"bf16": True, "gradient_checkpointing": True, "max_grad_norm": 1.0, "optim": "adafactor"}])
+@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "max_grad_norm": 1.0, "optim": "adafactor"}])
 def test_tuning_leaves_the_trainer_as_it_was_and_training_survives_the_limit(tmp_path, settings):
     made = trainer(tmp_path, deep(), Texts(100, 8, 256), padded, max_steps=20, **settings)
     trainer(tmp_path, gpt2(), Texts(), padded, max_steps=1, **settings).train()  # what a Trainer imports and compiles when it first trains
@@ -191,6 +191,20 @@ def test_a_mean_over_tokens_is_exact_whatever_the_micro_batches(tmp_path, wrap):
     assert expected.samples == steps.samples == [25]
     difference = (steps.gradients[0] - expected.gradients[0]).norm() / expected.gradients[0].norm()
     assert difference < 2e-6  # GPT-2 computes its loss in single precision
+
+
+def test_in_bfloat16_it_is_rehearsed_as_accelerate_will_run_it(tmp_path):
+    """Autocast, and logits back in single precision; and the model gets its own forward back."""
+    made = trainer(tmp_path, gpt2(), Texts(), padded, max_steps=2, bf16=True)
+    seen = []
+    made.compute_loss_func = lambda outputs, labels, num_items_in_batch: seen.append(outputs.logits.dtype) or outputs.logits.float().mean() / num_items_in_batch
+    before = left_of(made)
+    plan = huggingface.tune(made, target_batch=30, max_micro_batch=7)
+    assert left_of(made) == before and set(seen) == {torch.float32}
+    made.model.transformer.h[0].mlp.register_forward_hook(lambda module, args, output: seen.append(output.dtype))
+    plan.apply(made)
+    made.train()
+    assert seen[-2:] == [torch.bfloat16, torch.float32]
 
 
 def test_equal_micro_batches_come_from_the_trainers_own_loader(tmp_path):
