@@ -78,12 +78,12 @@ def tune(
     """
     from autoaccum import ranks, together, trial  # torch: the command line, which imports this file, does without
 
+    _known(job, tune)
     if isinstance(model, (Job, list, tuple)):
         if optimizer is not None or loss is not None or batch is not None or job:
             raise UsageError("tune(job, ...) takes everything from the job: give either a Job or model, optimizer, loss and batch")
         rehearsed = in_turn(model)
     else:
-        _known(job, tune)
         rehearsed = (Job(model, optimizer, loss, batch, **job),)
     wish = Wish(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout_s, lockstep, objective)
     where = _where(rehearsed[0], None if device is None else str(device))

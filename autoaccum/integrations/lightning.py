@@ -1,0 +1,244 @@
+"""Lightning: a callback that keeps the loader's batch size and the Trainer's accumulation together, exactly.
+
+trainer = lightning.Trainer(callbacks=[EffectiveBatch(512)])
+trainer.fit(model, loader)  # of any batch size
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sized
+from typing import Any, cast
+
+import torch
+from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+
+from autoaccum import formats, generators, tuning
+from autoaccum.errors import PlanError, UsageError
+from autoaccum.explaining import notation
+from autoaccum.integrations import needed
+from autoaccum.job import Job
+from autoaccum.modules import attributes_kept
+from autoaccum.plan import Plan
+
+# Either package has the same classes; the one that is imported already is the user's.
+_pytorch: Any = sys.modules.get("lightning.pytorch") or sys.modules.get("pytorch_lightning") or needed("lightning.pytorch", "lightning")
+
+
+class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is not typed here
+    """Tunes when `fit` begins, then feeds windows of exactly `target_batch` samples; after `fit` the Trainer is as it was.
+
+    Every optimizer step is over one window, also the smaller last one of an epoch, and its gradient is that of the whole window: each
+    micro-batch's is weighted by what it holds. What `training_step` returns and logs stays as it is. Clipping, precision, schedulers and
+    checkpoints remain Lightning's.
+
+    batch: what to measure with, as in `autoaccum.tune`; by default the loader's first batch (for samples of unlike lengths give
+    `autoaccum.worst_case(loader)`). plan: one that was made before, instead of tuning. wish: the other keywords of `autoaccum.tune`.
+    Loaders are those of `fit`, of a datamodule or of the model. In distributed training micro-batches are equal.
+    `plan` is the plan, once `fit` has begun.
+
+    Raises `UsageError` for manual optimization, several loaders, sharding strategies, and limits that end inside a window.
+    """
+
+    def __init__(self, target_batch: int, *, batch: Any = None, plan: Plan | None = None, **wish: Any) -> None:
+        if plan is not None and plan.target_batch != target_batch:
+            raise UsageError(f"the plan is for a target batch of {plan.target_batch}, not {target_batch}")
+        self.target_batch, self.plan, self._batch, self._wish, self._given = target_batch, plan, batch, wish, plan
+        self._weights: deque[float] = deque()
+        self._weight = 1.0
+        self._undo: list[Callable[[], None]] = []
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Before optimizers are made: schedules ask how many steps there will be, and that depends on the target alone."""
+        if stage != "fit":
+            return
+        self._check(trainer, pl_module)
+        source = trainer.fit_loop._data_source
+        self._undo = [_putting_back(trainer, "accumulate_grad_batches"), _putting_back(source, "instance"), _putting_back(source, "name")]
+        if source.instance is not pl_module:  # whose own setup comes later
+            loader = source.dataloader()
+            if isinstance(loader, DataLoader) and hasattr(loader.dataset, "__len__"):
+                trainer.accumulate_grad_batches = 1
+                source.instance, source.name = DataLoader(loader.dataset, batch_size=self.target_batch, collate_fn=loader.collate_fn), ""
+                self._loader = loader
+
+    _loader: Any = None
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """The model is on its device and has its optimizer; the loader is not read yet."""
+        source = trainer.fit_loop._data_source
+        loader = self._loader if self._loader is not None else source.dataloader()
+        if not isinstance(loader, DataLoader):
+            raise UsageError(
+                f"EffectiveBatch regroups one DataLoader, not a {type(loader).__name__}: give one, or use autoaccum.Accumulator in a loop of your own"
+            )
+        plan = self._given if self._given is not None else self._tuned(trainer, pl_module, loader)
+        if plan.world_size != trainer.world_size:
+            raise PlanError(
+                f"the plan is for {plan.world_size} rank{'s' if plan.world_size != 1 else ''}, and the Trainer has {trainer.world_size}: tune again"
+            )
+        if plan.world_size > 1:
+            formats.lightning(plan)
+        _check_limits(trainer, plan)
+        self.plan = plan
+        self._undo.append(_putting_back(trainer._accelerator_connector, "use_distributed_sampler"))
+        trainer._accelerator_connector.use_distributed_sampler = False  # every rank reads its own part already
+        trainer.accumulate_grad_batches = plan.accumulation_steps
+        source.instance, source.name = _MicroBatches(plan, _of_windows(plan, loader), self._weights), ""
+        trainer.fit_loop._combined_loader = None  # who asked for the number of steps has had it made
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        """Takes the micro-batch's weight, in the order in which they were read."""
+        self._weight = self._weights.popleft()
+
+    def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
+        """Weights the gradient and leaves the loss: Lightning divides by the steps, whatever each holds."""
+        weight = self._weight * trainer.accumulate_grad_batches
+        if weight != 1.0 and loss.requires_grad:
+            loss.register_hook(lambda gradient: gradient * weight)
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """The Trainer, its loader and its accumulation as they were."""
+        for undo in self._undo:
+            undo()
+        if self._undo:
+            trainer.fit_loop._combined_loader = None
+        self._undo, self._loader = [], None
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Also where `fit` failed."""
+        self.teardown(trainer, pl_module, "fit")
+
+    def _check(self, trainer: Any, pl_module: Any) -> None:
+        if not pl_module.automatic_optimization:
+            raise UsageError("this model optimizes by itself: in its training_step loop over plan.split(batch), and leave EffectiveBatch out")
+        if trainer.accumulate_grad_batches != 1:
+            raise UsageError(f"accumulate_grad_batches={trainer.accumulate_grad_batches} and EffectiveBatch both say how to accumulate: leave the first out")
+        if trainer.overfit_batches:
+            raise UsageError("overfit_batches takes batches of the loader's size: leave it out, or EffectiveBatch")
+        strategy = type(trainer.strategy).__name__
+        if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
+            raise UsageError(f"{strategy} shards the model or runs it elsewhere, where one rank cannot rehearse it alone: tune before, and give plan=")
+        if any(type(each).__name__ in ("BatchSizeFinder", "GradientAccumulationScheduler") for each in trainer.callbacks):
+            raise UsageError("BatchSizeFinder and GradientAccumulationScheduler change what EffectiveBatch keeps together: leave them out")
+
+    def _tuned(self, trainer: Any, pl_module: Any, loader: DataLoader[Any]) -> Plan:
+        wish = {**self._wish, "equal": True} if trainer.world_size > 1 else self._wish
+        drawn = generators.Generators(pl_module.device)
+        drawn.note()
+        try:
+            with attributes_kept(pl_module):
+                pl_module.log = pl_module.log_dict = _say_nothing  # a rehearsal's figures are nobody's
+                clips = trainer.gradient_clip_val if trainer.gradient_clip_algorithm in (None, "norm") else None
+                job = Job(
+                    pl_module,
+                    list(trainer.optimizers) if len(trainer.optimizers) > 1 else trainer.optimizers[0],
+                    _loss_of(trainer, pl_module),
+                    next(iter(loader)) if self._batch is None else self._batch,
+                    scaler=getattr(trainer.precision_plugin, "scaler", None),
+                    max_grad_norm=clips or None,
+                )
+                return tuning.tune(job, target_batch=self.target_batch, **wish)
+        finally:
+            drawn.put_back()
+
+
+def apply(plan: Plan, trainer: Any) -> None:
+    """Adds the callback to a `lightning.Trainer`, with this plan."""
+    trainer.callbacks[:] = [each for each in trainer.callbacks if not isinstance(each, EffectiveBatch)]
+    trainer.callbacks.append(EffectiveBatch(plan.target_batch, plan=plan))
+
+
+def _putting_back(of: Any, name: str) -> Callable[[], None]:
+    value = getattr(of, name)
+    return lambda: setattr(of, name, value)
+
+
+def _say_nothing(*_: Any, **__: Any) -> None: ...
+
+
+def _loss_of(trainer: Any, pl_module: Any) -> Callable[[Any, Any], Any]:
+    takes_index = len(inspect.signature(pl_module.training_step).parameters) > 1
+
+    def loss(model: Any, batch: Any) -> Any:
+        moved = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+        with trainer.precision_plugin.train_step_context():
+            returned = model.training_step(moved, 0) if takes_index else model.training_step(moved)
+        return returned["loss"] if isinstance(returned, dict) else returned
+
+    return loss
+
+
+def _check_limits(trainer: Any, plan: Plan) -> None:
+    """An epoch that ends inside a window would leave a part of it out of the weights."""
+    limit = trainer.limit_train_batches
+    if limit == 1.0 and isinstance(limit, float):
+        return
+    if not isinstance(limit, int) or limit % plan.accumulation_steps:
+        near = max(limit // plan.accumulation_steps, 1) * plan.accumulation_steps if isinstance(limit, int) else plan.accumulation_steps
+        raise UsageError(
+            f"limit_train_batches={limit} ends inside a window of {notation(plan.micro_batches)}: "
+            f"give a whole number of windows, {near} for instance, or max_steps"
+        )
+
+
+def _of_windows(plan: Plan, loader: DataLoader[Any]) -> DataLoader[Any]:
+    """The same data in whole micro-batches, each collated by itself; a stream, or an order that somebody made, as it comes."""
+    sampler = loader.sampler
+    ours = isinstance(sampler, (RandomSampler, SequentialSampler, DistributedSampler)) and loader.batch_size is not None
+    if isinstance(loader.dataset, IterableDataset) or not ours or getattr(sampler, "replacement", False):
+        return loader
+    shuffle = sampler.shuffle if isinstance(sampler, DistributedSampler) else isinstance(sampler, RandomSampler)
+    # As everything else that is shuffled: by the generator's seed, so that `seed_everything` decides; alike on all ranks.
+    seed = torch.initial_seed() % 2**31 if plan.world_size == 1 else 0
+    workers: dict[str, Any] = {"persistent_workers": loader.persistent_workers, "prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
+    return DataLoader(
+        loader.dataset,
+        batch_sampler=plan.batch_sampler(cast(Sized, loader.dataset), shuffle=shuffle, seed=seed, drop_last=loader.drop_last),
+        collate_fn=loader.collate_fn,
+        num_workers=loader.num_workers,
+        pin_memory=loader.pin_memory,
+        timeout=loader.timeout,
+        worker_init_fn=loader.worker_init_fn,
+        multiprocessing_context=loader.multiprocessing_context,
+        generator=loader.generator,
+        **workers,
+    )
+
+
+class _MicroBatches:
+    """A loader of micro-batches, window after window, which notes what each owes."""
+
+    def __init__(self, plan: Plan, loader: DataLoader[Any], weights: deque[float]) -> None:
+        self._plan, self._loader, self._weights = plan, loader, weights
+        self.dataset = loader.dataset
+
+    def __iter__(self) -> Iterator[Any]:
+        self._weights.clear()
+        plan, left = self._plan, getattr(self._loader.batch_sampler, "length", None)
+        for window in plan.windows(self._loader):
+            samples = window.samples
+            if plan.world_size > 1:  # this window over all ranks
+                samples = min(plan.target_batch, left or plan.target_batch)
+                left = None if left is None else left - samples
+            pieces = list(window.cut(plan.sizes(window.samples), most=plan.micro_batch)) if window.samples else [(window.parts[0], 0)]
+            if len(pieces) != plan.accumulation_steps and window.samples == plan.share:
+                raise PlanError(
+                    f"a window came in {len(pieces)} micro-batches instead of {plan.accumulation_steps}, because its batches cannot be joined (padded to "
+                    "unlike lengths): leave the sampler to EffectiveBatch, with shuffle=True or False"
+                )
+            for piece, size in pieces:
+                self._weights.append(plan.world_size * size / samples)
+                yield piece
+
+    def __len__(self) -> int:
+        """Micro-batches in an epoch. Raises `TypeError` for a stream."""
+        sampler = self._loader.batch_sampler
+        if hasattr(sampler, "windows"):
+            return len(sampler)  # type: ignore[arg-type]
+        windows = self._plan.windows(self._loader)
+        samples = len(self._loader.dataset) if len(windows) else 0  # type: ignore[arg-type]
+        whole, rest = divmod(samples, self._plan.share)
+        return whole * self._plan.accumulation_steps + (len(self._plan.sizes(rest)) if rest else 0)

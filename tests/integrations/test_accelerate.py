@@ -1,0 +1,105 @@
+"""Under `accumulate()` every window is the whole batch's gradient, whatever its micro-batches."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.utils.data import DataLoader, TensorDataset
+
+import autoaccum
+from autoaccum.devices.cpu import Cpu
+from autoaccum.integrations import accelerate
+from tests import jobs
+from tests.digest import digest
+from tests.plans import by_hand
+from tests.test_lengths import Hungry, Texts, padded
+from tests.test_lengths import loss as masked
+from tests.test_tuning import limit_for
+
+
+@pytest.fixture(autouse=True)
+def another_run():
+    """Accelerate keeps one state for a process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def prepared(model, **given):
+    accelerator = Accelerator(cpu=True, **given)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.0)
+    return (accelerator, *accelerator.prepare(model, optimizer))
+
+
+def linear(dtype=torch.float64):
+    torch.manual_seed(0)
+    return torch.nn.Linear(8, 1).to(dtype)
+
+
+def data(samples, dtype=torch.float64):
+    drawn = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(samples, 8, dtype=dtype, generator=drawn), torch.randn(samples, 1, dtype=dtype, generator=drawn))
+
+
+@pytest.mark.parametrize("batch_size", [120, 32])
+def test_every_window_is_the_whole_batchs_gradient(batch_size):
+    """120 = 50 + 50 + 20 would be off by more than a tenth in the usual loop; here 40 x 3, 39 + 39 + 38 + ..., and a last window of 23."""
+    accelerator, model, optimizer = prepared(linear())
+    pairs = data(263)
+    plan = accelerate.tune(accelerator, model, optimizer, jobs.mse, pairs[:16], target_batch=120, max_micro_batch=50)
+    assert accelerator.gradient_accumulation_steps == plan.accumulation_steps == 3
+    gradients, counted, since = [], [], 0
+    for micro in accelerate.micro_batches(accelerator, plan, DataLoader(pairs, batch_size=batch_size)):
+        with accelerator.accumulate(model):
+            since += micro.samples
+            accelerator.backward(jobs.mse(model, micro.batch) * micro.weight)
+            if accelerator.sync_gradients:
+                gradients.append(torch.cat([each.grad.flatten().clone() for each in model.parameters()]))
+                counted.append(since)
+                since = 0
+            optimizer.step()
+            optimizer.zero_grad()
+    assert counted == [120, 120, 23]
+    whole = linear()
+    for start, ours in zip((0, 120, 240), gradients):
+        whole.zero_grad()
+        jobs.mse(whole, pairs[start : min(start + 120, 263)]).backward()
+        theirs = torch.cat([each.grad.flatten() for each in whole.parameters()])
+        assert (ours - theirs).norm() / theirs.norm() < 1e-13
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_prepared_objects_come_back_as_they_were_and_train_under_the_limit(precision):
+    accelerator, model, optimizer = prepared(Hungry(64), mixed_precision=precision)
+    texts = Texts(100, 120)
+    before = digest(model), repr(optimizer.state_dict())
+    allowed = limit_for(150)
+    make_batch = autoaccum.worst_case(texts, collate=padded)
+    plan = accelerate.tune(accelerator, model, optimizer, masked, make_batch, target_batch=30, memory_limit=allowed)
+    assert (digest(model), repr(optimizer.state_dict())) == before
+    assert plan.accumulation_steps > 1 or precision == "bf16"
+    device = Cpu()
+    device.prepare()
+    steps = samples = 0
+    with device.capped(allowed):
+        for _ in range(5):
+            for micro in accelerate.micro_batches(accelerator, plan, DataLoader(texts, batch_sampler=plan.batch_sampler(texts), collate_fn=padded)):
+                with accelerator.accumulate(model):
+                    accelerator.backward(masked(model, micro.batch) * micro.weight)
+                    optimizer.step()
+                    optimizer.zero_grad()
+                steps += accelerator.sync_gradients
+                samples += micro.samples
+    assert steps == 20 and samples == 500
+
+
+def test_what_does_not_fit_together_is_refused():
+    accelerator, model, _ = prepared(linear())
+    plan = by_hand(None, 24, 7)
+    with pytest.raises(autoaccum.PlanError, match="as it was before prepare"):
+        next(accelerate.micro_batches(accelerator, plan, accelerator.prepare(DataLoader(data(30), batch_size=4))))
+    plan.apply(accelerator)
+    assert accelerator.gradient_accumulation_steps == 4
+    assert Accelerator(cpu=True, **by_hand(None, 24, 8).to_accelerate()).gradient_accumulation_steps == 3
+    with pytest.raises(autoaccum.UsageError, match="did you mean 'memory_limit'"):
+        accelerate.tune(accelerator, model, torch.optim.SGD(model.parameters()), jobs.mse, data(8)[:8], target_batch=4, memory_limits="1GiB")

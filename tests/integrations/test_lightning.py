@@ -1,0 +1,150 @@
+"""In a real Trainer: every optimizer step is over the target, its gradient that of the whole window, and all is put back."""
+
+import logging
+import warnings
+
+import lightning
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
+
+import autoaccum
+from autoaccum.devices.cpu import Cpu
+from autoaccum.integrations.lightning import EffectiveBatch
+from tests.digest import digest
+from tests.plans import by_hand
+from tests.test_lengths import Hungry, Texts, padded
+from tests.test_lengths import loss as masked
+from tests.test_tuning import limit_for
+
+logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", module="lightning")
+
+
+class Module(lightning.LightningModule):
+    def __init__(self, inner=None, loss=None, lr=0.0, loader=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(8, 1).double() if inner is None else inner
+        self._loss, self._lr, self._own = loss or (lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1])), lr, loader
+        self.seen, self.gradients, self.samples, self.total = [], [], [], None
+
+    def training_step(self, batch, batch_idx):
+        found = self._loss(self.inner, batch)
+        self.log("train_loss", found)
+        self.seen.append(len(batch[0]))
+        return found
+
+    def on_before_optimizer_step(self, optimizer):
+        self.gradients.append(torch.cat([each.grad.flatten().clone() for each in self.inner.parameters()]))
+        self.samples.append(sum(self.seen))
+        self.seen.clear()
+
+    def configure_optimizers(self):
+        self.total = self.trainer.estimated_stepping_batches
+        return torch.optim.AdamW(self.parameters(), lr=self._lr)
+
+    def train_dataloader(self):
+        return self._own
+
+
+def data(samples):
+    drawn = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(samples, 8, dtype=torch.float64, generator=drawn), torch.randn(samples, 1, dtype=torch.float64, generator=drawn))
+
+
+def trainer(tmp_path, *callbacks, **given):
+    settings = {"accelerator": "cpu", "devices": 1, "logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return lightning.Trainer(default_root_dir=tmp_path, callbacks=list(callbacks), **{**settings, "max_epochs": 1, **given})
+
+
+@pytest.mark.parametrize("where", ["passed in", "the model's"])
+@pytest.mark.parametrize(("target", "most", "last"), [(120, 50, 23), (22, 4, 7), (24, 24, 5)])
+def test_every_step_is_the_whole_windows_gradient(tmp_path, target, most, last, where):
+    pairs = data(2 * target + last)
+    loader = DataLoader(pairs, batch_size=7)
+    model = Module(loader=loader)
+    callback = EffectiveBatch(target, max_micro_batch=most)
+    made = trainer(tmp_path, callback)
+    made.fit(model, *([loader] if where == "passed in" else []))
+    assert callback.plan.micro_batch <= most and callback.plan.target_batch == target
+    assert model.samples == [target, target, last] and made.global_step == 3
+    assert made.accumulate_grad_batches == 1 and made._accelerator_connector.use_distributed_sampler
+    if where == "passed in":
+        assert model.total == 3  # what a schedule is made for
+    whole = Module()
+    for start, ours in zip((0, target, 2 * target), model.gradients):
+        whole.zero_grad()
+        whole._loss(whole.inner, pairs[start : min(start + target, len(pairs))]).backward()
+        theirs = torch.cat([each.grad.flatten() for each in whole.inner.parameters()])
+        assert (ours - theirs).norm() / theirs.norm() < 1e-13
+
+
+def test_nothing_is_left_of_tuning_and_training_survives_the_limit(tmp_path):
+    texts = Texts(100, 120)
+    model = Module(Hungry(64), masked, lr=1e-6)
+    allowed = limit_for(150)
+
+    class Watched(EffectiveBatch):
+        def on_fit_start(self, trainer, pl_module):
+            before = digest(pl_module), repr(trainer.optimizers[0].state_dict())
+            super().on_fit_start(trainer, pl_module)
+            assert (digest(pl_module), repr(trainer.optimizers[0].state_dict())) == before
+            device = Cpu()
+            device.prepare()
+            self.cap = device.capped(allowed)
+            self.cap.__enter__()
+
+        def teardown(self, trainer, pl_module, stage):
+            self.cap.__exit__(None, None, None)
+            super().teardown(trainer, pl_module, stage)
+
+    callback = Watched(30, batch=autoaccum.worst_case(texts, collate=padded), memory_limit=allowed)
+    made = trainer(tmp_path, callback, max_epochs=5, gradient_clip_val=1.0)
+    made.fit(model, DataLoader(texts, batch_size=3, shuffle=True, collate_fn=padded))
+    assert callback.plan.accumulation_steps > 1
+    assert model.samples == [30, 30, 30, 10] * 5 and made.global_step == 20
+
+
+def test_a_stream_comes_in_windows_too(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([pairs[index] for index in range(50)])
+
+    pairs = data(50)
+    model = Module()
+    trainer(tmp_path, EffectiveBatch(20, max_micro_batch=7)).fit(model, DataLoader(Stream(), batch_size=8))
+    assert model.samples == [20, 20, 10]
+
+
+def test_a_plan_that_was_made_before_is_applied(tmp_path):
+    plan, model = by_hand(None, 20, 7), Module()
+    made = trainer(tmp_path)
+    plan.apply(made)
+    made.fit(model, DataLoader(data(40), batch_size=8, shuffle=True))
+    assert model.samples == [20, 20]
+    assert trainer(tmp_path, **by_hand(None, 24, 8).to_lightning()).accumulate_grad_batches == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"accumulate_grad_batches": 2}, "both say how to accumulate"),
+        ({"overfit_batches": 2}, "overfit_batches takes batches"),
+        ({"limit_train_batches": 4}, "ends inside a window of 7 x 2 \\+ 6 x 1: give a whole number of windows, 3 for instance"),
+        ({"limit_train_batches": 0.5}, "ends inside a window"),
+    ],
+)
+def test_what_would_not_be_exact_is_refused(tmp_path, given, said):
+    made = trainer(tmp_path, EffectiveBatch(20, max_micro_batch=7), **given)
+    with pytest.raises(autoaccum.UsageError, match=said):
+        made.fit(Module(), DataLoader(data(40), batch_size=8))
+    assert made.accumulate_grad_batches == given.get("accumulate_grad_batches", 1)
+
+
+def test_a_model_that_optimizes_by_itself_is_told_how(tmp_path):
+    model = Module()
+    model.automatic_optimization = False
+    with pytest.raises(autoaccum.UsageError, match=r"loop over plan.split\(batch\)"):
+        trainer(tmp_path, EffectiveBatch(20)).fit(model, DataLoader(data(40), batch_size=8))
