@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import tempfile
 import traceback as traces
@@ -14,7 +15,7 @@ from typing import Any, Literal
 
 import click
 
-from autoaccum import cache, drawing, estimating, forecasting, formats, oom, profiles, progress, report, tuning
+from autoaccum import cache, drawing, estimating, explaining, forecasting, formats, oom, profiles, progress, report, tuning
 from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short
 from autoaccum.job import Source, source
 from autoaccum.launched import launched
@@ -55,6 +56,9 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated."),
         click.option("--timeout", type=float, metavar="SECONDS", help="A trial that takes longer counts as not fitting."),
+        click.option(
+            "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw what was tried: .png, .svg, .pdf (needs matplotlib)."
+        ),
         click.option("--no-cache", is_flag=True, help="Neither use nor keep readings of earlier runs (autoaccum cache list)."),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON document, failures included."),
         click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Also write the plan as JSON."),
@@ -187,7 +191,7 @@ def estimate(
         if path is not None:
             _writable(path)
     if timeline is not None and timeline.suffix != ".pickle":
-        drawing.ready()
+        drawing.ready(timeline)
     names = profiles.names() if all_gpus else list(gpus)
     wish = Wish(target_batch, None, headroom, max_micro_batch, equal)
     found = estimating.estimate_source(
@@ -328,6 +332,7 @@ class _Asked:
         objective: Literal["fewest-steps", "throughput"],
         settings: tuple[str, ...],
         timeout: float | None,
+        plot: Path | None,
         no_cache: bool,
         as_json: bool,
         output: Path | None,
@@ -340,7 +345,10 @@ class _Asked:
         self.form, self.output, self.quiet, self.device = "json" if as_json else form, output, quiet, device
         if as_json and form not in ("text", "json"):
             raise UsageError(f"--json and --format {form} both say how to print: give one")
-        self.memory_limit, self.cache = memory_limit, not no_cache
+        self.memory_limit, self.cache, self.plot = memory_limit, not no_cache, plot
+        if plot is not None:
+            drawing.ready(plot)
+            _writable(plot, "--plot")
         self.virtual = device.removeprefix("virtual:") if device.startswith("virtual:") else None
         self.wish = Wish(target_batch, memory_limit, headroom, max_micro_batch, equal or form in formats.FORMATS, largest, timeout, objective=objective)
         if output is not None:
@@ -391,6 +399,8 @@ class _Asked:
             return  # one plan, told once
         if self.output is not None:
             planned.save(self.output)
+        if self.plot is not None:
+            planned.plot(self.plot)
         if self.form == "json":
             click.echo(report.as_json({**planned.as_dict(), **({"equivalence": found.as_dict()} if found is not None else {})}))
             return
@@ -400,6 +410,9 @@ class _Asked:
                 _said(f"the DataLoader's batch_size is {planned.micro_batch}\n")
             return
         click.echo({"text": report.text, "env": report.env}[self.form](planned))
+        columns = shutil.get_terminal_size().columns
+        if self.form == "text" and sys.stdout.isatty() and columns >= _WIDE:
+            click.echo("\n".join(explaining.chart(planned, columns)))
         if found is not None and self.form == "text":
             click.echo(f"splitting: {found}")
 
@@ -411,8 +424,8 @@ class _Asked:
         return tuning.compare_source(self.source, self.wish, device=self.device, said=_said_nothing if self.quiet else _said)
 
     def compared(self) -> None:
-        if self.output is not None or self.form not in ("text", "json"):
-            raise UsageError("check --equivalence alone makes no plan: leave --output and --format out, or give -b and -m")
+        if self.output is not None or self.plot is not None or self.form not in ("text", "json"):
+            raise UsageError("check --equivalence alone makes no plan: leave --output, --plot and --format out, or give -b and -m")
         found = self.equivalence()
         click.echo(report.as_json(found.as_dict()) if self.form == "json" else str(found))
 
@@ -421,6 +434,8 @@ class _Asked:
 
         if self.output is not None:
             planned.save(self.output)
+        if self.plot is not None:
+            planned.plot(self.plot)
         if self.form == "text":
             click.echo(report.text(planned))
         if self.virtual is not None and not self.quiet:
@@ -443,16 +458,19 @@ class _Asked:
             yield {"device": self.device, "progress": drawn, "said": _said_nothing if quiet else _said}
 
 
-def _writable(output: Path) -> None:
+_WIDE = 100  # columns of a terminal that has room for a chart
+
+
+def _writable(output: Path, option: str = "--output") -> None:
     """Raises `UsageError` where the file could not be written in the end."""
     folder = output.resolve().parent
     if not folder.is_dir():
-        raise UsageError(f"--output {str(output)!r}: there is no folder {str(folder)!r}")
+        raise UsageError(f"{option} {str(output)!r}: there is no folder {str(folder)!r}")
     try:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
-        raise UsageError(f"--output {str(output)!r} cannot be written: {error.strerror}") from None
+        raise UsageError(f"{option} {str(output)!r} cannot be written: {error.strerror}") from None
 
 
 def _said(text: str) -> None:

@@ -14,8 +14,9 @@ from autoaccum.simulate.allocator import Allocator
 from autoaccum.simulate.settings import from_environment
 
 
-def ready() -> None:
-    """Raises `MissingExtra` where no picture could be drawn in the end."""
+def ready(path: Path) -> None:
+    """Raises `UsageError` and `MissingExtra` where no picture could be drawn in the end."""
+    plot.check(path)
     plot.pyplot()
 
 

@@ -108,13 +108,34 @@ def _why(plan: Plan) -> str:
 
 def _timed(plan: Plan) -> Iterator[str]:
     """Every plan that was timed, a line each, the largest micro-batch first."""
-    timed = {each.micro_batch: each for each in plan.trials if each.samples_per_second}
+    timed = {each.micro_batch: each for each in plan.trials if each.samples_per_second and each.full}
     for size, each in sorted(timed.items(), reverse=True):
         rate = each.samples_per_second or 0.0
         small, larger = divmod(plan.target_batch, each.accumulation_steps)
         window = (small + 1,) * larger + (small,) * (each.accumulation_steps - larger)
         peak = "" if each.peak_bytes is None else f", peak {in_words(each.peak_bytes, unit_for(plan.budget_bytes))}"
         yield f"{notation(window)}: {rate:.4g} samples a second{peak}{'  <- chosen' if size == plan.micro_batch else ''}"
+
+
+def chart(plan: Plan, columns: int) -> Iterator[str]:
+    """A bar for every size that was tried, as long as its peak, and where the budget ends; nothing where fewer than three were seen."""
+    tried = {each.micro_batch: each for each in plan.trials if each.peak_bytes or each.outcome != "fits"}
+    if len(tried) < 3 or not plan.budget_bytes:
+        return
+    unit = unit_for(plan.budget_bytes)
+    words = max(len(str(size)) for size in tried)
+    room = columns - words - 32
+    most = max(plan.budget_bytes, *(each.peak_bytes or 0 for each in tried.values()))
+    budget = round(room * plan.budget_bytes / most)
+    for size, each in sorted(tried.items()):
+        seen = each.peak_bytes if each.outcome in ("fits", "over-budget") else None
+        # What ran out saw but a part of its peak: to the budget, and open.
+        length = round(room * seen / most) if seen is not None else budget
+        bar = ("█" if each.outcome == "fits" else "▒") * length
+        bar = f"{bar:<{budget}}" + "│" if length <= budget else f"{bar[:budget]}│{bar[budget:]}"
+        told = in_words(seen, unit) if each.outcome == "fits" and seen is not None else outcome(each)
+        yield f"{size:>{words}} {bar}{' ' * max(room + 1 - len(bar), 0)} {told}{'  <- chosen' if size == plan.micro_batch else ''}"
+    yield f"{'':{words}} {'':{budget - 6}}budget│ {in_words(plan.budget_bytes, unit)}"
 
 
 def outcome(tried: Tried) -> str:

@@ -306,7 +306,7 @@ def planned(
                 round(each.seconds, 4),
                 each.cached,
                 each.full,
-                wish.target_batch / each.window_seconds if each.full and each.fits and each.window_seconds else None,
+                _rate(each, wish.target_batch),
             )
             for each in tell.tried
         ),
@@ -335,6 +335,13 @@ def planned(
             else ()
         ),
     )
+
+
+def _rate(reading: Reading, target: int) -> float | None:
+    """Samples per second: of the whole window in a run of it, else of its first micro-batches, with the optimizer's step."""
+    if not reading.fits or not reading.window_seconds:
+        return None
+    return (target if reading.full else sum(window_of(target, reading.micro_batch)[:2])) / reading.window_seconds
 
 
 def compared(rehearsal: Rehearser, largest: int) -> tuple[str, ...]:

@@ -69,7 +69,8 @@ class PlannedDevice:
 
 @dataclass(frozen=True)
 class Tried:
-    """One trial as a plan remembers it; the fields are told at `reading.Reading`. samples_per_second: of a whole window, where one was timed."""
+    """One trial as a plan remembers it; the fields are told at `reading.Reading`. samples_per_second: of a whole window in a
+    `full` run, else of its first two micro-batches and a step."""
 
     micro_batch: int
     accumulation_steps: int
@@ -370,6 +371,10 @@ class Plan:
     def to_deepspeed(self) -> dict[str, Any]:
         """The three entries of a DeepSpeed configuration that must agree with each other."""
         return formats.deepspeed(self)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """A picture of the search: peak, and time per sample, against micro-batch. .png, .svg or .pdf. Raises `MissingExtra` without matplotlib."""
+        importlib.import_module("autoaccum.plot").search(self, Path(path))  # matplotlib, far above this file
 
     def explain(self) -> str:
         """The whole report: the plan, why not fewer steps, where the budget comes from, what to know."""
