@@ -97,7 +97,12 @@ def search(plan: Plan, path: Path) -> None:
             if plan.micro_batch in timed:
                 at = 1000 / (timed[plan.micro_batch].samples_per_second or 1)
                 beside.scatter([plan.micro_batch], [at], facecolors="none", edgecolors=_CHOSEN, s=130, linewidths=2, zorder=4)
-            beside.set(xlim=(0, max(sizes) * 1.08), ylim=(0, None), xlabel="micro-batch, samples", ylabel="time per sample, ms")
+            beside.set(
+                xlim=(0, max(sizes) * 1.08),
+                ylim=(0, 1150 / min(each.samples_per_second or 1 for each in timed.values())),
+                xlabel="micro-batch, samples",
+                ylabel="time per sample, ms",
+            )
         for each in found[0]:
             each.spines[["top", "right"]].set_visible(False)
         figure.suptitle(f"{plan.target_batch} = {notation(plan.micro_batches)} on {plan.device.name}", fontsize=10, x=0.01, ha="left")

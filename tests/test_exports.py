@@ -35,6 +35,34 @@ def test_importing_it_imports_no_torch_and_no_device():
     assert finished.stdout.split() == ["False", "False", "False"]
 
 
+FRAMEWORKS = {"transformers": "huggingface", "accelerate": "accelerate", "lightning": "lightning", "matplotlib": "plot"}
+
+
+def test_no_framework_is_imported_before_it_is_asked_for():
+    names = [*FRAMEWORKS, "pytorch_lightning", "deepspeed", "peft", "platformdirs"]
+    everything = "import autoaccum; [getattr(autoaccum, name) for name in autoaccum.__all__]; import autoaccum.cli, autoaccum.integrations"
+    code = f"import sys; {everything}; print([name for name in {names} if name in sys.modules])"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert finished.stdout.strip() == "[]"
+
+
+def test_what_is_not_installed_is_told_with_the_line_that_installs_it():
+    use = {
+        "transformers": "from autoaccum.integrations import huggingface; huggingface.tune(None, target_batch=1)",
+        "accelerate": "from autoaccum.integrations import accelerate; accelerate.tune(None, None, None, None, None, target_batch=1)",
+        "lightning": "from autoaccum.integrations import lightning",
+        "matplotlib": "from autoaccum import plot; plot.pyplot()",
+    }
+    for package, extra in FRAMEWORKS.items():
+        finished = subprocess.run([sys.executable, "-c", _program(package, use[package])], capture_output=True, text=True, check=False)
+        assert f"pip install 'autoaccum[{extra}]'" in finished.stdout, (package, finished.stdout, finished.stderr[-500:])
+
+
+def _program(package, use):
+    lines = use.replace("; ", "\n    ")
+    return f"import sys\nsys.modules[{package!r}] = None\nimport autoaccum\ntry:\n    {lines}\nexcept autoaccum.MissingExtra as error:\n    print(error)"
+
+
 def test_each_heavy_library_is_imported_in_its_own_file_alone():
     """pynvml, rich: in a fresh interpreter the rest of the package does without."""
     package = Path(autoaccum.__file__).parent
