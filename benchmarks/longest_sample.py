@@ -174,7 +174,7 @@ def child(name: str) -> None:
         import transformers  # noqa: F401 - what a library itself takes is no part of the limit
         from transformers import Trainer  # noqa: F401
     if "Lightning" in name:
-        import lightning.pytorch
+        pass
     found: dict[str, object] = {"system": name, "survived": True, "error": None}
     started = time.perf_counter()
     with device.capped(device.held_bytes() + ROOM_MIB * 2**20):

@@ -527,6 +527,13 @@ def ends_early(rank_that_dies, how, careful):
     return None
 
 
+def in_a_framework(name, target, most, folder):
+    """Trains an epoch through a framework, as torchrun would start it. Per window: the gradient's distance from the whole batch's, and this rank's samples."""
+    from tests.integrations import in_ranks
+
+    return in_ranks.PROGRAMS[name](target, most, folder)
+
+
 def limit_data(mib):
     """A limit that the system enforces: so many MiB of data more than there are."""
     held = int(next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmData"))) * 1024

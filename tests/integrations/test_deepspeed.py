@@ -25,7 +25,7 @@ model = net()
 pairs = tuple(each for each in jobs.pairs(480))
 allowed = limit_for(100)
 plan = autoaccum.tune(model, torch.optim.SGD(model.parameters(), lr=0.1), jobs.mse, pairs, target_batch=24, max_micro_batch=9, equal=True, memory_limit=allowed)
-config = {**plan.to_deepspeed(), "zero_optimization": {"stage": 0}}
+config = {**plan.to_deepspeed(), "zero_optimization": {"stage": 0}, "gradient_clipping": 0.0}  # it clips to 1 by default
 engine, *_ = deepspeed.initialize(model=model, optimizer=torch.optim.SGD(model.parameters(), lr=0.1), config=config)
 whole, seen = net(), 0
 optimizer = torch.optim.SGD(whole.parameters(), lr=0.1)

@@ -1,0 +1,142 @@
+"""What every rank of a framework's data-parallel job runs: started by tests.ranked, as torchrun would."""
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import autoaccum
+from autoaccum.devices.cpu import Cpu
+
+SAMPLES_LEFT = 7  # of the smaller last window
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Linear(8, 1).double()
+
+
+def data(samples):
+    drawn = torch.Generator().manual_seed(1)
+    return TensorDataset(torch.randn(samples, 8, dtype=torch.float64, generator=drawn), torch.randn(samples, 1, dtype=torch.float64, generator=drawn))
+
+
+def mse(model, batch):
+    return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+
+def flat(model):
+    return torch.cat([each.grad.flatten().clone() for each in model.parameters()])
+
+
+def apart(gradients, pairs, target):
+    """Of every window from the whole batch's gradient, relatively."""
+    whole, found = linear(), []
+    for start, ours in zip(range(0, len(pairs), target), gradients):
+        whole.zero_grad()
+        mse(whole, pairs[start : start + target]).backward()
+        found.append(((ours - flat(whole)).norm() / flat(whole).norm()).item())
+    return found
+
+
+def accelerate(target, most, folder):
+    from accelerate import Accelerator
+
+    from autoaccum.integrations import accelerate as ours
+
+    accelerator, model = Accelerator(cpu=True), linear()
+    model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
+    pairs = data(2 * target + SAMPLES_LEFT)
+    plan = ours.tune(accelerator, model, optimizer, mse, pairs[:8], target_batch=target, max_micro_batch=most)
+    loader = DataLoader(pairs, batch_sampler=plan.batch_sampler(pairs, shuffle=False))
+    gradients, samples, since = [], [], 0
+    for micro in ours.micro_batches(accelerator, plan, loader):
+        with accelerator.accumulate(model):
+            since += micro.samples
+            accelerator.backward(mse(model, micro.batch) * micro.weight)
+            if accelerator.sync_gradients:
+                gradients.append(flat(model))
+                samples, since = [*samples, since], 0
+            optimizer.step()
+            optimizer.zero_grad()
+    return {"apart": apart(gradients, pairs, target), "samples": samples, "sizes": plan.micro_batches}
+
+
+def lightning(target, most, folder):
+    import logging
+
+    import lightning as library
+
+    from autoaccum.integrations.lightning import EffectiveBatch
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    gradients, samples, seen = [], [], []
+
+    class Module(library.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = linear()
+
+        def training_step(self, batch, batch_idx):
+            seen.append(len(batch[0]))
+            return mse(self.net, batch)
+
+        def on_train_start(self):
+            seen.clear()
+
+        def on_before_optimizer_step(self, optimizer):
+            gradients.append(flat(self.net))
+            samples.append(sum(seen))
+            seen.clear()
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    callback = EffectiveBatch(target, max_micro_batch=most)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    trainer = library.Trainer(accelerator="cpu", strategy="ddp", devices=2, max_epochs=1, default_root_dir=folder, callbacks=[callback], **quiet)
+    pairs = data(2 * target + SAMPLES_LEFT)
+    trainer.fit(Module(), DataLoader(pairs, batch_size=5))
+    return {"apart": apart(gradients, pairs, target), "samples": samples, "sizes": callback.plan.micro_batches, "steps": trainer.global_step}
+
+
+def huggingface(target, most, folder):
+    from transformers import Trainer, TrainerCallback, TrainingArguments
+
+    from autoaccum.integrations import huggingface as ours
+    from tests.integrations.test_huggingface import Line, Pairs
+
+    model, pairs, read = Line(), Pairs(2 * target), []
+
+    def collated(samples):
+        read.append([tuple(each["inputs"].tolist()) for each in samples])
+        return torch.utils.data.default_collate(samples)
+
+    class Steps(TrainerCallback):
+        gradients: list = []  # noqa: RUF012
+
+        def on_pre_optimizer_step(self, args, state, control, **_):
+            self.gradients.append(flat(model))
+
+    arguments = TrainingArguments(
+        folder, use_cpu=True, num_train_epochs=1, learning_rate=0.0, max_grad_norm=0.0, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        remove_unused_columns=False,
+    )  # fmt: skip
+    trainer = Trainer(model, arguments, train_dataset=pairs, data_collator=collated, callbacks=[Steps()])
+    plan = ours.tune(trainer, target_batch=target, max_micro_batch=most, batch=pairs[:8])
+    plan.apply(trainer)
+    read.clear()
+    Cpu().prepare()
+    trainer.train()
+    place = {tuple(inputs.tolist()): index for index, inputs in enumerate(pairs.inputs)}
+    steps = [
+        [place[each] for samples in read[start : start + len(plan.micro_batches)] for each in samples] for start in range(0, len(read), len(plan.micro_batches))
+    ]
+    return {
+        "read": steps,
+        "gradients": [each.tolist() for each in Steps.gradients],
+        "sizes": plan.micro_batches,
+        "world": autoaccum.Plan.__name__ and plan.world_size,
+    }
+
+
+PROGRAMS = {"accelerate": accelerate, "lightning": lightning, "huggingface": huggingface}
