@@ -50,7 +50,7 @@ def timeline(found: Timeline, estimate: Estimate, path: Path) -> None:
     axes.set_title(f"{estimate.name}, simulated: a window of {sum(sizes)} = {notation(sizes)}{part}", fontsize=10, loc="left")
     axes.set_xlabel("allocations and frees, in order")
     axes.set_ylabel(f"memory, {word}")
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=8, frameon=False, labelcolor=_GREY)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     figure.savefig(path, dpi=150, transparent=True)

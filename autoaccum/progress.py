@@ -18,7 +18,13 @@ def shown(*, quiet: bool = False) -> Iterator[Callable[[Trying | Reading], None]
     elif sys.stderr.isatty():
         yield from _live()
     else:
-        yield _plain
+        yield plain
+
+
+def plain(event: Trying | Reading) -> None:
+    """A line on stderr for every trial that has ended: what `tune(progress=True)` calls, also in a notebook."""
+    if isinstance(event, Reading):
+        print(finished(event), file=sys.stderr, flush=True)
 
 
 def finished(reading: Reading) -> str:
@@ -36,11 +42,6 @@ def finished(reading: Reading) -> str:
         return f"without the limit {what} {f'peaks at {in_words(reading.peak_bytes)}' if reading.fits and reading.peak_bytes else went}"
     peak = f", peak {in_words(reading.peak_bytes)}" if reading.peak_bytes and reading.outcome in ("fits", "over-budget") else ""
     return f"{'confirmed' if reading.full and reading.fits else 'tried'} {what}: {went}{peak}, {seconds_in_words(reading.seconds)}"
-
-
-def _plain(event: Trying | Reading) -> None:
-    if isinstance(event, Reading):
-        print(finished(event), file=sys.stderr, flush=True)
 
 
 def _live() -> Iterator[Callable[[Trying | Reading], None]]:

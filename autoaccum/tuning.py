@@ -22,6 +22,7 @@ from autoaccum.job import Job, Source, in_turn, source
 from autoaccum.launched import launched
 from autoaccum.line import Objective, Teller, Wish, found_for, nothing_fits, planned, unlimited, versions, window_of
 from autoaccum.plan import Plan
+from autoaccum.progress import plain
 from autoaccum.reading import COMPARED_SAMPLES, Equivalence, Limits, Progress, Reading, Rehearser
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def tune(
     rank_timeout_s: float = RANK_TIMEOUT_S,
     cache: bool = False,
     lengths: Sequence[int] | None = None,
-    progress: Progress | None = None,
+    progress: Progress | bool | None = None,
     **job: Any,
 ) -> Plan:
     """The plan with the fewest accumulation steps that fits `target_batch` on the device at hand.
@@ -61,7 +62,7 @@ def tune(
     headroom: kept aside, a size or a percentage of the budget. max_micro_batch: no larger one is tried.
     equal: equal micro-batches only. largest: search the exact largest micro-batch, not only those that save
     a step. objective: "throughput" also times smaller micro-batches, in whole windows, and takes the fastest (of those within 2 % of it
-    the one with the lowest peak). timeout_s: per trial; a longer one counts as not fitting. progress: called along the way.
+    the one with the lowest peak). timeout_s: per trial; a longer one counts as not fitting. progress: called along the way; True for a line on stderr after every trial.
     cache: start from what earlier runs of the same job read on the same device (`autoaccum cache list`), and remember what this one does;
     the plan is made anew, and confirmed by a run. On one device alone.
     lengths: also plans for shorter samples, `Plan.for_length(length)`: batch is then `make_batch(n, length)`, or tensors with the length
@@ -90,7 +91,7 @@ def tune(
     # In place, on a CPU, an enforced limit is also in the way of threads that other code starts meanwhile:
     # only who asked for one gets it. Without, only sizes that are predicted to fit are run.
     enforce = where.facts.kind != "cpu" or wish.memory_limit is not None
-    tell, idle = Teller(progress), _idle_gpu(where.facts.kind)
+    tell, idle = Teller(plain if progress is True else progress or None), _idle_gpu(where.facts.kind)
     others = ranks.here(_group(rehearsed), rank_timeout_s)
     if others is not None and cache:
         raise UsageError("cache=True is for one device: over ranks all rehearse at the same moments, so leave it out")

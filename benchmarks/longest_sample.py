@@ -188,6 +188,17 @@ def child(name: str) -> None:
     print("told:" + json.dumps(found), flush=True)
 
 
+def table(document: dict) -> str:
+    """For the README."""
+    lines = ["| | micro-batch | samples an optimizer step saw | the epoch |", "| --- | --- | --- | --- |"]
+    for row in document["rows"]:
+        steps = [size for size in row.get("samples_of_steps", []) if size]
+        again = f", begun {row['begun']} times" if row.get("begun", 1) > 1 else ""
+        ends = "whole" + again if row["survived"] else f"out of memory after {row['samples']} samples"
+        lines.append(f"| {row['system']} | {row.get('micro_batch', '')} | {', '.join(map(str, steps))} | {ends} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--output", type=Path)

@@ -20,7 +20,7 @@ def example(name, *words):
 def test_there_is_no_example_that_is_not_run_here():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
         "plain_loop.py", "own_loop.py", "mixed_precision.py", "token_weighted_lm.py", "oom_rescue.py", "tiny_gpt.py", "conv_net.py", "unmodified_script.py",
-        "ddp.py", "fsdp2.py", "unlike_ranks.py",
+        "ddp.py", "fsdp2.py", "unlike_ranks.py", "with_transformers.py", "with_lightning.py", "with_accelerate.py",
     }  # fmt: skip
 
 
@@ -138,3 +138,20 @@ def test_own_loop():
 def test_oom_rescue():
     lines = example("oom_rescue.py").splitlines()
     assert [line.endswith("<- rescued") for line in lines[1:]] == [False, False, True, False, False]
+
+
+def test_with_transformers():
+    # DeepSpeed, where it is installed, says something on stdout when Transformers imports it.
+    lines = [line for line in example("with_transformers.py").splitlines() if "real_accelerator" not in line]
+    assert lines[0].startswith("50 = 13 x 2 + 12 x 2") and "'epoch': '3'" in lines[-1]
+
+
+def test_with_lightning():
+    lines = example("with_lightning.py").splitlines()
+    assert lines[:3] == [f"epoch {epoch}: {5 * epoch} optimizer steps" for epoch in (1, 2, 3)] and lines[3].startswith("50 = 13 x 2 + 12 x 2")
+
+
+def test_with_accelerate():
+    lines = example("with_accelerate.py").splitlines()
+    losses = [float(line.split()[-1]) for line in lines[1:]]
+    assert lines[0].startswith("50 = 13 x 2 + 12 x 2") and all("5 optimizer steps" in line for line in lines[1:]) and losses == sorted(losses, reverse=True)

@@ -17,7 +17,7 @@ devices.cgroup devices.nvml
 devices.cpu devices.cuda devices.mps devices.xpu devices.virtual
 devices
 reading weighting explaining losses rates
-job search regrouping lengths feeding running_stats generators
+job search progress regrouping lengths feeding running_stats generators
 sync dividing
 formats
 snapshot plan window refusing recording conditions
@@ -28,7 +28,7 @@ line rescue
 together
 tuning
 estimating
-loop report progress plot forecasting integrations
+loop report plot forecasting integrations
 integrations.huggingface integrations.accelerate integrations.lightning
 training demo drawing
 cli

@@ -87,6 +87,19 @@ def test_the_simulations_figures_are_those_of_the_committed_run():
     assert f"all {len(profiles.names())} cards" in TEXT
 
 
+def test_what_became_of_the_longest_sample_is_of_the_committed_run():
+    import longest_sample
+
+    document = json.loads((ROOT / "benchmarks/results/longest_sample.json").read_text())
+    assert longest_sample.table(document) in TEXT
+    assert f"Lightning {document['machine']['lightning']}, Transformers {document['machine']['transformers']}" in TEXT
+
+
+def test_pictures_that_are_shown_are_there():
+    for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", TEXT):
+        assert (ROOT / path).read_bytes()[:4] == b"\x89PNG"
+
+
 def test_the_figures_of_several_ranks_are_those_of_the_committed_runs():
     ranks = json.loads((ROOT / "benchmarks/results/ranks.json").read_text())
     wait = f"{ranks['planned']['largest_wait_share']:.1%}"

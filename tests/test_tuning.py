@@ -58,7 +58,7 @@ def test_the_fastest_plan_that_fits_is_chosen_and_all_that_were_timed_are_told()
     """Above 30 samples each takes a millisecond more; all 120 would fit."""
     plan = autoaccum.tune(jobs.crawls_above(30), target_batch=120, objective="throughput")
     assert plan.micro_batch <= 30 and sum(plan.micro_batches) == 120 and plan.objective == "throughput"
-    timed = [each for each in plan.trials if each.samples_per_second]
+    timed = [each for each in plan.trials if each.samples_per_second and each.full]
     assert len({each.micro_batch for each in timed}) > 3 and timed[0].micro_batch == 120
     best = max(each.samples_per_second for each in timed if each.micro_batch <= 30)
     assert plan.samples_per_second >= best / 1.02 > 2 * timed[0].samples_per_second
@@ -252,6 +252,16 @@ def test_several_jobs_run_in_turn_and_come_back_as_they_were():
     assert [each.micro_batches for each in results] == [3, 3]
     with pytest.raises(autoaccum.UsageError, match="each with its own loss"):
         autoaccum.Accumulator([first, second], plan).step(jobs.pairs(60), jobs.mse)
+
+
+def test_progress_is_a_callback_or_lines_on_stderr(capsys):
+    seen = []
+    autoaccum.tune(jobs.small(), target_batch=12, progress=seen.append)
+    assert any(getattr(each, "fits", False) for each in seen)
+    capsys.readouterr()
+    autoaccum.tune(jobs.small(), target_batch=12, progress=True)
+    told = capsys.readouterr()
+    assert told.err.startswith("tried 1: fits, peak") and not told.out
 
 
 def test_the_knobs_of_tune_are_these():
