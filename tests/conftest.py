@@ -14,10 +14,9 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def the_same_environment(tmp_path, monkeypatch):
-    """Nothing of the user's is read or written, every test searches anew, and limits bite."""
+def nothing_remembered(tmp_path, monkeypatch):
+    """Nothing of the user's is read or written, and every test searches anew."""
     monkeypatch.setenv("AUTOACCUM_CACHE_DIR", str(tmp_path / "readings"))
-    monkeypatch.delenv("AUTOACCUM_MALLOC", raising=False)  # benchmarks that a test imports turn the steady allocator off
 
 
 def pytest_collection_modifyitems(items):
