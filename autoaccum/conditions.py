@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import inspect
-import marshal
 import os
 import site
 import sys
@@ -30,8 +30,8 @@ def of(jobs: Sequence[Job]) -> dict[str, str]:
         "parameters": fingerprint(jobs),
         "optimizers": _digest(_settings(each) for job in jobs for each in job.optimizers),
         "layers": _digest(repr(job.model) for job in jobs),
-        # `gradient_checkpointing` is Transformers' flag, which no repr shows.
-        "modes": _digest(f"{module.training}{getattr(module, 'gradient_checkpointing', '')}{hasattr(module, '_orig_mod')}" for module in modules),
+        # Flags such as Transformers' `gradient_checkpointing`, which no repr shows, and what its configurations hold.
+        "modes": _digest(_plain_values(vars(held)) for module in modules for held in (module, getattr(module, "config", None)) if hasattr(held, "__dict__")),
         "code": _digest(_code(module_or_function) for module_or_function in _written(jobs, modules)),
         "batch": _digest(f"{path} {tuple(each.shape[1:])} {each.dtype}" for path, each in batches.tensors(_sample(jobs[0]))),
         "settings": _digest(_torch_settings(jobs[0].device)),
@@ -41,6 +41,10 @@ def of(jobs: Sequence[Job]) -> dict[str, str]:
 def sample_bytes(job: Job) -> int:
     """Host bytes of one sample of a batch."""
     return batches.nbytes(_sample(job))
+
+
+def _plain_values(attributes: dict[str, Any]) -> str:
+    return repr(sorted((name, value) for name, value in attributes.items() if _is_plain(value) and not isinstance(value, tuple)))
 
 
 def _sample(job: Job) -> Any:
@@ -74,27 +78,40 @@ def _written(jobs: Sequence[Job], modules: Iterable[torch.nn.Module]) -> Iterabl
 
 
 def _code(of: Any) -> str:
-    """The file it stands in, as a digest; a library's by its name, since libraries are told by their version. A function's own code
-    where there is no file (a notebook's cell), and the plain values that it closes over."""
-    told = ""
-    function = getattr(of, "func", of)  # functools.partial
+    """What it is made of: its own code, the plain values that it closes over, and the file that it stands in, on which it may depend; a
+    library's only by its name, since libraries are told by their version."""
+    function = of.func if isinstance(of, functools.partial) else of
+    told = repr([each for each in (*of.args, *of.keywords.items()) if _is_plain(each)]) if function is not of else ""
     if isinstance(function, types.MethodType):
         function = function.__func__
-    if isinstance(function, types.FunctionType):
-        held = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
-        plain = [each for each in (*held, *(function.__defaults__ or ())) if isinstance(each, (bool, int, float, str, type(None)))]
-        told = repr(plain) + hashlib.sha256(marshal.dumps(function.__code__)).hexdigest()
-    elif not isinstance(function, type):
-        return ""  # a batch that is data
+    if not isinstance(function, (types.FunctionType, type)):
+        return told  # a batch that is data, or an object that was called
+    name = f"{function.__module__}.{function.__qualname__}"
     try:
         path = inspect.getsourcefile(function)
-    except TypeError:  # written in C, or in a session that is over
+    except (TypeError, OSError):  # written in C, or in a notebook
         path = None
-    if path is None or not os.path.isfile(path):
-        return told or f"{getattr(function, '__module__', '')}.{getattr(function, '__qualname__', '')}"
-    if path.startswith(_LIBRARIES):
-        return f"{function.__module__}.{function.__qualname__}"
-    return told + hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    if path is not None and path.startswith(_LIBRARIES):
+        return told + name
+    written = vars(function).values() if isinstance(function, type) else [function]
+    told += name + "".join(_instructions(each) for each in written if isinstance(each, types.FunctionType))
+    return told + (hashlib.sha256(Path(path).read_bytes()).hexdigest() if path is not None and os.path.isfile(path) else "")
+
+
+def _instructions(function: types.FunctionType) -> str:
+    """Of a function and those inside it. Not marshalled: what that writes depends on who else refers to the same constants."""
+    held = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
+    told, waiting = repr([each for each in (*held, *(function.__defaults__ or ())) if _is_plain(each)]), [function.__code__]
+    while waiting:
+        code = waiting.pop()
+        told += f"{code.co_code.hex()}{code.co_names}{[each for each in code.co_consts if _is_plain(each)]}"
+        waiting += [each for each in code.co_consts if isinstance(each, types.CodeType)]
+    return told
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether its repr says what it is, in every process."""
+    return isinstance(value, (bool, int, float, str, torch.dtype, type(None))) or (isinstance(value, tuple) and all(map(_is_plain, value)))
 
 
 def _filled(cell: types.CellType) -> bool:

@@ -201,3 +201,30 @@ def test_eight_at_once_killed_at_any_moment_leave_it_readable():
                 assert writer.wait() == -signal.SIGKILL
                 writer.stdout.close()
             assert shelf.known(16, 200)
+
+
+NOTEBOOK = """
+import torch, autoaccum
+from autoaccum import conditions
+class Net(torch.nn.Module):
+    def __init__(self, checkpointed):
+        super().__init__()
+        self.inner, self.checkpointed = torch.nn.Linear(8, 1), checkpointed
+    def forward(self, x):
+        return self.inner(x) * FACTOR
+def make(scale, checkpointed=False):
+    model = Net(checkpointed)
+    loss = lambda model, batch: model(batch).mean() * scale
+    return autoaccum.Job(model, torch.optim.SGD(model.parameters()), loss, torch.zeros(4, 8))
+print([conditions.of([each]) for each in (make(1), make(1), make(2), make(1, True))])
+"""
+
+
+def test_what_a_notebook_defines_is_known_by_its_code_and_alike_in_every_process():
+    def told(factor):
+        code = f"exec(compile({NOTEBOOK.replace('FACTOR', str(factor))!r}, '<cell>', 'exec'), globals())"
+        return eval(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+    first, again, other = told(1), told(1), told(2)
+    assert first == again and first[0] == first[1]
+    assert first[0]["code"] != first[2]["code"] and first[0]["modes"] != first[3]["modes"] and first[0]["code"] != other[0]["code"]

@@ -105,15 +105,21 @@ def deep():
     return GPT2LMHeadModel(GPT2Config(vocab_size=64, n_positions=256, n_embd=96, n_layer=2, n_head=2, resid_pdrop=0.1))
 
 
-@pytest.mark.parametrize("settings", [{}, {"gradient_checkpointing": True, "max_grad_norm": 1.0, "optim": "adafactor"}])
-def test_tuning_leaves_the_trainer_as_it_was_and_training_survives_the_limit(tmp_path, settings):
-    made = trainer(tmp_path, deep(), Texts(100, 8, 256), padded, max_steps=20, **settings)
+def lora(model):
+    return get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], lora_dropout=0.0, fan_in_fan_out=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "wrap"), [({}, nn.Identity()), ({}, lora), ({"gradient_checkpointing": True, "max_grad_norm": 1.0, "optim": "adafactor"}, nn.Identity())]
+)
+def test_tuning_leaves_the_trainer_as_it_was_and_training_survives_the_limit(tmp_path, settings, wrap):
+    made = trainer(tmp_path, wrap(deep()), Texts(100, 8, 256), padded, max_steps=20, **settings)
     trainer(tmp_path, gpt2(), Texts(), padded, max_steps=1, **settings).train()  # what a Trainer imports and compiles when it first trains
     before = left_of(made)
     allowed = limit_for(150)
     plan = huggingface.tune(made, target_batch=30, memory_limit=allowed)
     assert left_of(made) == before
-    assert sum(plan.micro_batches) == 30 and (plan.accumulation_steps > 1 or settings)
+    assert sum(plan.micro_batches) == 30 and (plan.accumulation_steps > 1 or settings or wrap is lora)
     assert plan.shapes["input_ids"] == (plan.micro_batch, 256)  # the longest sample, not the first
     plan.apply(made)
     assert made.args.per_device_eval_batch_size == 3 and made.args.max_steps == 20
@@ -166,7 +172,7 @@ def test_a_mean_over_samples_is_exact_in_uneven_windows_and_in_the_smaller_last_
 def test_a_mean_over_tokens_is_exact_whatever_the_micro_batches(tmp_path, wrap):
     model = gpt2()
     if wrap == "lora":
-        model = get_peft_model(model, LoraConfig(r=2, target_modules=["c_attn"], lora_dropout=0.0, fan_in_fan_out=True))
+        model = lora(model)
         for name, each in model.named_parameters():  # LoRA begins at zero, where half of its gradients are
             if "lora_B" in name:
                 nn.init.normal_(each)
