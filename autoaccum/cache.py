@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from autoaccum.reading import Conditions, Reading
-from autoaccum.units import number, unit_for
+from autoaccum.units import MIB, number, unit_for
 
 SCHEMA = "autoaccum.readings/1"
 FOLDER = "AUTOACCUM_CACHE_DIR"
 _MOST = 64  # readings of one job
 _TOLD = ("fits", "over-budget", "oom", "killed")  # a timeout says nothing of memory
+_NOISE_BYTES = 4 * MIB  # by which processes that do the same differ on a CPU
 _STALE_S = 3600.0  # a file half-written that long ago is nobody's any more
 
 
@@ -71,10 +72,13 @@ class Shelf:
                 activation_bytes=told.activation_bytes and told.activation_bytes + more,
                 cached=True,
             )
+            then = each.budget_bytes + more
+            alike = abs(budget_bytes - then) <= _NOISE_BYTES  # with as much to spend, it went as it went
             if told.outcome in ("fits", "over-budget"):
                 if shifted.peak_bytes is not None:
-                    found.append(replace(shifted, outcome="fits" if shifted.peak_bytes <= budget_bytes else "over-budget"))
-            elif budget_bytes <= each.budget_bytes + more:
+                    fits = told.outcome == "fits" if alike else shifted.peak_bytes <= budget_bytes
+                    found.append(replace(shifted, outcome="fits" if fits else "over-budget"))
+            elif alike or budget_bytes <= then:
                 found.append(replace(shifted, peak_bytes=None, activation_bytes=None))  # it saw but a part of its peak
         return found
 

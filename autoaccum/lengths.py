@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ def worst_case(data: Any, n: int | None = None, *, length: Length | None = None,
             raise PlanError("the loader's dataset gives whole batches, so its longest samples cannot be put together: give the samples themselves")
         collate = collate or data.collate_fn
         data = data.dataset
-    put_together = collate or default_collate
+    put_together = collate or _by_default
     if isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         if n is None:
             raise PlanError("a stream has no samples to come back to: say how many the largest window has, worst_case(stream, n=...)")
@@ -45,6 +46,13 @@ def worst_case(data: Any, n: int | None = None, *, length: Length | None = None,
         return put_together([data[each] for each in _filled(order, n)])
 
     return make_batch if n is None else make_batch(n)
+
+
+def _by_default(samples: list[Any]) -> Any:
+    try:
+        return default_collate(samples)
+    except (RuntimeError, TypeError) as error:
+        raise PlanError(f"the samples cannot be put together as they are ({str(error).splitlines()[0]}): give collate=, as your DataLoader has") from error
 
 
 def by_length(data: Any, length: Length | None) -> tuple[list[int], list[float]]:
@@ -94,6 +102,13 @@ class AtLength:
 
     def __call__(self, n: int) -> Any:
         if callable(self._batch):
+            try:
+                inspect.signature(self._batch).bind(n, self.length)
+            except TypeError:
+                raise JobError(
+                    "with lengths= a batch that is a function is make_batch(n, length), and this one does not take the two: "
+                    "give such a function, or tensors (worst_case knows one length, the longest: leave lengths= out with it)"
+                ) from None
             return self._batch(n, self.length)
         return _stretched(batches.resize(self._batch, n), self.length)
 

@@ -32,15 +32,15 @@ def token_mean(model: torch.nn.Module, batch: Mapping[str, Any], *, shifted: boo
     loss = getattr(model(**batch), "loss", None)
     if not isinstance(loss, torch.Tensor):
         raise JobError(f"{type(model).__name__} returned no .loss for token_mean: return (loss_sum, count) from a loss of your own")
-    if shifted if shifted is not None else _predicts_next(model):
+    if shifted if shifted is not None else predicts_next(model):
         labels = labels[..., 1:]
     count = (labels != IGNORED).sum()
     # A mean over no labels is nan, and owes nothing.
     return torch.where(count > 0, loss, torch.zeros_like(loss)) * count, count
 
 
-def _predicts_next(model: torch.nn.Module) -> bool:
-    """Transformers' name for it: https://huggingface.co/docs/transformers/main_classes/model"""
+def predicts_next(model: torch.nn.Module) -> bool:
+    """Whether a model leaves out each sequence's first label. Transformers' name for it: https://huggingface.co/docs/transformers/main_classes/model"""
     for inner in _inside(model):
         if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
             return False

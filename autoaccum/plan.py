@@ -311,6 +311,8 @@ class Plan:
 
         if not hasattr(dataset, "__len__"):
             raise PlanError(f"a {type(dataset).__name__} has no length to draw from: for an iterable dataset use plan.windows(DataLoader(dataset, ...))")
+        if len(dataset) < self.target_batch:
+            warnings.warn(f"the data has {len(dataset)} samples, fewer than the target batch of {self.target_batch}: no window is whole", stacklevel=2)
         arrange = None
         if length is not None:
             from autoaccum import lengths

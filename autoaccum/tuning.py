@@ -79,7 +79,7 @@ def tune(
     """
     from autoaccum import ranks, together, trial  # torch: the command line, which imports this file, does without
 
-    _known(job, tune)
+    known(job, tune)
     if isinstance(model, (Job, list, tuple)):
         if optimizer is not None or loss is not None or batch is not None or job:
             raise UsageError("tune(job, ...) takes everything from the job: give either a Job or model, optimizer, loss and batch")
@@ -147,7 +147,7 @@ def _per_length(
     from autoaccum import trial
     from autoaccum.lengths import AtLength
 
-    wanted = sorted(set(lengths), reverse=True)
+    wanted = sorted(set(lengths), reverse=True) if isinstance(lengths, (list, tuple, set, range)) else []
     if not wanted or not all(isinstance(each, int) and not isinstance(each, bool) and each > 0 for each in wanted):
         raise UsageError(f"lengths must be a list of whole numbers, at least 1, not {lengths!r}")
     batch = AtLength(rehearsed[0].batch)
@@ -320,14 +320,14 @@ def _child(
         yield child, tell, origin.label
 
 
-def _known(given: dict[str, Any], verb: Callable[..., Any]) -> None:
+def known(given: dict[str, Any], verb: Callable[..., Any]) -> None:
     """Raises `UsageError` for a keyword that neither `verb` nor `Job` has, with the one that was probably meant."""
     own = [name for name, each in inspect.signature(verb).parameters.items() if each.kind is each.KEYWORD_ONLY]
-    known = [*own, *(each.name for each in fields(Job) if each.kw_only)]
+    names = [*own, *(each.name for each in fields(Job) if each.kw_only)]
     for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            raise UsageError(f"{verb.__name__}() has no keyword {name!r}" + (f": did you mean {near[0]!r}?" if near else f"; it has {', '.join(known)}"))
+        if name not in names:
+            near = difflib.get_close_matches(name, names, n=1)
+            raise UsageError(f"{verb.__name__}() has no keyword {name!r}" + (f": did you mean {near[0]!r}?" if near else f"; it has {', '.join(names)}"))
 
 
 def _group(jobs: Sequence[Job]) -> Any:

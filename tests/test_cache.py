@@ -108,16 +108,19 @@ def test_another_torch_or_driver_is_another_job():
 
 
 def test_readings_are_told_in_the_terms_of_now():
-    """A process that holds 50 bytes more, in windows of 4 samples more that wait in the same memory, 10 bytes each."""
-    then = cache.Shelf("job", Conditions({}, 100, 10), {"device": "cpu"})
-    then.keep([Reading(8, 2, "fits", "step", 500, 1.0, base_bytes=300, activation_bytes=450), Reading(12, 2, "oom", "forward", None, 1.0)], 16, 600)
-    now = cache.Shelf("job", Conditions({}, 150, 10), {"device": "cpu"})
-    fits, refused = now.known(20, 690)
-    assert (fits.outcome, fits.peak_bytes, fits.base_bytes, fits.activation_bytes, fits.cached) == ("fits", 590, 390, 540, True)
-    assert refused.micro_batch == 12 and refused.outcome == "oom"
-    # With less it is over budget; with more than the refused one had, nobody knows.
-    assert [each.outcome for each in now.known(20, 589)] == ["over-budget", "oom"]
-    assert [each.micro_batch for each in now.known(20, 691)] == [8]
+    """A process that holds 50 MiB more, in windows of 4 samples more that wait in the same memory, 10 MiB each."""
+    then = cache.Shelf("job", Conditions({}, 100 * MIB, 10 * MIB), {"device": "cpu"})
+    fitted = Reading(8, 2, "fits", "step", 500 * MIB, 1.0, base_bytes=300 * MIB, activation_bytes=450 * MIB)
+    then.keep([fitted, Reading(12, 2, "oom", "forward", 555 * MIB, 1.0)], 16, 600 * MIB)
+    now = cache.Shelf("job", Conditions({}, 150 * MIB, 10 * MIB), {"device": "cpu"})
+    fits, refused = now.known(20, 690 * MIB)
+    assert (fits.outcome, fits.cached) == ("fits", True)
+    assert (fits.peak_bytes, fits.base_bytes, fits.activation_bytes) == (590 * MIB, 390 * MIB, 540 * MIB)
+    assert (refused.micro_batch, refused.outcome, refused.peak_bytes) == (12, "oom", None)  # it saw but a part of its peak
+    # With less it is over budget; with more than the refused one had, nobody knows; what noise differs by is neither.
+    assert [each.outcome for each in now.known(20, 589 * MIB)] == ["over-budget", "oom"]
+    assert [each.micro_batch for each in now.known(20, 693 * MIB)] == [8, 12]
+    assert [each.micro_batch for each in now.known(20, 695 * MIB)] == [8]
 
 
 def test_what_was_remembered_and_proves_wrong_is_forgotten_and_measured_anew():

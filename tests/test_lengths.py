@@ -88,6 +88,8 @@ def test_data_that_gives_no_worst_batch_is_refused():
         autoaccum.worst_case([], 3)
     with pytest.raises(autoaccum.PlanError, match="2 lengths were given for 240 samples"):
         autoaccum.worst_case(Texts(), 3, length=[1, 2])
+    with pytest.raises(autoaccum.PlanError, match="give collate=, as your DataLoader has"):
+        autoaccum.worst_case(Texts(), 3)
     with pytest.raises(autoaccum.PlanError, match="whole batches"):
         autoaccum.worst_case(DataLoader(Texts(), batch_size=None), 3)
 
@@ -153,8 +155,11 @@ def test_tensors_are_brought_to_a_length():
     assert at(1)["ids"].tolist() == [[0, 1, 2, 3]]
     with pytest.raises(autoaccum.JobError, match=r"ids has 6, mask has 5"):
         lengths.AtLength({"ids": torch.zeros(2, 6), "mask": torch.zeros(2, 5)})(2)
-    with pytest.raises(autoaccum.UsageError, match="lengths must be a list of whole numbers"):
-        autoaccum.tune(job(padded([Texts()[0]])), target_batch=4, lengths=[0])
+    for wrong in ([0], 600, []):
+        with pytest.raises(autoaccum.UsageError, match="lengths must be a list of whole numbers"):
+            autoaccum.tune(job(padded([Texts()[0]])), target_batch=4, lengths=wrong)
+    with pytest.raises(autoaccum.JobError, match=r"make_batch\(n, length\), and this one does not"):
+        autoaccum.tune(job(autoaccum.worst_case(Texts(), collate=padded)), target_batch=4, lengths=[60])
 
 
 def lengthy(target, sizes):

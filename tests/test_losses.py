@@ -52,10 +52,10 @@ class Wrapped(torch.nn.Module):
 
 
 def test_models_that_predict_the_next_token_are_known_by_their_class_also_wrapped():
-    assert losses._predicts_next(Wrapped(TinyForCausalLM())) and not losses._predicts_next(TinyForMaskedLM())
+    assert losses.predicts_next(Wrapped(TinyForCausalLM())) and not losses.predicts_next(TinyForMaskedLM())
     translator = TinyForCausalLM()
     translator.config = type("Config", (), {"is_encoder_decoder": True})
-    assert not losses._predicts_next(translator)
+    assert not losses.predicts_next(translator)
     total, count = autoaccum.token_mean(TinyForCausalLM(shifted=True), ragged())
     assert count == (ragged()["labels"][:, 1:] != -100).sum() and total > 0
 

@@ -43,7 +43,7 @@ def tune(accelerator: Any, model: Any, optimizer: Any, loss: Callable[[Any, Any]
         job_only = {name: given.pop(name) for name in ("data", "scheduler", "autocast", "max_grad_norm", "count", "split", "keep") if name in given}
         # A prepared model autocasts in its own forward, so the job need not.
         job = Job(model, plain if len(plain) > 1 else plain[0], loss, batch, scaler=accelerator.scaler, **job_only)
-        plan = tuning.tune(job, target_batch=target_batch, **given)
+        plan = replace(tuning.tune(job, target_batch=target_batch, **given), hints=())
     finally:
         drawn.put_back()
     apply(plan, accelerator)

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from types import MethodType
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from autoaccum import formats, generators, lengths, tuning
+from autoaccum import batches, formats, generators, lengths, losses, tuning
 from autoaccum.batches import count
 from autoaccum.errors import JobError, PlanError, UsageError
 from autoaccum.explaining import notation
@@ -46,12 +47,13 @@ def tune(trainer: Any, *, target_batch: int, max_length: int | None = None, leng
             job = Job(
                 model,
                 optimizer,
-                _loss_of(trainer),
+                _loss_of(trainer, ignores_items=_ignores_items(trainer, model, make_batch(2) if callable(make_batch) else make_batch)),
                 make_batch,
                 scaler=getattr(trainer.accelerator, "scaler", None),
                 max_grad_norm=trainer.args.max_grad_norm or None,
             )
-            return tuning.tune(job, target_batch=target_batch, **wish)
+            # Hints tell those who have to write the numbers down what to do about unequal ones; `apply` runs them.
+            return replace(tuning.tune(job, target_batch=target_batch, **wish), hints=())
     finally:
         drawn.put_back()
 
@@ -61,7 +63,8 @@ def apply(plan: Plan, trainer: Any) -> None:
 
     Micro-batches that differ by a sample come from a loader with `Plan.batch_sampler`, which takes the place of the Trainer's own
     (shuffled by its seed); equal ones from the Trainer's. Either way a mean over samples is weighted by what a window holds, the smaller
-    last one included; models that take `num_items_in_batch` are told it by the Trainer.
+    last one included; models that divide by `num_items_in_batch` are told it by the Trainer, and whether one does is tried out with the
+    first batch, since many take it and leave it unused.
     Raises `PlanError` for unequal micro-batches over several ranks, for a stream, and where the Trainer's own sampler would be lost.
     """
     args = trainer.args
@@ -80,10 +83,18 @@ def apply(plan: Plan, trainer: Any) -> None:
     trainer.get_total_train_batch_size = MethodType(lambda self, args: plan.target_batch, trainer)
     trainer.get_train_dataloader = MethodType(lambda self: _loader(self, plan) if ragged else _on_the_host(trainer_class.get_train_dataloader(self)), trainer)
     shares: list[float] = []
+    trainer.__dict__.setdefault("_autoaccum_accepted", trainer.model_accepts_loss_kwargs)
+    trainer.model_accepts_loss_kwargs = trainer._autoaccum_accepted
+    asked = False
 
     def get_batch_samples(self: Any, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
+        nonlocal asked
         held, items = trainer_class.get_batch_samples(self, epoch_iterator, num_batches, device)
-        shares[:] = _shares(held)[::-1]
+        if held and not asked:
+            asked = True
+            if _ignores_items(self, self.model_wrapped, held[0]):
+                self.model_accepts_loss_kwargs, items = False, None  # then it divides nothing by what it counts
+        shares[:] = _shares(self, held)[::-1]
         return held, items
 
     def training_step(self: Any, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
@@ -100,13 +111,46 @@ def apply(plan: Plan, trainer: Any) -> None:
     trainer.get_batch_samples, trainer.training_step = MethodType(get_batch_samples, trainer), MethodType(training_step, trainer)
 
 
-def _shares(held: Sequence[Any]) -> list[float]:
-    """What each micro-batch is of its window; nothing where samples cannot be counted."""
+def _shares(trainer: Any, held: Sequence[Any]) -> list[float]:
+    """What each micro-batch's mean is of its window's; nothing where that cannot be counted."""
     try:
-        sizes = [count(each) for each in held]
+        sizes = [_counted(trainer, each) for each in held]
     except PlanError:
         return []
-    return [size / sum(sizes) for size in sizes]
+    return [size / sum(sizes) if sum(sizes) else 0.0 for size in sizes]
+
+
+def _counted(trainer: Any, batch: Any) -> int:
+    """What the model's own mean is taken over: labels that count, where every sample has several, else samples."""
+    labels = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(labels, torch.Tensor) or labels.dim() < 2 or labels.is_floating_point():
+        return count(batch)
+    shifted = labels[..., 1:] if losses.predicts_next(trainer.model) else labels
+    return int((shifted != losses.IGNORED).sum())
+
+
+def _ignores_items(trainer: Any, model: Any, batch: Any) -> bool:
+    """Whether the model takes `num_items_in_batch` and leaves it unused, as stock models that take any keyword do (those for classification
+    among them). The Trainer believes that they have divided by it, and their gradient grows with the number of micro-batches."""
+    if not trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None or not isinstance(batch, Mapping):
+        return False
+    try:
+        few = trainer._prepare_inputs(dict(batches.resize(batch, min(count(batch), 2))))
+    except PlanError:
+        return False
+    items = trainer._get_num_items_in_batch([few], trainer.args.device)
+    if items is None:
+        return False
+    drawn, training = generators.Generators(trainer.args.device), model.training
+    drawn.note()
+    model.eval()
+    try:
+        with torch.no_grad(), trainer.compute_loss_context_manager():
+            once, half = (trainer.compute_loss(model, dict(few), num_items_in_batch=items * times) for times in (1, 2))
+    finally:
+        model.train(training)
+        drawn.put_back()
+    return bool(torch.isfinite(once) and not torch.isclose(once, 2 * half, rtol=1e-2))
 
 
 def _normalised(trainer: Any, items: Any) -> bool:
@@ -220,16 +264,19 @@ def _checkpoint(args: Any, model: Any) -> None:
             return
 
 
-def _loss_of(trainer: Any) -> Callable[[Any, Any], Any]:
-    """The Trainer's, as a sum and a count where it divides by what a whole window counts."""
+def _loss_of(trainer: Any, *, ignores_items: bool) -> Callable[[Any, Any], Any]:
+    """The Trainer's, as a sum and a count where a mean is over what a whole window counts."""
 
     def loss(model: torch.nn.Module, batch: Any) -> Any:
         inputs = trainer._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
         items = trainer._get_num_items_in_batch([inputs], trainer.args.device) if isinstance(inputs, Mapping) else None
+        over_labels = _counted(trainer, inputs) if ignores_items else None
         with trainer.compute_loss_context_manager():
             mean = trainer.compute_loss(model, inputs, num_items_in_batch=items)
+        if ignores_items or items is None or not _normalised(trainer, items):
+            return mean if over_labels is None else (mean.nan_to_num() * over_labels, over_labels)
         # Of no labels the mean is nan, and owes nothing.
-        return (torch.where(items > 0, mean, torch.zeros_like(mean)) * items, items) if items is not None and _normalised(trainer, items) else mean
+        return torch.where(items > 0, mean, torch.zeros_like(mean)) * items, items
 
     return loss
 

@@ -7,15 +7,17 @@ trainer.fit(model, loader)  # of any batch size
 from __future__ import annotations
 
 import inspect
+import logging
 import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from autoaccum import formats, generators, tuning
+from autoaccum import formats, generators, line, tuning
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.explaining import notation
 from autoaccum.integrations import needed
@@ -43,6 +45,8 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
     """
 
     def __init__(self, target_batch: int, *, batch: Any = None, plan: Plan | None = None, **wish: Any) -> None:
+        line.Wish(target_batch)  # what cannot be used is told before anything is built
+        tuning.known(wish, tuning.tune)
         if plan is not None and plan.target_batch != target_batch:
             raise UsageError(f"the plan is for a target batch of {plan.target_batch}, not {target_batch}")
         self.target_batch, self.plan, self._batch, self._wish, self._given = target_batch, plan, batch, wish, plan
@@ -81,8 +85,13 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             )
         if plan.world_size > 1:
             formats.lightning(plan)
+        if trainer.fast_dev_run:  # as many windows instead of batches
+            self._undo.append(_putting_back(trainer, "limit_train_batches"))
+            trainer.limit_train_batches = int(trainer.fast_dev_run) * plan.accumulation_steps
         _check_limits(trainer, plan)
         self.plan = plan
+        if trainer.is_global_zero:
+            logging.getLogger(_pytorch.__name__).info("EffectiveBatch: %s", plan)
         self._undo.append(_putting_back(trainer._accelerator_connector, "use_distributed_sampler"))
         trainer._accelerator_connector.use_distributed_sampler = False  # every rank reads its own part already
         trainer.accumulate_grad_batches = plan.accumulation_steps
@@ -121,6 +130,8 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         strategy = type(trainer.strategy).__name__
         if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
             raise UsageError(f"{strategy} shards the model or runs it elsewhere, where one rank cannot rehearse it alone: tune before, and give plan=")
+        if sum(isinstance(each, EffectiveBatch) for each in trainer.callbacks) > 1:
+            raise UsageError("two EffectiveBatch callbacks say how many samples a step sees: give one")
         if any(type(each).__name__ in ("BatchSizeFinder", "GradientAccumulationScheduler") for each in trainer.callbacks):
             raise UsageError("BatchSizeFinder and GradientAccumulationScheduler change what EffectiveBatch keeps together: leave them out")
 
@@ -140,7 +151,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
                     scaler=getattr(trainer.precision_plugin, "scaler", None),
                     max_grad_norm=clips or None,
                 )
-                return tuning.tune(job, target_batch=self.target_batch, **wish)
+                return replace(tuning.tune(job, target_batch=self.target_batch, **wish), hints=())
         finally:
             drawn.put_back()
 
@@ -179,7 +190,7 @@ def _check_limits(trainer: Any, plan: Plan) -> None:
     if not isinstance(limit, int) or limit % plan.accumulation_steps:
         near = max(limit // plan.accumulation_steps, 1) * plan.accumulation_steps if isinstance(limit, int) else plan.accumulation_steps
         raise UsageError(
-            f"limit_train_batches={limit} ends inside a window of {notation(plan.micro_batches)}: "
+            f"limit_train_batches={limit} counts micro-batches and ends inside a window of {notation(plan.micro_batches)}: "
             f"give a whole number of windows, {near} for instance, or max_steps"
         )
 

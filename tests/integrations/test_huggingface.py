@@ -7,7 +7,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
 import autoaccum
 from autoaccum.devices.cpu import Cpu
@@ -197,6 +197,53 @@ def test_a_mean_over_tokens_is_exact_whatever_the_micro_batches(tmp_path, wrap):
     assert expected.samples == steps.samples == [25]
     difference = (steps.gradients[0] - expected.gradients[0]).norm() / expected.gradients[0].norm()
     assert difference < 2e-6  # GPT-2 computes its loss in single precision
+
+
+class Classified(Texts):
+    def __getitem__(self, index):
+        return {"input_ids": self.ids[index], "labels": index % 2}
+
+
+def classes(samples):
+    most = max(len(each["input_ids"]) for each in samples)
+    ids = torch.tensor([each["input_ids"] + [0] * (most - len(each["input_ids"])) for each in samples])
+    return {"input_ids": ids, "attention_mask": (ids != 0).long(), "labels": torch.tensor([each["labels"] for each in samples])}
+
+
+def masked(samples):
+    found = padded(samples)
+    return {**found, "labels": torch.where(found["input_ids"] % 3 == 1, found["labels"], torch.full_like(found["labels"], -100))}
+
+
+TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}
+BERT = BertConfig(**TINY, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=0)
+
+
+@pytest.mark.parametrize(("kind", "data", "collate"), [(BertForSequenceClassification, Classified(), classes), (BertForMaskedLM, Texts(), masked)])
+@pytest.mark.parametrize("equal", [False, True])
+def test_models_that_take_num_items_and_leave_it_unused_are_exact_too(tmp_path, kind, data, collate, equal):
+    """The Trainer believes them, and its gradient and its loss are those of the window times the number of its micro-batches."""
+    torch.manual_seed(0)
+    model = kind(BERT).double()
+    made = trainer(tmp_path, model, data, collate, learning_rate=0.0, max_steps=5, lr_scheduler_type="constant", logging_strategy="steps", logging_steps=1)
+    assert made.model_accepts_loss_kwargs
+    plan = huggingface.tune(made, target_batch=30, max_micro_batch=7, equal=equal)
+    assert plan.accumulation_steps == 5 and not plan.warnings, plan.warnings
+    plan.apply(made)
+    read = []
+    made.data_collator = lambda samples: read.append(samples) or collate(samples)
+    steps = Steps(model)
+    made.add_callback(steps)
+    made.train()
+    order = [sample for samples in read for sample in samples]
+    ends = [30, 60, 90, 100]
+    for start, end, ours, logged in zip([0, *ends], ends, steps.gradients, made.state.log_history):
+        model.zero_grad()
+        loss = model(**collate(order[start:end])).loss
+        loss.backward()
+        whole = torch.cat([each.grad.flatten() for each in model.parameters() if each.grad is not None])
+        assert (ours - whole).norm() / whole.norm() < 1e-10
+        assert float(logged["loss"]) == pytest.approx(loss.item(), rel=1e-3)
 
 
 def test_in_bfloat16_it_is_rehearsed_as_accelerate_will_run_it(tmp_path):

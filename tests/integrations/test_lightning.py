@@ -143,6 +143,23 @@ def test_what_would_not_be_exact_is_refused(tmp_path, given, said):
     assert made.accumulate_grad_batches == given.get("accumulate_grad_batches", 1)
 
 
+def test_what_cannot_be_meant_is_told_at_once(tmp_path):
+    for wrong, said in ((lambda: EffectiveBatch(0), "at least 1, not 0"), (lambda: EffectiveBatch(20, memory_limits=1), "did you mean 'memory_limit'")):
+        with pytest.raises(autoaccum.UsageError, match=said):
+            wrong()
+    with pytest.raises(autoaccum.UsageError, match="give one"):
+        trainer(tmp_path, EffectiveBatch(20), EffectiveBatch(30)).fit(Module(), DataLoader(data(40), batch_size=8))
+    with pytest.warns(UserWarning, match="40 samples, fewer than the target batch of 50"):
+        trainer(tmp_path, EffectiveBatch(50)).fit(Module(), DataLoader(data(40), batch_size=8))
+
+
+def test_a_fast_run_is_of_one_window(tmp_path):
+    model = Module()
+    made = trainer(tmp_path, EffectiveBatch(20, max_micro_batch=7), fast_dev_run=True)
+    made.fit(model, DataLoader(data(40), batch_size=8))
+    assert model.samples == [20] and made.limit_train_batches == 1
+
+
 def test_a_model_that_optimizes_by_itself_is_told_how(tmp_path):
     model = Module()
     model.automatic_optimization = False
