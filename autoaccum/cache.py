@@ -22,6 +22,7 @@ from autoaccum.units import MIB, number, unit_for
 
 SCHEMA = "autoaccum.readings/1"
 FOLDER = "AUTOACCUM_CACHE_DIR"
+_BESIDE = ".autoaccum-"  # how files begin that are being written
 _MOST = 64  # readings of one job
 _TOLD = ("fits", "over-budget", "oom", "killed")  # a timeout says nothing of memory
 _NOISE_BYTES = 4 * MIB  # by which processes that do the same differ on a CPU
@@ -77,7 +78,9 @@ class Shelf:
             if told.outcome in ("fits", "over-budget"):
                 if shifted.peak_bytes is not None:
                     fits = told.outcome == "fits" if alike else shifted.peak_bytes <= budget_bytes
-                    found.append(replace(shifted, outcome="fits" if fits else "over-budget"))
+                    # What an allocator reserves grows with what it may: under less it may do with less, but not with less than tensors take.
+                    if fits or alike or told.outcome != "fits" or (shifted.activation_bytes or shifted.peak_bytes) > budget_bytes:
+                        found.append(replace(shifted, outcome="fits" if fits else "over-budget"))
             elif alike or budget_bytes <= then:
                 found.append(replace(shifted, peak_bytes=None, activation_bytes=None))  # it saw but a part of its peak
         return found
@@ -85,13 +88,18 @@ class Shelf:
     def keep(self, readings: Iterable[Reading], target: int, budget_bytes: int) -> None:
         """Adds what was read just now; of one size, the newest is kept."""
         new = [
-            _Kept(each, budget_bytes, self._now.floor_bytes, target)
+            _Kept(each, each.budget_bytes if each.budget_bytes is not None else budget_bytes, self._now.floor_bytes, target)
             for each in readings
-            if not each.cached and each.limited and each.outcome in _TOLD and (each.peak_bytes is not None or each.outcome != "fits")
+            # Of libraries that say "out of memory" for other failures, too, nothing is learnt.
+            if not each.cached and each.limited and not each.doubtful and each.outcome in _TOLD and (each.peak_bytes is not None or each.outcome != "fits")
         ]
         if not new:
             return
-        of_size = {(each.reading.micro_batch, each.reading.accumulation_steps > 1, each.reading.fits): each for each in (*self._read(), *new)}
+        of_size: dict[tuple[int, bool, bool], _Kept] = {}
+        for each in (*self._read(), *new):
+            size = (each.reading.micro_batch, each.reading.accumulation_steps > 1, each.reading.fits)
+            of_size.pop(size, None)
+            of_size[size] = each
         self._write(list(of_size.values())[-_MOST:])
 
     def forget(self) -> None:
@@ -104,14 +112,12 @@ class Shelf:
             document = json.loads(self._path.read_text())
         except FileNotFoundError:
             return []
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             return self._ignored(str(error))
         try:
             if document["schema"] != SCHEMA or document["key"] != self._key:
                 return self._ignored("it is of another program, or of another job")
-            return [
-                _Kept(Reading.from_dict(each["reading"]), int(each["budget_bytes"]), int(each["floor_bytes"]), int(each["target"])) for each in document["kept"]
-            ]
+            return [_whole(each) for each in document["kept"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             return self._ignored(f"{type(error).__name__}: {error}")
 
@@ -128,7 +134,7 @@ class Shelf:
             "kept": [asdict(each) for each in kept],
         }
         # The name is nobody else's, also on a folder that several machines share.
-        beside = self._path.with_name(f".{self._path.stem}.{os.uname().nodename}.{os.getpid()}.{time.monotonic_ns()}")
+        beside = self._path.with_name(f"{_BESIDE}{self._path.stem}.{os.uname().nodename}.{os.getpid()}.{time.monotonic_ns()}.tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             with open(beside, "w") as file:
@@ -143,9 +149,21 @@ class Shelf:
                 beside.unlink(missing_ok=True)
 
 
+def _whole(told: dict[str, Any]) -> _Kept:
+    """Raises `TypeError` for figures that are none."""
+    kept = _Kept(Reading.from_dict(told["reading"]), told["budget_bytes"], told["floor_bytes"], told["target"])
+    reading = kept.reading
+    whole = (reading.micro_batch, reading.accumulation_steps, kept.budget_bytes, kept.floor_bytes, kept.target)
+    if not all(isinstance(each, int) for each in whole) or reading.outcome not in _TOLD:
+        raise TypeError("its readings are not whole")
+    if not all(each is None or isinstance(each, int) for each in (reading.peak_bytes, reading.base_bytes, reading.activation_bytes)):
+        raise TypeError("its peaks are not bytes")
+    return kept
+
+
 def _sweep(place: Path) -> None:
-    """What processes that were killed while writing have left."""
-    for left in place.glob(".*"):
+    """What processes that were killed while writing have left, once they cannot be at it any more; nothing else that lies there."""
+    for left in place.glob(f"{_BESIDE}*.tmp"):
         with suppress(OSError):
             if time.time() - left.stat().st_mtime > _STALE_S:
                 left.unlink()
@@ -173,9 +191,7 @@ def clear() -> int:
         with suppress(OSError):
             os.unlink(document["file"])
             removed += 1
-    for left in folder().glob(".*"):
-        with suppress(OSError):
-            left.unlink()
+    _sweep(folder())
     return removed
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 import inspect
 import os
 import site
@@ -20,21 +21,24 @@ from autoaccum.job import Job, fingerprint
 
 # Hyperparameters that change every run and never what a step takes.
 _RATES = ("lr", "initial_lr", "weight_decay")
+_LIBRARIES = tuple({str(Path(inspect.getfile(os)).parent), *site.getsitepackages(), os.path.join(sys.prefix, "lib")})
 _ENVIRONMENT = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING", "CUBLAS_WORKSPACE_CONFIG", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")
 
 
 def of(jobs: Sequence[Job]) -> dict[str, str]:
-    """By what each is about: parameters, optimizers, layers, modes, code, batch, settings. Makes one batch of one sample."""
+    """By what each is about: parameters, optimizers, layers, modes, code, batch, settings, libraries. Makes one batch of one sample."""
     modules = [module for job in jobs for module in job.model.modules()]
+    written = list(_written(jobs, modules))
     return {
         "parameters": fingerprint(jobs),
         "optimizers": _digest(_settings(each) for job in jobs for each in job.optimizers),
         "layers": _digest(repr(job.model) for job in jobs),
-        # Flags such as Transformers' `gradient_checkpointing`, which no repr shows, and what its configurations hold.
-        "modes": _digest(_plain_values(vars(held)) for module in modules for held in (module, getattr(module, "config", None)) if hasattr(held, "__dict__")),
-        "code": _digest(_code(module_or_function) for module_or_function in _written(jobs, modules)),
+        "modes": _digest(_mode(module) for module in modules),
+        "kept": _digest(f"{type(each).__qualname__} {_tensors(vars(each).values()) if hasattr(each, '__dict__') else ''}" for job in jobs for each in job.keep),
+        "code": _digest(_code(each) for each in written),
         "batch": _digest(f"{path} {tuple(each.shape[1:])} {each.dtype}" for path, each in batches.tensors(_sample(jobs[0]))),
         "settings": _digest(_torch_settings(jobs[0].device)),
+        "libraries": _digest(_versions(written)),
     }
 
 
@@ -52,8 +56,34 @@ def _sample(job: Job) -> Any:
 
 
 def _settings(optimizer: torch.optim.Optimizer) -> str:
-    kept = {name: str(value) for name, value in optimizer.defaults.items() if name not in _RATES}
-    return f"{type(optimizer).__module__}.{type(optimizer).__qualname__} {sorted(kept.items())}"
+    """What it steps and how, and the state that is there already: a job that goes on holds it from the beginning."""
+    told = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    for group in optimizer.param_groups:
+        options = sorted((name, str(value)) for name, value in group.items() if name != "params" and name not in _RATES)
+        told += f" {options} {_tensors(group['params'])}"
+    return told + "".join(_tensors(state.values()) for state in optimizer.state.values())
+
+
+def _tensors(values: Iterable[Any]) -> str:
+    return str([(tuple(each.shape), str(each.dtype)) for each in values if isinstance(each, torch.Tensor)])
+
+
+def _mode(module: torch.nn.Module) -> str:
+    """Flags such as Transformers' `gradient_checkpointing`, which no repr shows, what its configuration holds, buffers, hooks, and what wraps it."""
+    told = _plain_values(vars(module)) + _tensors(module.buffers(recurse=False))
+    told += str([(name, len(hooks)) for name, hooks in sorted(vars(module).items()) if name.endswith("_hooks") and isinstance(hooks, dict)])
+    told += str((getattr(module, "_compiled_call_impl", None) is not None, "forward" in vars(module)))
+    config = getattr(module, "config", None)
+    return told + (_plain_values(vars(config)) if hasattr(config, "__dict__") else "")
+
+
+def _versions(written: Iterable[Any]) -> Iterable[str]:
+    """Of the libraries that the job's classes and functions come from."""
+    for package in sorted({str(getattr(each, "__module__", "")).partition(".")[0] for each in written} - {"", "builtins", "__main__"}):
+        try:
+            yield f"{package} {importlib.metadata.version(package)}"
+        except importlib.metadata.PackageNotFoundError:  # the user's own
+            continue
 
 
 def _torch_settings(device: torch.device) -> Iterable[str]:
@@ -78,30 +108,33 @@ def _written(jobs: Sequence[Job], modules: Iterable[torch.nn.Module]) -> Iterabl
 
 
 def _code(of: Any) -> str:
-    """What it is made of: its own code, the plain values that it closes over, and the file that it stands in, on which it may depend; a
+    """What it is made of: its own code, the plain values that it closes over or holds, and the file that it stands in, on which it may depend; a
     library's only by its name, since libraries are told by their version."""
-    function = of.func if isinstance(of, functools.partial) else of
-    told = repr([each for each in (*of.args, *of.keywords.items()) if _is_plain(each)]) if function is not of else ""
-    if isinstance(function, types.MethodType):
-        function = function.__func__
-    if not isinstance(function, (types.FunctionType, type)):
-        return told  # a batch that is data, or an object that was called
-    name = f"{function.__module__}.{function.__qualname__}"
+    if isinstance(of, functools.partial):
+        return f"{[each for each in (*of.args, *sorted(of.keywords.items())) if _is_plain(each)]}" + _code(of.func)
+    if isinstance(of, types.MethodType):
+        return _code(of.__func__) + _plain_values(getattr(of.__self__, "__dict__", {}))
+    if not isinstance(of, (types.FunctionType, type)):
+        return _code(type(of)) + _plain_values(vars(of)) if callable(of) and hasattr(of, "__dict__") else ""  # else a batch that is data
+    name = f"{of.__module__}.{of.__qualname__}"
     try:
-        path = inspect.getsourcefile(function)
+        path = inspect.getsourcefile(of)
     except (TypeError, OSError):  # written in C, or in a notebook
         path = None
     if path is not None and path.startswith(_LIBRARIES):
-        return told + name
-    written = vars(function).values() if isinstance(function, type) else [function]
-    told += name + "".join(_instructions(each) for each in written if isinstance(each, types.FunctionType))
+        return name
+    written = vars(of).values() if isinstance(of, type) else [of]
+    told = name + "".join(_instructions(each) for each in written if isinstance(each, types.FunctionType))
     return told + (hashlib.sha256(Path(path).read_bytes()).hexdigest() if path is not None and os.path.isfile(path) else "")
 
 
 def _instructions(function: types.FunctionType) -> str:
     """Of a function and those inside it. Not marshalled: what that writes depends on who else refers to the same constants."""
     held = [cell.cell_contents for cell in function.__closure__ or () if _filled(cell)]
-    told, waiting = repr([each for each in (*held, *(function.__defaults__ or ())) if _is_plain(each)]), [function.__code__]
+    told, waiting = (
+        repr([each for each in (*held, *(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).items()) if _is_plain(each)]),
+        [function.__code__],
+    )
     while waiting:
         code = waiting.pop()
         told += f"{code.co_code.hex()}{code.co_names}{[each for each in code.co_consts if _is_plain(each)]}"
@@ -120,9 +153,6 @@ def _filled(cell: types.CellType) -> bool:
     except ValueError:
         return False
     return True
-
-
-_LIBRARIES = tuple({str(Path(inspect.getfile(os)).parent), *site.getsitepackages(), os.path.join(sys.prefix, "lib")})
 
 
 def _digest(parts: Iterable[str]) -> str:

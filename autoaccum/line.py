@@ -83,10 +83,11 @@ def found_for(
     subject = rehearsal.subject()
     first_budget = budget = refusing.enough(rehearsal.budget())
     target = wish.target_batch
-    if shelf is not None:
-        tell.tried += shelf.known(target, budget.budget_bytes)
+    remembered = [] if shelf is None else shelf.known(target, budget.budget_bytes)
+    # Sizes of other targets help the search; a plan tells of its own.
+    tell.tried += [each for each in remembered if each.micro_batch <= target and (each.accumulation_steps == 1) == (each.micro_batch == target)]
     try:
-        found, confirmed, sizes, budget = _searched(rehearsal, wish, tell, subject, budget, shelf, known, start)
+        found, confirmed, sizes, budget = _searched(rehearsal, wish, tell, subject, budget, shelf, [*remembered, *known], start)
     finally:
         if shelf is not None:
             shelf.keep(tell.tried, target, budget.budget_bytes)
@@ -104,15 +105,14 @@ def _searched(
         raise refusing.nothing_allowed(target, wish.max_micro_batch, subject.batch_norms)
 
     def fits(micro_batch: int, steps: int) -> Reading:
-        known = tell.refused.get(micro_batch) or tell.known.get((micro_batch, steps > 1))
-        return known or tell.measured(rehearsal, window_of(target, micro_batch))
+        read = tell.refused.get(micro_batch) or tell.known.get((micro_batch, steps > 1))
+        return read or tell.measured(rehearsal, window_of(target, micro_batch))
 
     def budget_bytes() -> int:
         return budget.budget_bytes
 
     allowed = candidates
     while True:
-        remembered = [each for each in tell.tried if each.cached]
         found = search.largest(
             fits,
             target,
@@ -121,9 +121,9 @@ def _searched(
             gradient_bytes=subject.gradient_bytes,
             daring=rehearsal.enforces,
             start=start,
-            known=[*remembered, *known],
+            known=known,
         )
-        if not found.micro_batch and (remembered or known):
+        if not found.micro_batch and known:
             tell.tried, known = [each for each in tell.tried if not each.cached], ()  # bad news is not taken from memory
             continue
         if not found.micro_batch:
@@ -141,12 +141,12 @@ def _searched(
         if confirmed.fits:
             break
         tell.refused[sizes[0]] = confirmed
-        known = ()
-        if remembered and shelf is not None:
+        if known and shelf is not None:
             # What was remembered promised more than there is: something changed that nobody knew of. Once more, from what is seen now.
             shelf.forget()
             tell.tried = [each for each in tell.tried if not each.cached]
             candidates = allowed
+        known = ()
         # Smaller ones are left, and the window in one piece, which holds no gradients, if it was not asked yet.
         candidates = [size for size in candidates if size < sizes[0] or (size == target and (target, False) not in tell.known)]
         if not candidates:
@@ -154,7 +154,10 @@ def _searched(
     if wish.objective == "throughput":
         if subject.predicted:
             raise UsageError('objective "throughput" needs a device that is here: a simulated card has no clock')
-        confirmed = _fastest(rehearsal, tell, [size for size in allowed if size <= sizes[0] and size not in tell.refused], target)
+        smaller = [size for size in allowed if size <= sizes[0] and size not in tell.refused]
+        if not rehearsal.enforces and len(sizes) == 1 and (confirmed.peak_bytes or 0) + subject.gradient_bytes > budget.budget_bytes:
+            smaller = [target]  # in more than one piece gradients would be resident, and nothing would stop that
+        confirmed = _fastest(rehearsal, tell, smaller, target)
         sizes = plan.micro_batches(target, confirmed.accumulation_steps)
         found = replace(found, micro_batch=sizes[0], accumulation_steps=len(sizes))
     return found, confirmed, sizes, budget

@@ -44,7 +44,7 @@ class Reading:
     activation_bytes: the most that was live in forward and backward, which is what grows with the micro-batch;
     the optimizer's step may peak above it, whatever the size. None where the trial did not get so far.
     seconds: the whole trial; window_seconds: a window, the median of all but the first.
-    least_bytes: what the size takes whatever an allocator makes of it, known where it was simulated.
+    least_bytes: what the size takes whatever an allocator makes of it, known where it was simulated. budget_bytes: what it was allowed.
     limited: False for a run without the user's limit, for its figure. full: True for a confirming run, the whole window at least twice. doubtful: True for an out-of-memory that a library
     told of in words it also uses for other failures; such a library may refuse the same again in this process,
     whatever memory there is (oneDNN remembers).
@@ -66,6 +66,7 @@ class Reading:
     shapes: dict[str, tuple[int, ...]] | None = None
     remarks: tuple[str, ...] = ()
     least_bytes: int | None = None
+    budget_bytes: int | None = None
 
     @property
     def fits(self) -> bool:

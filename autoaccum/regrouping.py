@@ -249,7 +249,7 @@ class Windows:
         """Windows in an epoch. Raises `TypeError` where the loader does not tell its samples."""
         if self._sampler is not None:
             return sum(1 for _ in self._sampler.windows(0))
-        whole, rest = divmod(_samples_in(self._loader), self._share)
+        whole, rest = divmod(samples_in(self._loader), self._share)
         return whole + (1 if rest and not self._drop_last else 0)
 
     def _halves(self, batch: Any, first: int, rest: int) -> Sequence[Any]:
@@ -314,7 +314,8 @@ def _is_one_batch(given: Any) -> bool:
     return len({len(item) for item in given}) == 1 and len({(item.shape[1:], item.dtype) for item in given}) > 1
 
 
-def _samples_in(loader: Any) -> int:
+def samples_in(loader: Any) -> int:
+    """Samples that a loader gives in an epoch. Raises `TypeError` where it does not tell."""
     if isinstance(loader, DataLoader) and loader.batch_size is not None and isinstance(loader.sampler, Sized):
         return len(loader) * loader.batch_size if loader.drop_last else len(loader.sampler)
     raise TypeError(f"a {type(loader).__name__} does not say how many samples it has, so its windows cannot be counted beforehand")

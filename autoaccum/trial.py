@@ -148,6 +148,7 @@ def measure(
         doubtful=doubtful,
         shapes=shapes,
         remarks=remarks,
+        budget_bytes=allowed.budget_bytes,
     )
 
 

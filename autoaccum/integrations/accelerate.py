@@ -17,7 +17,7 @@ from typing import Any
 
 from autoaccum import formats, generators, tuning
 from autoaccum.errors import PlanError, UsageError
-from autoaccum.integrations import needed
+from autoaccum.integrations import needed, not_remembered
 from autoaccum.job import Job
 from autoaccum.plan import MicroBatch, Plan
 from autoaccum.regrouping import Window
@@ -31,6 +31,7 @@ def tune(accelerator: Any, model: Any, optimizer: Any, loss: Callable[[Any, Any]
     `autoaccum.tune` raises.
     """
     needed("accelerate", "accelerate")
+    not_remembered(given)
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise UsageError(f"with {kind} the model is sharded, and one rank cannot rehearse it alone: tune the plain model with autoaccum.tune before prepare()")
@@ -72,14 +73,19 @@ def micro_batches(accelerator: Any, plan: Plan, loader: Iterable[Any], *, count:
             "the loader was prepared by Accelerate, which reads ahead and takes its end for the window's: give the DataLoader as it was before prepare()"
         )
     apply(plan, accelerator)
+    inside = False
     try:
         for window in plan.windows(loader):
-            accelerator.step = 0  # a window that somebody left early must not be gone on with
+            accelerator.step, inside = 0, True
             # By this number Accelerate divides every loss, and after it gradients cross.
             accelerator.gradient_accumulation_steps = steps = _steps(plan, window)
             for micro in plan.split(window, count):
                 yield replace(micro, weight=micro.weight * steps)
+            inside = False
     finally:
+        if inside:  # left before its end: what it has gathered is no part of the next window
+            for optimizer in accelerator._optimizers:
+                getattr(optimizer, "optimizer", optimizer).zero_grad(set_to_none=True)
         accelerator.gradient_accumulation_steps = plan.accumulation_steps
 
 

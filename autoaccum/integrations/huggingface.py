@@ -20,7 +20,7 @@ from autoaccum import batches, formats, generators, lengths, losses, tuning
 from autoaccum.batches import count
 from autoaccum.errors import JobError, PlanError, UsageError
 from autoaccum.explaining import notation
-from autoaccum.integrations import needed
+from autoaccum.integrations import needed, not_remembered
 from autoaccum.job import Job
 from autoaccum.modules import attributes_kept
 from autoaccum.plan import Plan
@@ -36,6 +36,7 @@ def tune(trainer: Any, *, target_batch: int, max_length: int | None = None, leng
     Raises `UsageError` for a Trainer that cannot be rehearsed in this process, and what `autoaccum.tune` raises.
     """
     needed("transformers", "huggingface")
+    not_remembered(wish)
     _check(trainer)
     if trainer.args.world_size > 1:
         wish = {**wish, "equal": True}

@@ -20,10 +20,12 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Ra
 from autoaccum import formats, generators, line, tuning
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.explaining import notation
-from autoaccum.integrations import needed
+from autoaccum.integrations import needed, not_remembered
 from autoaccum.job import Job
 from autoaccum.modules import attributes_kept
 from autoaccum.plan import Plan
+from autoaccum.regrouping import samples_in
+from autoaccum.sampler import WindowSampler
 
 # Either package has the same classes; the one that is imported already is the user's.
 _pytorch: Any = sys.modules.get("lightning.pytorch") or sys.modules.get("pytorch_lightning") or needed("lightning.pytorch", "lightning")
@@ -52,33 +54,39 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         self.target_batch, self.plan, self._batch, self._wish, self._given = target_batch, plan, batch, wish, plan
         self._weights: deque[float] = deque()
         self._weight = 1.0
-        self._undo: list[Callable[[], None]] = []
+        self._undo: list[Callable[[], object]] = []
+        self._read: Callable[[], Any] = _nothing_to_read
+        self._world_size = 1
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Before optimizers are made: schedules ask how many steps there will be, and that depends on the target alone."""
         if stage != "fit":
             return
         self._check(trainer, pl_module)
+        self.plan, self._world_size = None, trainer.world_size  # not that of an earlier fit
         source = trainer.fit_loop._data_source
-        self._undo = [_putting_back(trainer, "accumulate_grad_batches"), _putting_back(source, "instance"), _putting_back(source, "name")]
-        if source.instance is not pl_module:  # whose own setup comes later
-            loader = source.dataloader()
-            if isinstance(loader, DataLoader) and hasattr(loader.dataset, "__len__"):
-                trainer.accumulate_grad_batches = 1
-                source.instance, source.name = DataLoader(loader.dataset, batch_size=self.target_batch, collate_fn=loader.collate_fn), ""
-                self._loader = loader
+        self._read = source.dataloader
+        source.dataloader = self._loader  # asked for again whenever Lightning reloads
+        self._undo = [_putting_back(trainer, "accumulate_grad_batches"), lambda: vars(source).pop("dataloader", None)]
 
-    _loader: Any = None
+    def _loader(self) -> Any:
+        """In place of the user's loader: whole windows to count until there is a plan, then its micro-batches."""
+        loader = self._users()
+        if self.plan is None:
+            return _to_count(loader, self.target_batch, self._world_size)
+        return _MicroBatches(self.plan, _of_windows(self.plan, loader), self._weights)
 
-    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """The model is on its device and has its optimizer; the loader is not read yet."""
-        source = trainer.fit_loop._data_source
-        loader = self._loader if self._loader is not None else source.dataloader()
+    def _users(self) -> DataLoader[Any]:
+        loader = self._read()
         if not isinstance(loader, DataLoader):
             raise UsageError(
                 f"EffectiveBatch regroups one DataLoader, not a {type(loader).__name__}: give one, or use autoaccum.Accumulator in a loop of your own"
             )
-        plan = self._given if self._given is not None else self._tuned(trainer, pl_module, loader)
+        return loader
+
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        """The model is on its device and has its optimizer; the loader is not read yet."""
+        plan = self._given if self._given is not None else self._tuned(trainer, pl_module, self._users())
         if plan.world_size != trainer.world_size:
             raise PlanError(
                 f"the plan is for {plan.world_size} rank{'s' if plan.world_size != 1 else ''}, and the Trainer has {trainer.world_size}: tune again"
@@ -95,8 +103,16 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         self._undo.append(_putting_back(trainer._accelerator_connector, "use_distributed_sampler"))
         trainer._accelerator_connector.use_distributed_sampler = False  # every rank reads its own part already
         trainer.accumulate_grad_batches = plan.accumulation_steps
-        source.instance, source.name = _MicroBatches(plan, _of_windows(plan, loader), self._weights), ""
         trainer.fit_loop._combined_loader = None  # who asked for the number of steps has had it made
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Raises `UsageError` for a run that goes on inside an epoch: Lightning would begin to read it anew, and cut its last window."""
+        read = trainer.fit_loop.epoch_loop.batch_progress.current.ready
+        if 0 < read < trainer.num_training_batches:
+            raise UsageError(
+                f"the checkpoint was written inside an epoch, after {read} micro-batches, and its windows cannot be gone on with: resume from one that was "
+                "written at an epoch's end (ModelCheckpoint(every_n_epochs=1))"
+            )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Takes the micro-batch's weight, in the order in which they were read."""
@@ -114,7 +130,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             undo()
         if self._undo:
             trainer.fit_loop._combined_loader = None
-        self._undo, self._loader = [], None
+        self._undo, self._read = [], _nothing_to_read
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Also where `fit` failed."""
@@ -130,6 +146,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         strategy = type(trainer.strategy).__name__
         if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
             raise UsageError(f"{strategy} shards the model or runs it elsewhere, where one rank cannot rehearse it alone: tune before, and give plan=")
+        not_remembered(self._wish)
         if sum(isinstance(each, EffectiveBatch) for each in trainer.callbacks) > 1:
             raise UsageError("two EffectiveBatch callbacks say how many samples a step sees: give one")
         if any(type(each).__name__ in ("BatchSizeFinder", "GradientAccumulationScheduler") for each in trainer.callbacks):
@@ -167,6 +184,9 @@ def _putting_back(of: Any, name: str) -> Callable[[], None]:
     return lambda: setattr(of, name, value)
 
 
+def _nothing_to_read() -> Any: ...
+
+
 def _say_nothing(*_: Any, **__: Any) -> None: ...
 
 
@@ -195,11 +215,28 @@ def _check_limits(trainer: Any, plan: Plan) -> None:
         )
 
 
+def _is_any_order(loader: DataLoader[Any]) -> bool:
+    """Whether the loader reads its whole dataset, each sample once, in its order or shuffled, so that a sampler of ours can take its place."""
+    sampler, plain = loader.sampler, (RandomSampler, SequentialSampler, DistributedSampler)
+    if isinstance(loader.dataset, IterableDataset) or not isinstance(sampler, plain) or loader.batch_size is None:
+        return False
+    return not isinstance(sampler, RandomSampler) or (not sampler.replacement and sampler.num_samples == len(cast(Sized, loader.dataset)))
+
+
+def _to_count(loader: DataLoader[Any], target: int, world_size: int) -> DataLoader[Any]:
+    """As many batches on every rank as there will be windows; a stream itself, whose windows nobody can count."""
+    try:
+        samples = len(cast(Sized, loader.dataset)) if _is_any_order(loader) else samples_in(loader)
+    except TypeError:
+        return loader
+    whole = samples // target if _is_any_order(loader) and loader.drop_last else -(-samples // target)
+    return DataLoader(range(whole * world_size), batch_size=1)  # type: ignore[arg-type] # Lightning shares it out among the ranks
+
+
 def _of_windows(plan: Plan, loader: DataLoader[Any]) -> DataLoader[Any]:
     """The same data in whole micro-batches, each collated by itself; a stream, or an order that somebody made, as it comes."""
     sampler = loader.sampler
-    ours = isinstance(sampler, (RandomSampler, SequentialSampler, DistributedSampler)) and loader.batch_size is not None
-    if isinstance(loader.dataset, IterableDataset) or not ours or getattr(sampler, "replacement", False):
+    if not _is_any_order(loader):
         return loader
     shuffle = sampler.shuffle if isinstance(sampler, DistributedSampler) else isinstance(sampler, RandomSampler)
     # As everything else that is shuffled: by the generator's seed, so that `seed_everything` decides; alike on all ranks.
@@ -225,11 +262,12 @@ class _MicroBatches:
     def __init__(self, plan: Plan, loader: DataLoader[Any], weights: deque[float]) -> None:
         self._plan, self._loader, self._weights = plan, loader, weights
         self.dataset = loader.dataset
+        self._drop_last = isinstance(loader.batch_sampler, WindowSampler) and loader.batch_sampler.drop_last
 
     def __iter__(self) -> Iterator[Any]:
         self._weights.clear()
         plan, left = self._plan, getattr(self._loader.batch_sampler, "length", None)
-        for window in plan.windows(self._loader):
+        for window in plan.windows(self._loader, drop_last=self._drop_last):
             samples = window.samples
             if plan.world_size > 1:  # this window over all ranks
                 samples = min(plan.target_batch, left or plan.target_batch)
@@ -246,10 +284,7 @@ class _MicroBatches:
 
     def __len__(self) -> int:
         """Micro-batches in an epoch. Raises `TypeError` for a stream."""
-        sampler = self._loader.batch_sampler
-        if hasattr(sampler, "windows"):
-            return len(sampler)  # type: ignore[arg-type]
-        windows = self._plan.windows(self._loader)
-        samples = len(self._loader.dataset) if len(windows) else 0  # type: ignore[arg-type]
-        whole, rest = divmod(samples, self._plan.share)
+        if isinstance(self._loader.batch_sampler, WindowSampler):
+            return len(self._loader.batch_sampler)
+        whole, rest = divmod(samples_in(self._loader), self._plan.share)
         return whole * self._plan.accumulation_steps + (len(self._plan.sizes(rest)) if rest else 0)

@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-import autoaccum
 from autoaccum.devices.cpu import Cpu
 
 SAMPLES_LEFT = 7  # of the smaller last window
@@ -135,7 +134,6 @@ def huggingface(target, most, folder):
         "read": steps,
         "gradients": [each.tolist() for each in Steps.gradients],
         "sizes": plan.micro_batches,
-        "world": autoaccum.Plan.__name__ and plan.world_size,
     }
 
 

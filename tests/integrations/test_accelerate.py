@@ -93,6 +93,20 @@ def test_prepared_objects_come_back_as_they_were_and_train_under_the_limit(preci
     assert steps == 20 and samples == 500
 
 
+def test_a_window_that_was_left_early_is_no_part_of_the_next():
+    accelerator, model, _ = prepared(linear())
+    pairs, plan = data(24), by_hand(None, 24, 4)
+    for leaves in (True, False):
+        for index, micro in enumerate(accelerate.micro_batches(accelerator, plan, DataLoader(pairs, batch_size=24))):
+            with accelerator.accumulate(model):
+                accelerator.backward(jobs.mse(model, micro.batch) * micro.weight)
+            if leaves and index == 2:
+                break
+    whole = linear()
+    jobs.mse(whole, pairs[:24]).backward()
+    assert all(torch.allclose(ours.grad, theirs.grad, rtol=1e-12) for ours, theirs in zip(model.parameters(), whole.parameters()))
+
+
 def test_what_does_not_fit_together_is_refused():
     accelerator, model, _ = prepared(linear())
     plan = by_hand(None, 24, 7)

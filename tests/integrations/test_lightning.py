@@ -71,8 +71,7 @@ def test_every_step_is_the_whole_windows_gradient(tmp_path, target, most, last, 
     assert callback.plan.micro_batch <= most and callback.plan.target_batch == target
     assert model.samples == [target, target, last] and made.global_step == 3
     assert made.accumulate_grad_batches == 1 and made._accelerator_connector.use_distributed_sampler
-    if where == "passed in":
-        assert model.total == 3  # what a schedule is made for
+    assert model.total == 3  # what a schedule is made for
     whole = Module()
     for start, ours in zip((0, target, 2 * target), model.gradients):
         whole.zero_grad()
@@ -141,6 +140,52 @@ def test_what_would_not_be_exact_is_refused(tmp_path, given, said):
     with pytest.raises(autoaccum.UsageError, match=said):
         made.fit(Module(), DataLoader(data(40), batch_size=8))
     assert made.accumulate_grad_batches == given.get("accumulate_grad_batches", 1)
+
+
+@pytest.mark.parametrize(
+    ("given", "samples"),
+    [
+        ({"shuffle": True, "drop_last": True}, [22, 22]),
+        ({"sampler": torch.utils.data.SubsetRandomSampler(range(30))}, [22, 8]),
+        ({"sampler": torch.utils.data.WeightedRandomSampler(torch.ones(46), num_samples=60)}, [22, 22, 16]),
+        ({"sampler": torch.utils.data.RandomSampler(range(46), num_samples=25)}, [22, 3]),
+        ({"sampler": torch.utils.data.SubsetRandomSampler(range(30)), "drop_last": True}, [22, 6]),
+    ],
+)
+def test_the_loaders_own_order_and_length_are_kept(tmp_path, given, samples):
+    model = Module()
+    made = trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4))
+    made.fit(model, DataLoader(data(46), batch_size=7, **given))
+    assert model.samples == samples and model.total == made.global_step == len(samples)
+
+
+def test_a_loader_that_is_made_anew_for_every_epoch_is(tmp_path):
+    made_with = []
+
+    class Reloading(Module):
+        def train_dataloader(self):
+            made_with.append(self.trainer.current_epoch)
+            return DataLoader(data(22 + 2 * self.trainer.current_epoch), batch_size=7)
+
+    model = Reloading()
+    trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4), max_epochs=3, reload_dataloaders_every_n_epochs=1).fit(model)
+    assert model.samples == [22, 22, 2, 22, 4] and {0, 1, 2} <= set(made_with)
+
+
+def test_going_on_from_an_epochs_end_is_exact_and_from_inside_one_is_refused(tmp_path):
+    loader = DataLoader(data(46), batch_size=7)
+    whole, first, second = Module(lr=0.1), Module(lr=0.1), Module(lr=0.1)
+    trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4), max_epochs=2).fit(whole, loader)
+    begun = trainer(
+        tmp_path, EffectiveBatch(22, max_micro_batch=4), lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True
+    )
+    begun.fit(first, loader)
+    trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4), max_epochs=2).fit(second, loader, ckpt_path=tmp_path / "last.ckpt")
+    assert second.samples == [22, 22, 2] and torch.equal(whole.inner.weight, second.inner.weight)
+    inside = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="inside", every_n_train_steps=1, save_top_k=1)
+    trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4), inside, enable_checkpointing=True, max_steps=1).fit(Module(), loader)
+    with pytest.raises(autoaccum.UsageError, match="written inside an epoch, after 6 micro-batches"):
+        trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4), max_epochs=2).fit(Module(), loader, ckpt_path=inside.best_model_path)
 
 
 def test_what_cannot_be_meant_is_told_at_once(tmp_path):
