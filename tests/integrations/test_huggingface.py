@@ -78,6 +78,8 @@ class Steps(TrainerCallback):
         model.register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, model, args, kwargs):
+        if not model.training:  # it is only being asked what it makes of num_items_in_batch
+            return
         size = len(next(each for each in kwargs.values() if isinstance(each, torch.Tensor)))
         self._since, self.largest = self._since + size, max(self.largest, size)
 
@@ -212,7 +214,11 @@ def classes(samples):
 
 def masked(samples):
     found = padded(samples)
-    return {**found, "labels": torch.where(found["input_ids"] % 3 == 1, found["labels"], torch.full_like(found["labels"], -100))}
+    return {
+        **found,
+        "attention_mask": (found["input_ids"] != 0).long(),
+        "labels": torch.where(found["input_ids"] % 3 == 1, found["labels"], torch.full_like(found["labels"], -100)),
+    }
 
 
 TINY = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64, "max_position_embeddings": 64}

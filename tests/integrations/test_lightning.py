@@ -82,8 +82,8 @@ def test_every_step_is_the_whole_windows_gradient(tmp_path, target, most, last, 
 
 def test_nothing_is_left_of_tuning_and_training_survives_the_limit(tmp_path):
     texts = Texts(100, 120)
-    model = Module(Hungry(64), masked, lr=1e-6)
-    allowed = limit_for(150)
+    model = Module(Hungry(32), masked, lr=1e-6)
+    allowed = limit_for(90)
 
     class Watched(EffectiveBatch):
         def on_fit_start(self, trainer, pl_module):
