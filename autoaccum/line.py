@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from autoaccum import explaining, hints, oom, plan, refusing, search
+from autoaccum import explaining, hints, oom, plan, refusing, search, throughput
 from autoaccum.cache import Shelf
 from autoaccum.command import Command
 from autoaccum.devices.base import ASSUMED_OUTSIDE, Budget
-from autoaccum.errors import AutoaccumError, DeviceError, JobError, JobFailed, NothingFits, UsageError, noted
+from autoaccum.errors import AutoaccumError, DeviceError, JobError, JobFailed, UsageError, noted
 from autoaccum.plan import Plan, PlannedDevice, Tried
 from autoaccum.reading import COMPARED_SAMPLES, Limits, Progress, Reading, Rehearser, Subject, Trying
 from autoaccum.units import MIB, in_words, parse_headroom, parse_size
@@ -131,13 +131,14 @@ def _searched(
         if subject.predicted and wish.largest:
             found = _beyond(rehearsal, tell, candidates, found, target, budget.budget_bytes)
         sizes = plan.micro_batches(target, found.accumulation_steps)
-        if len(sizes) == 1 and (target, False) in tell.known:
+        timed = wish.objective == "throughput"
+        if len(sizes) == 1 and (target, False) in tell.known and not timed:
             confirmed = tell.known[(target, False)]  # its trial was the whole window twice already
             break
         if subject.device.kind == "cpu":
             rehearsal.fresh()  # allocators and libraries remember sizes: confirm as training will start
         budget = refusing.enough(rehearsal.budget())
-        confirmed = tell.measured(rehearsal, sizes, full=True)
+        confirmed = tell.measured(rehearsal, sizes, full=True, windows=throughput.WINDOWS if timed else 2)
         if confirmed.fits:
             break
         tell.refused[sizes[0]] = confirmed
@@ -154,45 +155,19 @@ def _searched(
     if wish.objective == "throughput":
         if subject.predicted:
             raise UsageError('objective "throughput" needs a device that is here: a simulated card has no clock')
-        smaller = [size for size in allowed if size <= sizes[0] and size not in tell.refused]
+        smaller = [size for size in allowed if size < sizes[0] and size not in tell.refused]
         if not rehearsal.enforces and len(sizes) == 1 and (confirmed.peak_bytes or 0) + subject.gradient_bytes > budget.budget_bytes:
-            smaller = [target]  # in more than one piece gradients would be resident, and nothing would stop that
-        confirmed = _fastest(rehearsal, tell, smaller, target)
+            smaller = []  # in more than one piece gradients would be resident, and nothing would stop that
+
+        def timed_window(size: int) -> Reading:
+            if subject.device.kind == "cpu":
+                rehearsal.fresh()
+            return tell.measured(rehearsal, plan.micro_batches(target, math.ceil(target / size)), full=True, windows=throughput.WINDOWS)
+
+        confirmed = throughput.fastest(timed_window, smaller, confirmed)
         sizes = plan.micro_batches(target, confirmed.accumulation_steps)
         found = replace(found, micro_batch=sizes[0], accumulation_steps=len(sizes))
     return found, confirmed, sizes, budget
-
-
-_TIMED_WINDOWS = 4  # of which the first warms up, and the others' median counts
-_ALIKE = 1.02  # times that differ by less are the same
-_SLOWER = 1.15  # two in a row that are this much slower than the best end the search
-_MOST_TIMED = 8
-
-
-def _fastest(rehearsal: Rehearser, tell: Teller, allowed: Sequence[int], target: int) -> Reading:
-    """The fastest plan with micro-batches of at most the largest of `allowed`, which fits; of those that are about as fast the one that takes least."""
-    timed: list[Reading] = []
-    size, slower = allowed[-1], 0
-    while slower < 2 and len(timed) < _MOST_TIMED:
-        if rehearsal.subject().device.kind == "cpu":
-            rehearsal.fresh()
-        reading = tell.measured(rehearsal, plan.micro_batches(target, math.ceil(target / size)), full=True, windows=_TIMED_WINDOWS)
-        if reading.fits and reading.window_seconds:
-            timed.append(reading)
-            best = min(each.window_seconds or math.inf for each in timed)
-            slower = slower + 1 if reading.window_seconds > _SLOWER * best else 0
-        else:
-            tell.refused[size] = reading
-        below = [each for each in allowed if each <= 0.9 * size]
-        if not below:
-            break
-        # About a fifth smaller, and if there is one near, a multiple of eight, which tensor cores like.
-        near = [each for each in below if each > 0.7 * size] or below[-1:]
-        size = min(near, key=lambda each: (each % 8 != 0, abs(each - 0.8 * size)))
-    if not timed:
-        raise NothingFits(f"{allowed[-1]} had fitted, and no size did while it was timed: memory went to others; tune again, or leave more headroom")
-    best = min(each.window_seconds or math.inf for each in timed)
-    return min((each for each in timed if (each.window_seconds or math.inf) <= _ALIKE * best), key=lambda each: each.peak_bytes or 0)
 
 
 def _beyond(rehearsal: Rehearser, tell: Teller, candidates: Sequence[int], found: search.Found, target: int, budget_bytes: int) -> search.Found:

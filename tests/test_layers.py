@@ -17,7 +17,7 @@ devices.cgroup devices.nvml
 devices.cpu devices.cuda devices.mps devices.xpu devices.virtual
 devices
 reading weighting explaining losses rates
-job search progress regrouping lengths feeding running_stats generators
+job search throughput progress regrouping lengths feeding running_stats generators
 sync dividing
 formats
 snapshot plan window refusing recording conditions

@@ -110,11 +110,11 @@ def huggingface(target, most, folder):
         read.append([tuple(each["inputs"].tolist()) for each in samples])
         return torch.utils.data.default_collate(samples)
 
-    class Steps(TrainerCallback):
-        gradients: list = []  # noqa: RUF012
+    gradients = []
 
+    class Steps(TrainerCallback):
         def on_pre_optimizer_step(self, args, state, control, **_):
-            self.gradients.append(flat(model))
+            gradients.append(flat(model))
 
     arguments = TrainingArguments(
         folder, use_cpu=True, num_train_epochs=1, learning_rate=0.0, max_grad_norm=0.0, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
@@ -132,7 +132,7 @@ def huggingface(target, most, folder):
     ]
     return {
         "read": steps,
-        "gradients": [each.tolist() for each in Steps.gradients],
+        "gradients": [each.tolist() for each in gradients],
         "sizes": plan.micro_batches,
     }
 
