@@ -46,7 +46,7 @@ def loss(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
     return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 
 
-def make_job(width: int = 128, layers: int = 4, heads: int = 4, length: int = 128, vocabulary: int = 256, samples: int = 600) -> autoaccum.Job:
+def make_job(width: int = 128, layers: int = 4, heads: int = 4, length: int = 128, vocabulary: int = 256, samples: int = 360) -> autoaccum.Job:
     torch.manual_seed(0)
     model = TinyGPT(vocabulary, width, layers, heads, length)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)

@@ -4,6 +4,7 @@ python -m tests.ranked WORLD PROGRAM ARGUMENTS-AS-JSON
 """
 
 import atexit
+import importlib
 import itertools
 import json
 import os
@@ -79,12 +80,18 @@ def _started():
 
 
 def main():
+    # What every rank would import by itself, at the latest when its optimizer steps; here once. None of it starts a thread.
+    import torch._dynamo
+    import torch.distributed.fsdp
+
     torch.set_num_threads(1)
     for line in sys.stdin:
         world, program, arguments, errors = json.loads(line)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
+        if program == "in_a_framework":
+            importlib.import_module({"huggingface": "transformers.trainer"}.get(arguments[0], arguments[0]))
         children = []
         for rank in range(world):
             child = os.fork()  # before any thread of torch: it was only imported
