@@ -1,6 +1,7 @@
 """One rehearsal, measured, undone."""
 
 import gc
+import gc
 
 import pytest
 import torch
@@ -113,3 +114,23 @@ def test_doubtful_words_are_told_apart_by_what_the_budget_had_left():
     error = RuntimeError("could not create a primitive")
     assert oom.is_oom(error, left_bytes=10 * MIB, taken_bytes=200 * MIB)
     assert not oom.is_oom(error, left_bytes=8000 * MIB, taken_bytes=200 * MIB)
+
+
+def test_the_collector_is_as_it_was_before_and_after(rehearse):
+    """Inside, it looks at what trials left alone; who had frozen objects keeps them frozen."""
+    frozen = []
+
+    def loss(model, batch):
+        frozen.append(gc.get_freeze_count())
+        return jobs.mse(model, batch)
+
+    assert gc.get_freeze_count() == 0
+    rehearse(jobs.small(loss), (4, 4))
+    assert min(frozen) > 10_000 and gc.get_freeze_count() == 0
+    gc.freeze()
+    try:
+        theirs = gc.get_freeze_count()
+        rehearse(jobs.small(), (4, 4))
+        assert gc.get_freeze_count() == theirs
+    finally:
+        gc.unfreeze()
