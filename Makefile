@@ -1,10 +1,10 @@
-# Two commands do all the set-up: `make tune` and `make test`. PYTHON chooses the interpreter (3.10 or later).
+# Two commands do all the set-up: `make tune` and `make test`; `make bench` measures beside other systems, in under half an hour. PYTHON chooses the interpreter (3.10 or later).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: tune test lint types clean
+.PHONY: tune test lint types bench clean
 
 tune: $(VENV)/installed
 	@$(BIN)/autoaccum tune --target-batch 120 $(ARGS)
@@ -18,6 +18,11 @@ lint: $(VENV)/tested
 
 types: $(VENV)/tested
 	$(BIN)/mypy
+
+bench: $(VENV)/tested
+	$(BIN)/python benchmarks/side_by_side.py --again --output benchmarks/results/side_by_side.json
+	$(BIN)/python benchmarks/loop.py --output benchmarks/results/loop.json
+	$(BIN)/python benchmarks/report.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

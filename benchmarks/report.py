@@ -1,0 +1,258 @@
+"""Makes the README's tables of measurements, and two pictures, from the raw results; nothing of them is typed by hand.
+
+    python benchmarks/report.py [--check]
+
+Each table stands between `<!-- table: NAME -->` and `<!-- end of table -->`. Under a table whose results are older than the last change of
+the code that they measure (by git's history) stands a line that says so. Needs matplotlib.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+SEARCHING = tuple(f"autoaccum/{name}.py" for name in ("search", "trial", "line", "tuning", "plan", "snapshot", "window", "rescue", "batches", "devices/cpu"))
+
+
+def policy(document: dict[str, Any]) -> str:
+    """Simulated devices: what was found, what it took, and whether it holds."""
+    lines = [
+        "| | answer trains | size / largest that fits (worst) | trials | out of memory | samples | seconds | target exact | micro-steps / fewest |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for system, found in policies(document).items():
+        lines.append(
+            f"| {system} | {found['trains']} of {found['asked']} | {found['ratio']:.2f} ({found['worst']:.2f}) | {found['trials']:.0f} | {found['ooms']:.0f} "
+            f"| {found['samples']:.0f} | {found['seconds']:.0f} | {found['exact']} of {found['targets']} | {found['over_fewest']:.2f} |"
+        )
+    lines += [f"| {name.removesuffix(', simulated')} | {why} | | | | | | | |" for name, why in document["cannot"].items() if name.endswith(", simulated")]
+    return "\n".join(lines)
+
+
+def policies(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Every system's figures over the scenarios. A run that is missing, because the system died, counts as failed.
+
+    A size counts if training went through with it, else it is 0. Where nothing fits, saying so is right, and handing over a size wrong.
+    """
+    import simulated
+
+    found = {}
+    for system in in_order(document["policy"]):
+        rows = {(row["scenario"], row["target"]): row for row in document["policy"][system] if "scenario" in row}
+        largest, trains, asked, exact, targets, over = [], 0, [], 0, 0, []
+        for scenario in simulated.SCENARIOS:
+            row = rows.get((scenario.name, scenario.asked), {})
+            asked.append(row)
+            alone = row.get("steps") == 1  # of such a window no gradients lie beside it
+            truth = scenario.largest(scenario.asked, alone=alone)
+            trains += bool(row) and (row["survives"] if truth else bool(row["error"]) and not row["handed_over"])
+            if truth:
+                largest.append(min(row["micro_batch"], truth) / truth if row.get("survives") else 0.0)
+            for target in simulated.TARGETS:
+                fewest = scenario.fewest(target)
+                if not fewest or target > (scenario.samples or target):
+                    continue
+                targets += 1
+                row = rows.get((scenario.name, target), {})
+                exact += row.get("exact", False)
+                if row.get("exact"):
+                    over.append(row["steps"] / fewest)
+        ran = [row for row in asked if row]
+        found[system] = {
+            "ratio": statistics.median(largest), "worst": min(largest), "trains": trains, "asked": len(asked), "exact": exact, "targets": targets,
+            "over_fewest": statistics.mean(over) if over else math.nan,
+            **{what: statistics.median(row[what] or 0 for row in ran) if ran else math.nan for what in ("trials", "ooms", "samples", "seconds")},
+        }  # fmt: skip
+    return found
+
+
+def real(document: dict[str, Any]) -> str:
+    """Real memory of a CPU: both networks in a row each."""
+    networks = document["asked"]["networks"]
+    heads = [f"{network}, {document['oracle'][network]['largest']} fit: window | seconds | {document['asked']['windows'][0]} windows" for network in networks]
+    lines = [f"| | {' | '.join(heads)} | model unchanged | random numbers unchanged |", "| --- |" + " --- |" * (3 * len(networks) + 2)]
+    for system, found in reals(document).items():
+        cells = []
+        for network in networks:
+            each = found[network]
+            cells += [each["refused"], "", ""] if "refused" in each else [each["window"], f"{each['seconds']:.1f}" if each["lives"] else "", each["survives"]]
+        ran = [found[network] for network in networks if found[network].get("lives")]
+        cells += [("yes" if all(each[what] for each in ran) else "no") if ran else "" for what in ("state", "random")]
+        lines.append(f"| {system} | {' | '.join(cells)} |")
+    lines += [f"| {name} | {why} |" + " |" * (3 * len(networks) + 1) for name, why in document["cannot"].items() if not name.endswith(", simulated")]
+    return "\n".join(lines)
+
+
+def reals(document: dict[str, Any]) -> dict[str, dict[str, dict[str, Any]]]:
+    """By system and network: medians of the runs. It lives if every run went through, the first of which trains longest."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    target, runs = document["asked"]["target"], len(document["asked"]["windows"])
+    for system in in_order(document["real"]):
+        found[system] = {}
+        for network in document["asked"]["networks"]:
+            rows = [row for row in document["real"][system] if row["network"] == network]
+            ran = [row for row in rows if row.get("sizes")]
+            if not ran:
+                why = next((str(row.get("refused") or row.get("died") or row.get("error")) for row in rows), "did not run")
+                found[system][network] = {"refused": "refuses a CPU" if "on GPU" in why else "fails: " + why.split(":")[0]}
+                continue
+            middle = sorted(ran, key=lambda row: row["micro_batch"])[len(ran) // 2]
+            through = sum(bool(row.get("survives")) for row in rows)
+            found[system][network] = {
+                "share": middle["micro_batch"] / document["oracle"][network]["largest"], "exact": all(row.get("exact") for row in rows),
+                "seconds": statistics.median(row["seconds"] for row in ran), "steps": middle["steps"], "lives": through == runs,
+                "window": f"{middle['sizes'][0]} x {middle['steps']}" if len(set(middle["sizes"])) == 1 else " + ".join(map(str, middle["sizes"])),
+                "survives": "yes" if through == runs else "out of memory" if not through else f"{through} of {runs} runs",
+                "state": all(row["state_unchanged"] for row in ran), "random": all(row["random_unchanged"] for row in ran),
+            }  # fmt: skip
+            if middle["effective"] != target:
+                found[system][network]["window"] += f" = {middle['effective']}"
+    return found
+
+
+def in_order(systems: dict[str, Any]) -> list[str]:
+    """Ours first, the others by name."""
+    return sorted(systems, key=lambda name: (not name.startswith("autoaccum"), name.lower()))
+
+
+def _loop(document: dict[str, Any]) -> str:
+    import loop
+
+    return loop.table(document)
+
+
+def _longest(document: dict[str, Any]) -> str:
+    import longest_sample
+
+    return longest_sample.table(document)
+
+
+def _published(document: dict[str, Any]) -> str:
+    import estimate_published
+
+    return estimate_published.table(document)
+
+
+# name -> its raw results, what makes the table of them, and the code that they measure
+TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] = {
+    "policy": ("side_by_side.json", policy, (*SEARCHING, "benchmarks/simulated.py", "benchmarks/contestant.py", "benchmarks/work.py", "benchmarks/peers")),
+    "real": ("side_by_side.json", real, (*SEARCHING, "benchmarks/networks.py", "benchmarks/contestant.py", "benchmarks/work.py", "benchmarks/peers")),
+    "loop": ("loop.json", _loop, ("autoaccum/loop.py", "autoaccum/window.py", "autoaccum/weighting.py", "autoaccum/rewinding.py", "autoaccum/feeding.py")),
+    "longest sample": ("longest_sample.json", _longest, ("autoaccum/lengths.py", "autoaccum/integrations/huggingface.py", *SEARCHING)),
+    "published peaks": ("estimate_published.json", _published, ("autoaccum/simulate", "autoaccum/phantom.py")),
+}
+
+
+def last_change(*paths: str) -> int:
+    """When git saw any of these last, in seconds; now, if one has changed since, and 0 where there is no history."""
+    asked = ["git", "-C", str(ROOT)]
+    if subprocess.run([*asked, "status", "--porcelain", "--", *paths], capture_output=True, text=True, check=False).stdout.strip():
+        return 2**62
+    told = subprocess.run([*asked, "log", "-1", "--format=%ct", "--", *paths], capture_output=True, text=True, check=False).stdout.strip()
+    return int(told or 0)
+
+
+def tables(*, marked: bool = True) -> dict[str, str]:
+    """Every table as it should stand in the README; marked: with the line under those that are older than their code."""
+    found = {}
+    for name, (file, make, code) in TABLES.items():
+        text = make(json.loads((RESULTS / file).read_text()))
+        if marked and last_change(*code) > last_change(f"benchmarks/results/{file}"):
+            text += "\n\n*Measured before the last change of the code it measures.*"
+        found[name] = text
+    return found
+
+
+def block(name: str, text: str) -> re.Pattern[str]:
+    """Where a table stands."""
+    return re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(\n<!-- end of table -->)", re.S)
+
+
+def pictures(document: dict[str, Any]) -> None:
+    """What was found against what it took: simulated devices, and real memory."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import simulated
+
+    grey, ours, others = "#777777", "#D55E00", "#0072B2"
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), grey)
+    with plt.rc_context(ink):
+        figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
+        for system, each in policies(document).items():
+            colour = ours if system.startswith("autoaccum") else others
+            axes.scatter(each["samples"], each["exact"] / each["targets"], s=45, color=colour, zorder=3)
+            axes.annotate(system, (each["samples"], each["exact"] / each["targets"]), xytext=(6, 4), textcoords="offset points", fontsize=8, color=colour)
+        axes.set_xlabel("samples run before the first optimizer step of training, median")
+        axes.set_ylabel("targets hit exactly, and trained")
+        axes.set_ylim(-0.05, 1.12)
+        axes.set_title(f"Simulated devices: {len(simulated.SCENARIOS)} scenarios, targets of {', '.join(map(str, simulated.TARGETS))}", fontsize=10, loc="left")
+        _save(figure, "side_by_side_policy.png")
+        found = reals(document)
+        networks = document["asked"]["networks"]
+        figure, panels = plt.subplots(1, len(networks), figsize=(10, 4.2), layout="constrained", sharey=True)
+        for panel, network in zip(panels, networks):
+            for system, by_network in found.items():
+                each = by_network[network]
+                if not each.get("lives"):
+                    continue
+                colour = ours if system.startswith("autoaccum") else others
+                good = each["exact"]
+                panel.scatter(max(each["seconds"], 0.02), each["share"], s=45, facecolors=colour if good else "none", edgecolors=colour, zorder=3)
+                panel.annotate(
+                    system.replace(", largest=True, headroom=0", ", largest"),
+                    (max(each["seconds"], 0.02), each["share"]),
+                    xytext=(6, 4),
+                    textcoords="offset points",
+                    fontsize=8,
+                    color=colour,
+                )
+            panel.axhline(1, color=grey, linewidth=0.8, linestyle=":")
+            panel.set_title(f"{network}, what survives; filled = the target exactly", fontsize=10, loc="left")
+            panel.set_xlabel("seconds until training begins, median")
+            panel.margins(x=0.25)
+        panels[0].set_ylabel("micro-batch / largest that fits")
+        _save(figure, "side_by_side_real.png")
+
+
+def _save(figure: Any, name: str) -> None:
+    for each in figure.axes:
+        for side in ("top", "right"):
+            each.spines[side].set_visible(False)
+    figure.savefig(RESULTS / name, dpi=130, transparent=True)
+
+
+@click.command()
+@click.option("--check", is_flag=True, help="Change nothing; fail where the README does not say what the results say.")
+def main(check: bool) -> None:
+    readme = ROOT / "README.md"
+    text = readme.read_text()
+    for name, made in tables(marked=not check).items():
+        pattern = block(name, text)
+        if not pattern.search(text):
+            raise click.ClickException(f"README.md has no place for the table {name!r}: <!-- table: {name} -->")
+        if check and made not in text:
+            raise click.ClickException(f"README.md's table {name!r} is not that of the results: run python benchmarks/report.py")
+        if name in ("policy", "real", "loop") and not check:
+            click.echo(f"{made}\n")
+        text = pattern.sub(lambda found, made=made: found[1] + made + "\n" + found[2], text)
+    if not check:
+        readme.write_text(text)
+        pictures(json.loads((RESULTS / "side_by_side.json").read_text()))
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    main()

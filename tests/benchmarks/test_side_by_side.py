@@ -1,0 +1,70 @@
+"""The comparison with other systems: its devices are what they say, ours is exact on them, and the README says what the results say."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from tests.command_line import ROOT
+
+
+def trains(scenario, n):
+    """Windows of two micro-batches of n by hand."""
+    import simulated
+    from work import Samples, Work
+
+    device = simulated.Device(scenario)
+    work = Work(2 * n, 15, Samples(10**6, lambda n: {"inputs": torch.ones(n, 1)}), device.build, device=device)
+    try:
+        work.train((n, n))
+    except torch.OutOfMemoryError:
+        assert device.ooms == 1
+        return False
+    assert work.whole_windows == 15 and work.state_unchanged
+    return True
+
+
+def scenarios():
+    import simulated  # benchmarks/ is on pytest's path
+
+    return simulated.SCENARIOS
+
+
+@pytest.mark.parametrize("scenario", scenarios(), ids=lambda each: each.name)
+def test_a_simulated_device_runs_out_where_it_says(scenario):
+    most = scenario.maximum
+    for n in {1, max(most - 1, 1), max(most, 1), most + 1, 2 * most + 1, 80}:
+        # Noise is drawn: between the truth, which holds for the worst of it, and the least of it either may be.
+        if scenario.fits(n) or not scenario.noise or n > 1.1 * most:
+            assert trains(scenario, n) == scenario.fits(n), n
+
+
+def test_ours_is_exact_on_devices_of_known_truth_and_leaves_nothing_changed():
+    names = ["line, 40", "optimizer state at the second step, 40", "gradients of an earlier micro-batch, 48"]
+    command = [sys.executable, str(ROOT / "benchmarks" / "contestant.py"), "autoaccum", "autoaccum", "policy"]
+    done = subprocess.run(command, input=json.dumps({"only": names}), capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True)
+    rows = [json.loads(line.removeprefix("told:")) for line in done.stdout.splitlines() if line.startswith("told:")]
+    assert len(rows) == 4 * len(names)
+    truth = {each.name: each for each in scenarios()}
+    for row in rows:
+        assert row["survives"] and row["exact"] and row["state_unchanged"] and row["random_unchanged"], row
+        assert row["trials"] <= 6 and row["ooms"] <= 1 and not row["rescued"]
+        assert row["steps"] <= truth[row["scenario"]].fewest(row["target"]) * 1.04 + 1  # 3 % are kept aside
+
+
+def test_every_file_of_a_peer_says_what_it_needs_and_runs():
+    import side_by_side
+
+    for name, adapter in side_by_side.adapters().items():
+        assert adapter.SYSTEMS and isinstance(adapter.PACKAGES, tuple) and callable(adapter.run) and adapter.__doc__, name
+
+
+def test_the_readmes_tables_are_those_of_the_committed_results():
+    import report
+
+    text = (ROOT / "README.md").read_text()
+    for name, table in report.tables(marked=False).items():
+        assert f"<!-- table: {name} -->\n{table}" in text, name
