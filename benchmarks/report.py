@@ -174,9 +174,12 @@ def tables(*, marked: bool = True) -> dict[str, str]:
     return found
 
 
-def block(name: str, text: str) -> re.Pattern[str]:
-    """Where a table stands."""
-    return re.compile(rf"(<!-- table: {re.escape(name)} -->\n).*?(\n<!-- end of table -->)", re.S)
+def put(readme: str, name: str, table: str) -> str:
+    """The README with a table in its place. Raises `ClickException` where there is none."""
+    place = re.compile(rf"(<!-- table: {re.escape(name)} -->\n)(?:(?!<!-- table).)*?(<!-- end of table -->)", re.S)
+    if not place.search(readme):
+        raise click.ClickException(f"README.md has no place for the table {name!r}: <!-- table: {name} -->")
+    return place.sub(lambda found: found[1] + table + "\n" + found[2], readme)
 
 
 def pictures(document: dict[str, Any]) -> None:
@@ -240,14 +243,11 @@ def main(check: bool) -> None:
     readme = ROOT / "README.md"
     text = readme.read_text()
     for name, made in tables(marked=not check).items():
-        pattern = block(name, text)
-        if not pattern.search(text):
-            raise click.ClickException(f"README.md has no place for the table {name!r}: <!-- table: {name} -->")
         if check and made not in text:
             raise click.ClickException(f"README.md's table {name!r} is not that of the results: run python benchmarks/report.py")
         if name in ("policy", "real", "loop") and not check:
             click.echo(f"{made}\n")
-        text = pattern.sub(lambda found, made=made: found[1] + made + "\n" + found[2], text)
+        text = put(text, name, made)
     if not check:
         readme.write_text(text)
         pictures(json.loads((RESULTS / "side_by_side.json").read_text()))

@@ -7,7 +7,8 @@ its minutes, goes on where it stopped. Records the card, the driver and the vers
 
 tune    plans under a cap of 8 GiB for a conv net and a GPT (fp32, bf16, fp16 with a scaler, checkpointed, compiled), beside an oracle
         that runs every larger size that would save a step; 30 windows trained at the plan; samples per second.
-peers   the systems of `benchmarks/peers` that are installed here, on the same two networks under the same cap; the others are listed.
+peers   the systems of `benchmarks/peers` that are installed here, on two networks under a cap of 8 GiB, beside the largest size that
+        trains there; what is not installed is listed.
 peak    32 cases of model, way and batch: allocated, reserved, and what the driver sees; `virtual.py` has predicted them.
 loop    overhead of the loop, copies ahead, a rescue, a snapshot (`loop.py`).
 
@@ -26,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,6 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent), str(HERE.parent.paren
 GIB, MIB = 2**30, 2**20
 CAP, TARGET = 8 * GIB, 512
 WAYS = ("fp32", "bf16", "fp16", "checkpointed", "compiled")
-# Slowest last within each part, so that a short lease has of everything.
 PEERS = (
     ("autoaccum", "autoaccum"), ("toma", "toma"), ("torch_max_mem", "torch-max-mem"), ("accelerate", "Accelerate"), ("lightning", "Lightning, power"),
     ("lightning", "Lightning, binsearch"), ("transformers", "HF Trainer"), ("composer", "Composer"), ("textbook", "textbook"),
@@ -44,7 +45,7 @@ PEERS = (
 
 
 def cases() -> dict[str, list[str]]:
-    """What is run, by name: the parts interleaved."""
+    """What is run, by name: a case of every part in turn, so that a short lease has of everything."""
     import virtual
 
     tune = {f"tune {model} {way}": ["tune", model, way] for way in WAYS for model in ("conv net", "gpt")}
@@ -52,7 +53,12 @@ def cases() -> dict[str, list[str]]:
     peaks = {
         f"peak {model} {way} {batch}": ["peak", model, way, str(batch)] for model in virtual.MODELS for way in virtual.WAYS for batch in virtual.BATCHES[model]
     }
-    return {"loop": ["loop"], **tune, **peers, **peaks}
+    oracles = {f"oracle {network}": ["oracle", network] for network in ("conv net", "transformer")}
+    parts = [{"loop": ["loop"], **oracles}, tune, peers, peaks]
+    found: dict[str, list[str]] = {}
+    for row in zip_longest(*(part.items() for part in parts)):
+        found |= dict(each for each in row if each is not None)
+    return found
 
 
 def make(model: str, way: str, tiny: bool, device: str) -> Any:
@@ -118,6 +124,8 @@ def tuned(model: str, way: str, tiny: bool, device: str) -> dict[str, Any]:
     job.optimizer.zero_grad()
     smallest = 2 if model == "conv net" else 1
     row["oracle"] = {}
+    if way == "compiled":  # every size would be compiled anew, longer than a case may take
+        return row
     for size in [each for each in search.sizes(target, smallest=smallest) if each >= plan.micro_batch]:
         sizes = micro_batches(target, math.ceil(target / size))
         backend.release()
@@ -139,6 +147,31 @@ def tuned(model: str, way: str, tiny: bool, device: str) -> dict[str, Any]:
     return row
 
 
+def oracle(network: str) -> dict[str, Any]:
+    """The largest size of which two micro-batches train under the cap, by bisection in one process whose cache is emptied."""
+    import torch
+    from networks import LARGER
+    from work import Work
+
+    build, samples = LARGER[network]
+    torch.cuda.set_per_process_memory_fraction(CAP / torch.cuda.get_device_properties(0).total_memory)
+
+    def trains(size: int) -> bool:
+        torch.cuda.empty_cache()
+        work = Work(2 * size, 2, samples, build, place="cuda")
+        try:
+            work.train((size, size))
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    low, high = 0, TARGET + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if trains(middle) else (low, middle)
+    return {"largest": low}
+
+
 def peer(name: str, system: str, network: str, tiny: bool, device: str) -> dict[str, Any]:
     """One system on the card; "missing" where its package is not here."""
     import contestant
@@ -151,6 +184,12 @@ def peer(name: str, system: str, network: str, tiny: bool, device: str) -> dict[
     target, limit = (16, 0) if tiny else (TARGET, CAP)
     if limit:
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
+    if name == "autoaccum" and limit:  # its limit holds what the process takes beside its allocator, the others' cap does not
+        from autoaccum import devices
+        from autoaccum.devices.base import ASSUMED_OUTSIDE
+
+        outside = devices.get(device).memory().outside_bytes
+        limit += ASSUMED_OUTSIDE if outside is None else outside
     work = Work(target, 2 if tiny else 10, samples, build, limit_bytes=limit or contestant.held("VmRSS") + GIB, place=device)
     row = contestant.outcome(adapter.run, system, work)
     return {"missing": row["error"]} if (row["error"] or "").startswith(("ModuleNotFoundError", "ImportError", "PackageNotFoundError")) else row
@@ -163,15 +202,23 @@ def one(words: list[str], tiny: bool, device: str) -> dict[str, Any]:
         return tuned(rest[0], rest[1], tiny, device)
     if kind == "peer":
         return peer(rest[0], rest[1], rest[2], tiny, device)
+    if kind == "oracle":
+        return oracle(rest[0])
+    if kind == "machine":
+        return machine(device)
     if kind == "peak":
         import virtual
 
         return virtual.part("peak", rest)
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "loop.json"
-        subprocess.run([sys.executable, str(HERE / "loop.py"), "--output", str(output)], check=False, timeout=150, stdout=subprocess.DEVNULL)
-        found: dict[str, Any] = json.loads(output.read_text())
-        return found
+        try:
+            done = subprocess.run([sys.executable, str(HERE / "loop.py"), "--output", str(output)], check=False, timeout=140, capture_output=True, text=True)
+            cut_short = done.stderr.strip().splitlines()[-3:] if done.returncode else None
+        except subprocess.TimeoutExpired:
+            cut_short = ["took longer than 140 s"]
+        found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+        return found | {"cut_short": cut_short}
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -205,27 +252,39 @@ def main(output: Path, minutes: float, device: str, tiny: bool, words: str | Non
     if words is not None:
         output.write_text(json.dumps(one(json.loads(words), tiny, device)))
         return
-    started = time.monotonic()
+    ends = time.monotonic() + 60 * minutes
     document = json.loads(output.read_text()) if output.exists() else {"schema": "autoaccum.gpu/1", "cap_bytes": CAP, "target": TARGET, "rows": {}}
-    document["machine"] = machine(device)
-    for name, case in cases().items():
-        if name in document["rows"] or (device == "cpu" and case[0] in ("peak", "loop")):
-            continue
-        if time.monotonic() - started > 60 * minutes:
-            click.echo(f"{minutes:g} minutes are over; run it again to go on from {name}")
-            break
+
+    def ran(case: list[str]) -> dict[str, Any]:
+        left = min(160.0, ends - time.monotonic())
         with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
             command = [sys.executable, __file__, "--output", answer.name, "--device", device, "--case", json.dumps(case), *(["--tiny"] if tiny else [])]
             try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=160, check=False)
-                text = Path(answer.name).read_text()
-                row = json.loads(text) if done.returncode == 0 and text else {"failed": done.stderr.strip().splitlines()[-3:], "code": done.returncode}
+                done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
             except subprocess.TimeoutExpired:
-                row = {"failed": ["took longer than 160 s"]}
-        document["rows"][name] = row
-        output.write_text(json.dumps(document, indent=1) + "\n")
+                return {"failed": [f"took longer than {left:.0f} s"], "out_of_time": left < 160}
+            text = Path(answer.name).read_text()
+            told: dict[str, Any] = (
+                json.loads(text) if done.returncode == 0 and text else {"failed": done.stderr.strip().splitlines()[-3:], "code": done.returncode}
+            )
+            return told
+
+    here = ran(["machine"])  # in a process of its own: a context in this one would be in what the driver sees
+    if document.setdefault("machine", here).get("card") != here.get("card"):
+        raise click.ClickException(f"{output} was begun on {document['machine'].get('card')}, this is {here.get('card')}: give another output")
+    for name, case in cases().items():
+        known = document["rows"].get(name, {"out_of_time": True})
+        if not (known.get("out_of_time") or known.get("missing")) or (device == "cpu" and case[0] in ("peak", "loop", "oracle")):
+            continue
+        if time.monotonic() > ends - 5:
+            click.echo(f"{minutes:g} minutes are over; run it again to go on from {name}")
+            break
+        row = document["rows"][name] = ran(case)
+        beside = output.with_suffix(".new")  # a run that is killed leaves a whole file
+        beside.write_text(json.dumps(document, indent=1) + "\n")
+        beside.replace(output)
         told = {key: row.get(key) for key in ("micro_batch", "samples_per_second", "missing", "failed", "reserved") if row.get(key)}
-        click.echo(f"{time.monotonic() - started:5.0f} s  {name}  {told}")
+        click.echo(f"{ends - time.monotonic():5.0f} s left  {name}  {told}")
 
 
 if __name__ == "__main__":

@@ -68,3 +68,12 @@ def test_the_readmes_tables_are_those_of_the_committed_results():
     text = (ROOT / "README.md").read_text()
     for name, table in report.tables(marked=False).items():
         assert f"<!-- table: {name} -->\n{table}" in text, name
+
+
+def test_a_table_is_put_into_its_own_place_alone():
+    import report
+
+    text = "<!-- table: one -->\n<!-- end of table -->\nkept\n<!-- table: two -->\n| old |\n<!-- end of table -->\n"
+    for name in ("one", "two", "one"):
+        text = report.put(text, name, f"| {name} |")
+    assert text == "<!-- table: one -->\n| one |\n<!-- end of table -->\nkept\n<!-- table: two -->\n| two |\n<!-- end of table -->\n"
