@@ -1,4 +1,4 @@
-# Two commands do all the set-up: `make tune` and `make test`; `make bench` measures beside other systems, in under half an hour. PYTHON chooses the interpreter (3.10 or later).
+# Two commands do all the set-up: `make tune` and `make test`; `make bench` measures beside other systems, in about half an hour. PYTHON chooses the interpreter (3.10 or later).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

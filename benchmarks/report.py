@@ -190,14 +190,11 @@ def pictures(document: dict[str, Any]) -> None:
     import matplotlib.pyplot as plt
     import simulated
 
-    grey, ours, others = "#777777", "#D55E00", "#0072B2"
+    grey = "#777777"
     ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), grey)
     with plt.rc_context(ink):
         figure, axes = plt.subplots(figsize=(7.5, 4.2), layout="constrained")
-        for system, each in policies(document).items():
-            colour = ours if system.startswith("autoaccum") else others
-            axes.scatter(each["samples"], each["exact"] / each["targets"], s=45, color=colour, zorder=3)
-            axes.annotate(system, (each["samples"], each["exact"] / each["targets"]), xytext=(6, 4), textcoords="offset points", fontsize=8, color=colour)
+        _named(axes, {system: (each["samples"], each["exact"] / each["targets"], True) for system, each in policies(document).items()})
         axes.set_xlabel("samples run before the first optimizer step of training, median")
         axes.set_ylabel("targets hit exactly, and trained")
         axes.set_ylim(-0.05, 1.12)
@@ -207,27 +204,37 @@ def pictures(document: dict[str, Any]) -> None:
         networks = document["asked"]["networks"]
         figure, panels = plt.subplots(1, len(networks), figsize=(10, 4.2), layout="constrained", sharey=True)
         for panel, network in zip(panels, networks):
-            for system, by_network in found.items():
-                each = by_network[network]
-                if not each.get("lives"):
-                    continue
-                colour = ours if system.startswith("autoaccum") else others
-                good = each["exact"]
-                panel.scatter(max(each["seconds"], 0.02), each["share"], s=45, facecolors=colour if good else "none", edgecolors=colour, zorder=3)
-                panel.annotate(
-                    system.replace(", largest=True, headroom=0", ", largest"),
-                    (max(each["seconds"], 0.02), each["share"]),
-                    xytext=(6, 4),
-                    textcoords="offset points",
-                    fontsize=8,
-                    color=colour,
-                )
+            _named(
+                panel,
+                {
+                    system: (each[network]["seconds"], each[network]["share"], each[network]["exact"])
+                    for system, each in found.items()
+                    if each[network].get("lives")
+                },
+            )
             panel.axhline(1, color=grey, linewidth=0.8, linestyle=":")
             panel.set_title(f"{network}, what survives; filled = the target exactly", fontsize=10, loc="left")
             panel.set_xlabel("seconds until training begins, median")
-            panel.margins(x=0.25)
+            panel.margins(x=0.3, y=0.12)
         panels[0].set_ylabel("micro-batch / largest that fits")
         _save(figure, "side_by_side_real.png")
+
+
+def _named(axes: Any, points: dict[str, tuple[float, float, bool]]) -> None:
+    """A dot for every system, filled or not; those that lie on each other share a label."""
+    wide = max(x for x, _, _ in points.values())
+    labels: list[tuple[float, float, list[str]]] = []
+    for system, (x, y, filled) in points.items():
+        colour = "#D55E00" if system.startswith("autoaccum") else "#0072B2"
+        axes.scatter(x, y, s=45, facecolors=colour if filled else "none", edgecolors=colour, zorder=3)
+        near = next((each for each in labels if abs(each[0] - x) < 0.12 * wide and abs(each[1] - y) < 0.04), None)
+        if near is None:
+            labels.append((x, y, [system.replace(", largest=True, headroom=0", ", largest")]))
+        else:
+            near[2].append(system)
+    for x, y, names in labels:
+        colour = "#D55E00" if names[0].startswith("autoaccum") else "#0072B2"
+        axes.annotate("\n".join(names), (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8, color=colour, va="bottom")
 
 
 def _save(figure: Any, name: str) -> None:
