@@ -361,7 +361,7 @@ _FROZEN_AT_START = 1000  # Python 3.12 begins with 375 objects of its own
 @contextmanager
 def _garbage_of_trials_alone() -> Iterator[None]:
     """Inside, a collection looks only at what has come since. One is due before and after every trial, and with torch
-    and a framework loaded a whole one takes 0.15 to 0.5 s, which was half the time of a search."""
+    loaded a whole one takes 0.15 s, which was half the time of a small model's search."""
     if gc.get_freeze_count() > _FROZEN_AT_START:  # the caller's own, from before a fork perhaps: it cannot be put back as it was
         yield
         return

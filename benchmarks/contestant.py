@@ -80,26 +80,10 @@ def policy(run: Any, system: str, only: list[str] | None = None) -> None:
             device = Device(scenario)
             windows = max(3, min(30, 240 // (scenario.fewest(target) or 1)))
             work = Work(target, windows, samples, device.build, limit_bytes=BUDGET, device=device)
-            searched: list[int] = []
-            said = work.step_was_made
-
-            def stepped(samples: int, *, work: Any = work, said: Any = said, device: Any = device, searched: list[int] = searched) -> None:
-                said(samples)
-                if work.stepped == 1:  # the first since training began, or began anew
-                    searched[:] = [device.trials(), device.ooms, device.samples]
-
-            work.step_was_made = stepped  # type: ignore[method-assign]
             told = outcome(run, system, work)
-            counted = searched or [device.trials(), device.ooms, device.samples]
-            tell(
-                scenario=scenario.name,
-                target=target,
-                trials=work.trials or counted[0],
-                ooms=counted[1],
-                samples=counted[2],
-                later_ooms=device.ooms - counted[1],
-                **told,
-            )
+            counted = work.searched or device.counted()
+            counted["trials"] = work.trials or counted["trials"]
+            tell(scenario=scenario.name, target=target, later_ooms=device.ooms - counted["ooms"], **counted, **told)
 
 
 def held(what: str) -> int:

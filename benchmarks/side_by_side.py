@@ -14,10 +14,10 @@ A run that was cut short goes on from its output.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import venv
@@ -29,6 +29,9 @@ from types import ModuleType
 from typing import Any
 
 import click
+import contestant
+
+from autoaccum import devices
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -41,14 +44,7 @@ SURROUNDED = {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB
 
 def adapters() -> dict[str, ModuleType]:
     """By file name. They import their packages only when they run."""
-    found = {}
-    for path in sorted((HERE / "peers").glob("*.py")):
-        spec = importlib.util.spec_from_file_location(f"peer_{path.stem}", path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found[path.stem] = module
-    return found
+    return {path.stem: contestant.adapter(path.stem) for path in sorted((HERE / "peers").glob("*.py"))}
 
 
 def installed(name: str, adapter: ModuleType) -> tuple[Path, str | None]:
@@ -133,6 +129,12 @@ def oracle(network: str, pool: ThreadPoolExecutor) -> dict[str, Any]:
     return {"largest": max(size for size, fits in verdicts.items() if fits), "verdicts": verdicts}
 
 
+def text(document: dict[str, Any]) -> str:
+    """JSON with a line for every run."""
+    lines = json.dumps(document, indent=1)
+    return re.sub(r"\n {3,}", " ", lines) + "\n"
+
+
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Raw results as JSON; a run that was cut short goes on from there.")
 @click.option("--only", multiple=True, help="Adapters to run, by file name.")
@@ -150,14 +152,14 @@ def main(output: Path, only: tuple[str, ...], again: bool) -> None:
         "system": platform.system(),
         "python": platform.python_version(),
         "cores": os.cpu_count(),
-        "processor": processor(),
+        "processor": devices.get("cpu").facts.name,
     }
 
     def keep() -> None:
         document["when"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
         document["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
         beside = output.with_suffix(".new")  # a run that is killed leaves a whole file
-        beside.write_text(json.dumps(document, indent=1) + "\n")
+        beside.write_text(text(document))
         beside.replace(output)
 
     with_torch()
@@ -212,14 +214,6 @@ def main(output: Path, only: tuple[str, ...], again: bool) -> None:
                            f"{row.get('seconds') or 0:6.1f} s  {'survives' if row.get('survives') else 'does not survive'}  {row.get('died') or row.get('refused') or row.get('error') or ''}")  # fmt: skip
                 keep()
     keep()
-
-
-def processor() -> str:
-    """Its name, where Linux tells it."""
-    try:
-        return next(line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()
 
 
 if __name__ == "__main__":

@@ -107,8 +107,8 @@ class Device:
         self.limit = float(BUDGET)
         self.when_taken: Callable[[], object] = lambda: None
         self._random = random.Random(scenario.name)
-        self._optimizer: weakref.ref[Any] = lambda: None  # type: ignore[assignment]
-        self._weight: weakref.ref[Any] = lambda: None  # type: ignore[assignment]
+        self._optimizer: Callable[[], Any] = lambda: None  # weak references
+        self._weight: Callable[[], Any] = lambda: None
 
     def build(self) -> torch.nn.Module:
         """A model of one weight whose forward and backward run on this device."""
@@ -165,9 +165,9 @@ class Device:
         self.seconds += 0.02 + self.ran[-1] / usual
         self.when_taken()
 
-    def trials(self) -> int:
-        """Runs of forwards of one size."""
-        return sum(before != after for before, after in zip([0, *self.ran], self.ran))
+    def counted(self) -> dict[str, int]:
+        """So far: trials (runs of forwards of one size), out-of-memory events, samples."""
+        return {"trials": sum(before != after for before, after in zip([0, *self.ran], self.ran)), "ooms": self.ooms, "samples": self.samples}
 
 
 class _Backward(torch.autograd.Function):

@@ -58,6 +58,7 @@ class Work:
         self.seconds: float | None = None
         self.state_unchanged = self.random_unchanged = True
         self.trials: int | None = None  # where a system counts its own
+        self.searched: dict[str, int] = {}  # what a simulated device had counted when training made its first step
         self.handed_over = False  # whether it gave an answer for the plain loop to train with
         self.ended: list[float] = []  # when each optimizer step was made
         self.seed()
@@ -117,6 +118,8 @@ class Work:
     def step_was_made(self, samples: int) -> None:
         """Said after every optimizer step of training, with how many samples it saw."""
         self.stepped += 1
+        if self.device is not None and self.stepped == 1:  # the first since training began, or began anew
+            self.searched = self.device.counted()
         self.whole_windows += samples == self.target
         self.ended.append(self.clock())
 
