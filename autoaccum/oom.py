@@ -88,8 +88,8 @@ def verdict(error: BaseException, outside: BaseException | None = None) -> Verdi
 def is_oom(error: BaseException, *, left_bytes: int | None = None, taken_bytes: int | None = None, outside: BaseException | None = None) -> bool:
     """True if `error` means that memory ran out.
 
-    For the doubtful texts, `left_bytes` is what the budget still had when it was raised and
-    `taken_bytes` what the attempt had taken by then: with less left than was taken already, the next
+    For the doubtful texts, `left_bytes` is the least that the budget had left until it was raised and
+    `taken_bytes` the most that the attempt had taken: with less left than was taken already, the next
     workspace not finding room is the likely story; with more left, the device is broken and saying
     "too big" would hide it. Unknown figures count as out of memory, as they do in every peer.
     """

@@ -112,9 +112,9 @@ def measure(
                     del ran
                 del batch, ballast, start, history
         except Exception as error:
-            # First of all, and with the cap lifted by now: what is left, before anything else is allocated.
-            left = allowed.budget_bytes + aside_bytes - device.live_bytes()
-            taken = device.live_bytes() - held_before
+            # By the peak: on its way here the exception may have let go of all that filled the budget, as a backward does.
+            left = allowed.budget_bytes + aside_bytes - watch.peak_bytes()
+            taken = watch.peak_bytes() - held_before
             if isinstance(error, _TimedOut):
                 outcome = "timeout"
             elif oom.is_oom(error, left_bytes=left, taken_bytes=taken):

@@ -1,13 +1,14 @@
 """One system at work, in its own environment: `python contestant.py ADAPTER SYSTEM CONTEST`, told over stdin what is asked, answers as JSON lines.
 
 `policy`: every scenario of `simulated.py`, every question. `real`: one network under an enforced limit. `plain`: the loop by hand at one
-size, for the oracle. Lines of stdin: one JSON document. Each answer is a line that begins with "told:".
+size, for the oracle. `gradients`: the cases of `gradients.py`, by the adapter's `accumulate`. Lines of stdin: one JSON document. Each answer is a line that begins with "told:".
 """
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -147,6 +148,11 @@ def main() -> None:
     torch.set_num_threads(1)
     if contest == "plain":
         plain(**asked)
+        return
+    if contest == "gradients":
+        import gradients
+
+        tell(version=importlib.metadata.version(name), **gradients.errors(adapter(name).accumulate))
         return
     run = adapter(name).run
     {"policy": policy, "real": real}[contest](run, system, **asked)

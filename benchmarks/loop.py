@@ -5,7 +5,8 @@
 All systems run interleaved in one process: a round of windows each, many rounds, medians. The plainest hand-written
 loop is what the others are compared with: split, forward, backward on loss / steps, one step, one zero_grad.
 Ours runs with rescue on. All run under the C allocator's defaults; what the steady allocator, which our loop turns on for
-models on a CPU, costs any loop in the process is measured apart. Libraries that are not installed are listed as such: pip install accelerate lightning transformers.
+models on a CPU, costs any loop in the process is measured apart. Composer needs an environment of its own, which side_by_side.py builds:
+of it the gradients alone are told. Libraries that are not installed are listed as such: pip install accelerate lightning transformers.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -30,6 +32,7 @@ if __name__ == "__main__":  # not for who only wants the table
     os.environ.setdefault("AUTOACCUM_MALLOC", "default")
 
 import torch
+from gradients import Case, Recorder, errors, mse, network, token_mean
 from torch import nn
 
 import autoaccum
@@ -39,7 +42,8 @@ from autoaccum.rewinding import WindowStart
 
 STEPS = 8
 MICRO_BATCH = 32
-LIBRARIES = {"accelerate": "accelerate", "lightning": "Lightning Fabric", "transformers": "HF Trainer"}
+LIBRARIES = ("accelerate", "lightning", "transformers")
+COMPOSER = Path(__file__).resolve().parent.parent / ".venv" / "peers" / "composer" / "bin" / "python"
 
 
 def plan(target: int, micro_batch: int) -> Plan:
@@ -47,10 +51,6 @@ def plan(target: int, micro_batch: int) -> Plan:
     sizes = micro_batches(target, -(-target // micro_batch))
     here = PlannedDevice("cpu", "cpu", None, 0, 0)
     return Plan(target, sizes[0], len(sizes), sizes, target, (target,), 0, 1, sizes[0], None, here, {}, 0, 0, None, 0, None, (), 0.0, {}, "")
-
-
-def mse(model, batch):
-    return nn.functional.mse_loss(model(batch[0]), batch[1])
 
 
 # -- the loops: each takes a model, an optimizer, a loss and the window's micro-batches, and makes one step --
@@ -133,8 +133,8 @@ class LossyWithCount(Lossy):
         return {"loss": loss if num_items_in_batch is None else loss * (targets != -100).sum() / num_items_in_batch}
 
 
-def trainer_for(model, loss, data, micro_batch, steps, max_steps, *, takes_count=False, optimizer=None, told=None):
-    """A Trainer over `data` in order. Its window is timed from `on_step_begin` to `on_step_end`, batches fetched before."""
+def with_trainer(model, optimizer, windows, loss, steps, told=None, *, takes_count=False):
+    """HF's Trainer over the samples of the windows in order. told: seconds from `on_step_begin` to `on_step_end`, batches fetched before."""
     import transformers
 
     class Clock(transformers.TrainerCallback):
@@ -150,30 +150,56 @@ def trainer_for(model, loss, data, micro_batch, steps, max_steps, *, takes_count
 
     class InOrder(transformers.Trainer):
         def _get_train_sampler(self, *args):
-            return torch.utils.data.SequentialSampler(data)
+            return torch.utils.data.SequentialSampler(named)
 
-    inputs, targets = data.tensors
+    inputs, targets = (torch.cat([piece[field] for pieces in windows for piece in pieces]) for field in (0, 1))
     named = [{"inputs": one, "targets": other, **({"labels": other} if takes_count else {})} for one, other in zip(inputs, targets)]
     module = (LossyWithCount if takes_count else Lossy)(model, loss)
     settings = transformers.TrainingArguments(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro_batch, gradient_accumulation_steps=steps, max_steps=max_steps, use_cpu=True,
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=len(windows[0][0][0]), gradient_accumulation_steps=steps, max_steps=len(windows), use_cpu=True,
         max_grad_norm=0.0, report_to=[], disable_tqdm=True, logging_strategy="no", save_strategy="no", lr_scheduler_type="constant", remove_unused_columns=False,
     )  # fmt: skip
-    optimizer = optimizer or torch.optim.SGD(module.parameters(), lr=1e-3)
-    return InOrder(module, settings, train_dataset=named, optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)), callbacks=[Clock()])
+    optimizers = (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0))
+    InOrder(module, settings, train_dataset=named, optimizers=optimizers, callbacks=[Clock()]).train()
 
 
-LOOPS = {"by hand": hand_written, "autoaccum": ours, "accelerate": with_accelerate, "lightning": with_fabric}
+def with_lightning_trainer(model, optimizer, windows, loss, steps, told=None):
+    """An epoch of the windows' micro-batches, `accumulate_grad_batches` of them a step. told: seconds of each window, batches fetched before."""
+    import lightning
+
+    class Clock(lightning.Callback):
+        def on_train_batch_start(self, trainer, module, batch, index):
+            if told is not None and index % steps == 0:
+                told.append(0.0)
+            self.started = time.perf_counter()
+
+        def on_train_batch_end(self, trainer, module, outputs, batch, index):
+            if told is not None:
+                told[-1] += time.perf_counter() - self.started
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def training_step(self, batch, index):
+            return loss(self.net, batch)
+
+        def configure_optimizers(self):
+            return optimizer
+
+    loader = torch.utils.data.DataLoader([piece for pieces in windows for piece in pieces], batch_size=None)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    precision = "64-true" if next(model.parameters()).dtype == torch.float64 else "32-true"
+    trainer = lightning.Trainer(accelerator="cpu", devices=1, max_epochs=1, accumulate_grad_batches=steps, precision=precision, callbacks=[Clock()], **quiet)
+    trainer.fit(Module(), loader)
+
+
+LOOPS = {"by hand": hand_written, "autoaccum": ours, "accelerate": with_accelerate, "fabric": with_fabric}
+TRAINERS = {"lightning": with_lightning_trainer, "transformers": with_trainer}  # who drive windows themselves
 
 
 # -- speed --
-
-
-def network(width: int) -> nn.Module:
-    torch.manual_seed(0)
-    if width == 1:
-        return nn.Linear(8, 1)
-    return nn.Sequential(nn.Linear(8, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 1))
 
 
 def overhead(width: int, rounds: int, systems: list[str], placements: int = 7) -> dict[str, dict[str, float]]:
@@ -207,7 +233,7 @@ def _placed(width: int, rounds: int, systems: list[str]) -> dict[str, float]:
 
             def window(loop=loop):
                 loop.step((inputs, targets), mse)
-        elif name == "transformers":
+        elif name in TRAINERS:
             continue
         else:
             run = LOOPS[name](model, optimizer, STEPS)
@@ -224,17 +250,18 @@ def _placed(width: int, rounds: int, systems: list[str]) -> dict[str, float]:
                 window()
                 if turn >= 2:  # the first ones after another system ran are its caches' business
                     seconds[name].append(time.perf_counter() - started)
-        if "transformers" in systems and number == 0:
-            told = []
-            data = torch.utils.data.TensorDataset(inputs.repeat(42, 1), targets.repeat(42, 1))
-            trainer_for(network(width), mse, data, MICRO_BATCH, STEPS, 42, told=told).train()
-            seconds["transformers"] += told[2:]
+        for name in (name for name in TRAINERS if name in systems and number == 0):
+            model, told = network(width), []
+            windows_of_it = [list(zip(inputs.split(MICRO_BATCH), targets.split(MICRO_BATCH)))] * 42
+            TRAINERS[name](model, torch.optim.SGD(model.parameters(), lr=1e-3), windows_of_it, mse, STEPS, told)
+            seconds[name] += told[2:]
+            torch.set_num_threads(1)
     return {name: statistics.median(each) for name, each in seconds.items()}
 
 
 def width_of_a_millisecond(systems: list[str]) -> int:
     """The network whose micro-step takes about one millisecond by hand, on this machine and beside the others."""
-    beside = [name for name in systems if name != "transformers"]
+    beside = [name for name in systems if name not in TRAINERS]
     return min(range(352, 736, 32), key=lambda width: abs(overhead(width, 8, beside, placements=2)["by hand"]["microseconds"] - 1000))
 
 
@@ -272,86 +299,36 @@ def price_of_the_steady_allocator(width: int) -> dict[str, float]:
 # -- gradients --
 
 
-def token_mean(model, batch):
-    """A mean over labels, as most language models' `.loss` is; labels of -100 are left out."""
-    return nn.functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
-
-
-def token_sum(model, batch):
-    loss = nn.functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten(), reduction="sum")
-    return loss, (batch[1] != -100).sum()
-
-
-def speaker() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Embedding(30, 16), nn.Linear(16, 30))
-
-
-def cases():
-    """(name, model, whole batch, windows of micro-batches, steps, loss, our loss); the error is that of the last window."""
-    torch.manual_seed(1)
-    batch = torch.randn(120, 8), torch.randn(120, 1)
-    uneven = [tuple(zip(*(each.split((50, 50, 20)) for each in batch)))]
-    yield "50 + 50 + 20 samples", lambda: network(16), batch, uneven, 3, mse, mse
-    ids = torch.randint(0, 30, (22, 12))
-    labels = ids.clone()
-    for row, length in enumerate(torch.randint(1, 12, (22,)).tolist()):
-        labels[row, length:] = -100
-    tokens = [tuple(zip(*(each[start : start + 16].split(4) for each in (ids, labels)))) for start in (0, 16)]
-    yield "token mean, 4 x 4", speaker, (ids[:16], labels[:16]), tokens[:1], 4, token_mean, token_sum
-    yield "token mean, tail of 4 + 2", speaker, (ids[16:], labels[16:]), tokens, 4, token_mean, token_sum
-    numbers = torch.arange(1.0, 23).unsqueeze(1)
-    tail = [tuple(zip(*(each[start : start + 16].split(4) for each in (numbers, numbers)))) for start in (0, 16)]
-    yield "22 samples at 4 x 4, the tail", lambda: nn.Linear(1, 1, bias=False), (numbers[16:], numbers[16:]), tail, 4, lambda m, b: m(b[0]).mean(), None
-
-
-class Recorder(torch.optim.SGD):
-    """Changes nothing, and keeps the gradients that it last stepped with."""
-
-    def __init__(self, parameters):
-        super().__init__(parameters, lr=0.0)
-
-    def step(self, closure=None):
-        self.last = [p.grad.clone() for group in self.param_groups for p in group["params"]]
-        return super().step(closure)
-
-
 def gradient_errors(systems: list[str]) -> dict[str, dict[str, float]]:
     """Relative error of the last window's gradient against the whole batch's, in double precision."""
-    torch.set_default_dtype(torch.float64)
-    found: dict[str, dict[str, float]] = {}
-    for case, make, whole, windows, steps, loss, our_loss in cases():
-        for name in systems:
-            model = make()
-            optimizer = Recorder(model.parameters())
-            if name == "transformers":
-                trained(model, optimizer, windows, steps, loss, takes_count=False)
-            else:
-                run = LOOPS[name](model, optimizer, steps)
-                if hasattr(run, "epoch"):
-                    run.epoch(windows, loss)
-                else:
-                    for pieces in windows:
-                        run(pieces, (our_loss or loss) if name == "autoaccum" else loss)
-            found.setdefault(name, {})[case] = error(make(), optimizer.last, whole, loss)
-        if "transformers" in systems and loss is token_mean:
-            model = make()
-            optimizer = Recorder(model.parameters())
-            trained(model, optimizer, windows, steps, loss, takes_count=True)
-            found.setdefault("transformers, num_items_in_batch", {})[case] = error(make(), optimizer.last, whole, loss)
-    torch.set_default_dtype(torch.float32)
+
+    def by(name: str, case: Case, model: nn.Module, optimizer: Recorder) -> None:
+        if name in TRAINERS:
+            TRAINERS[name](model, optimizer, case.windows, case.loss, case.steps)
+            return
+        run = LOOPS[name](model, optimizer, case.steps)
+        if hasattr(run, "epoch"):
+            run.epoch(case.windows, case.loss)
+            return
+        for pieces in case.windows:
+            run(pieces, (case.summed or case.loss) if name == "autoaccum" else case.loss)
+
+    found = {name: errors(partial(by, name)) for name in systems}
+    if "transformers" in systems:
+
+        def counted(case: Case, model: nn.Module, optimizer: Recorder) -> None:
+            with_trainer(model, optimizer, case.windows, case.loss, case.steps, takes_count=True)
+
+        found["transformers, num_items_in_batch"] = errors(counted, only=lambda case: case.loss is token_mean)
     return found
 
 
-def trained(model, optimizer, windows, steps, loss, *, takes_count):
-    data = torch.utils.data.TensorDataset(*(torch.cat([piece[field] for pieces in windows for piece in pieces]) for field in (0, 1)))
-    trainer_for(model, loss, data, len(windows[0][0][0]), steps, len(windows), takes_count=takes_count, optimizer=optimizer).train()
-
-
-def error(model, stepped, whole, loss) -> float:
-    right = torch.autograd.grad(loss(model, whole), list(model.parameters()))
-    flat, ours = (torch.cat([each.flatten() for each in gradients]) for gradients in (right, stepped))
-    return float((ours - flat).norm() / flat.norm())
+def composers_gradient_errors() -> tuple[str, dict[str, float]]:
+    """Its version and errors, in its own environment."""
+    command = [str(COMPOSER), str(Path(__file__).parent / "contestant.py"), "composer", "Composer", "gradients"]
+    done = subprocess.run(command, input="{}", capture_output=True, text=True, check=True)
+    found = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("told:")).removeprefix("told:"))
+    return found.pop("version"), found
 
 
 def transformers_with_token_mean() -> float | None:
@@ -377,13 +354,13 @@ def transformers_with_token_mean() -> float | None:
 
 
 NAMES = {
-    "by hand": "by hand", "autoaccum": "autoaccum", "lightning": "Lightning Fabric", "accelerate": "Accelerate", "transformers": "HF Trainer",
-    "transformers, num_items_in_batch": "HF Trainer, model takes `num_items_in_batch`",
+    "by hand": "by hand", "autoaccum": "autoaccum", "accelerate": "Accelerate", "composer": "Composer", "fabric": "Lightning Fabric", "lightning": "Lightning Trainer",
+    "transformers": "HF Trainer", "transformers, num_items_in_batch": "HF Trainer, model takes `num_items_in_batch`",
 }  # fmt: skip
 
 
 def table(document) -> str:
-    """The README's table."""
+    """The README's table, and the figures that belong to it."""
     errors = document["gradient_errors"]
     columns = list(errors["by hand"])
     lines = [f"| | {' | '.join(columns)} | above by hand, empty micro-step | of {document['one_millisecond']['by hand']['microseconds'] / 1000:.1f} ms |"]
@@ -396,6 +373,15 @@ def table(document) -> str:
         if name in document["empty"]:
             speed = [f"{document['empty'][name]['over_by_hand']:.0f} us", f"{document['one_millisecond'][name]['share_over_by_hand']:.1%}"]
         lines.append(f"| {shown} | {' | '.join(told + speed)} |")
+    versions, allocator = document["versions"], document["allocator_at_one_millisecond"]
+    of = {"accelerate": "Accelerate", "composer": "Composer", "lightning": "Lightning", "transformers": "Transformers"}
+    lines += [
+        "",
+        f"Noting a window's start for a rescue takes {document['snapshot_of_resnet50']['microseconds']:.0f} microseconds with ResNet-50's 159 buffers. "
+        f"Under the allocator that is made steady for a model on a CPU, a micro-step of {allocator['default'] / 1000:.1f} ms by hand takes {allocator['steady'] / 1000:.1f} ms. "
+        f"{document['machine']['cores']} cores of a CPU ({document['machine']['processor']}), one thread; torch {versions['torch'].split('+')[0]}, "
+        + ", ".join(f"{shown} {versions[name]}" for name, shown in of.items() if name in versions) + ".",
+    ]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -418,12 +404,12 @@ def main() -> None:
     for name in ("lightning", "lightning.fabric", "lightning.pytorch", "accelerate", "transformers"):
         logging.getLogger(name).setLevel(logging.ERROR)
     missing = [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
-    systems = ["by hand", "autoaccum", *(name for name in LIBRARIES if name not in missing)]
+    systems = ["by hand", "autoaccum", *(name for name in LIBRARIES if name not in missing), *(["fabric"] if "lightning" not in missing else [])]
     width = width_of_a_millisecond(systems)
     document = {
         "versions": {name: importlib.metadata.version(name) for name in ("autoaccum", "torch", "numpy", *LIBRARIES) if name not in missing},
         "machine": {"python": platform.python_version(), "cores": os.cpu_count(), "threads": 1, "processor": autoaccum.devices.get("cpu").facts.name},
-        "not_installed": missing,
+        "not_installed": missing + ([] if COMPOSER.exists() else ["composer"]),
         "windows": {"steps": STEPS, "micro_batch": MICRO_BATCH, "rounds": asked.rounds, "width_of_the_millisecond": width},
         "empty": overhead(1, asked.rounds, systems),
         "one_millisecond": overhead(width, asked.rounds, systems),
@@ -432,6 +418,8 @@ def main() -> None:
         "gpt2_with_token_mean": transformers_with_token_mean(),
         "allocator_at_one_millisecond": price_of_the_steady_allocator(width),
     }
+    if COMPOSER.exists():
+        document["versions"]["composer"], document["gradient_errors"]["composer"] = composers_gradient_errors()
     by_hand = document["one_millisecond"]["by hand"]["microseconds"]
     for each in document["one_millisecond"].values():
         each["share_over_by_hand"] = round(each["over_by_hand"] / by_hand, 4)

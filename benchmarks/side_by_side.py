@@ -53,7 +53,8 @@ def installed(name: str, adapter: ModuleType) -> tuple[Path, str | None]:
         return Path(sys.executable), None
     torch, own = ENVIRONMENTS / "torch", ENVIRONMENTS / name
     python = own / "bin" / "python"
-    if not (own / "installed").exists():
+    marker, asked = own / "installed", " ".join((*adapter.PACKAGES, *getattr(adapter, "ALONE", ())))
+    if not marker.exists() or marker.read_text() != asked:
         venv.create(own, with_pip=True, clear=True)
         packages = next((own / "lib").glob("python*")) / "site-packages"
         (packages / "torch.pth").write_text(str(next((torch / "lib").glob("python*")) / "site-packages") + "\n")
@@ -62,7 +63,7 @@ def installed(name: str, adapter: ModuleType) -> tuple[Path, str | None]:
                 done = _pip(python, *words)
                 if done.returncode:
                     return python, f"pip install {' '.join(words)}: {(done.stderr.strip().splitlines() or ['it said nothing'])[-1]}"
-        (own / "installed").touch()
+        marker.write_text(asked)
     return python, None
 
 

@@ -73,10 +73,6 @@ def test_the_loops_figures_are_those_of_the_committed_run():
 
     document = json.loads((ROOT / "benchmarks/results/loop.json").read_text())
     assert loop.table(document) in TEXT
-    assert f"takes {document['snapshot_of_resnet50']['microseconds']:.0f} microseconds" in TEXT
-    allocator = {name: f"{microseconds / 1000:.1f} ms" for name, microseconds in document["allocator_at_one_millisecond"].items()}
-    assert f"a micro-step of {allocator['default']} took {allocator['steady']}" in TEXT
-    assert all(document["versions"][name] in TEXT for name in ("accelerate", "lightning", "transformers"))
 
 
 def test_the_simulations_figures_are_those_of_the_committed_run():

@@ -115,6 +115,22 @@ def test_doubtful_words_are_told_apart_by_what_the_budget_had_left():
     assert not oom.is_oom(error, left_bytes=8000 * MIB, taken_bytes=200 * MIB)
 
 
+@pytest.mark.parametrize("mib, told", [(100, "oom"), (8, "raised")])
+def test_a_doubtful_failure_is_judged_by_the_peak_not_by_what_is_left_afterwards(rehearse, mib, told):
+    """A backward has freed what it held when its exception arrives."""
+
+    def loss(model, batch):
+        torch.ones(mib, MIB, dtype=torch.uint8)  # and let go of
+        raise RuntimeError("could not create a primitive")
+
+    if told == "raised":
+        with pytest.raises(RuntimeError, match="primitive"):
+            rehearse(jobs.small(loss), (4, 4), above=130)
+    else:
+        (reading,) = rehearse(jobs.small(loss), (4, 4), above=130)
+        assert reading.outcome == "oom" and reading.doubtful
+
+
 def test_the_collector_is_as_it_was_before_and_after(rehearse):
     """Inside, it looks at what trials left alone; who had frozen objects keeps them frozen."""
     frozen = []

@@ -82,3 +82,29 @@ def run(system, work):
     torch.set_num_threads(1)
     trainer.fit()
     return size()
+
+
+def accumulate(case, model, optimizer):
+    """An epoch of the case's windows, in micro-batches of a given size: all windows but the last are full."""
+    import torch
+
+    _without_torchvision()
+    import composer
+
+    class Model(composer.ComposerModel):
+        def __init__(self):
+            super().__init__()
+            self.net = model
+
+        def forward(self, batch):
+            return self.net, batch
+
+        def loss(self, outputs, batch):
+            return case.loss(*outputs)
+
+    whole = [tuple(torch.cat(pieces) for pieces in zip(*window)) for window in case.windows]
+    trainer = composer.Trainer(
+        model=Model(), train_dataloader=torch.utils.data.DataLoader(whole, batch_size=None), optimizers=optimizer, max_duration="1ep", precision="fp32", device="cpu",
+        device_train_microbatch_size=len(case.windows[0][0][0]), progress_bar=False, log_to_console=False, dist_timeout=10.0, seed=0,
+    )  # fmt: skip
+    trainer.fit()
