@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import tempfile
 import traceback as traces
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import click
 
-from autoaccum import cache, drawing, estimating, explaining, forecasting, formats, oom, profiles, progress, report, tuning
+from autoaccum import cache, drawing, estimating, forecasting, formats, oom, profiles, report
+from autoaccum.asked import Asked, said, said_nothing, writable
 from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short
-from autoaccum.job import Source, source
-from autoaccum.launched import launched
+from autoaccum.job import source
 from autoaccum.line import Wish
-from autoaccum.plan import Plan
-from autoaccum.reading import Equivalence
 from autoaccum.version import __version__
 
 _EPILOG = "Exit codes: 0 done, 2 wrong usage or bad input, 3 does not fit, 4 device trouble, 5 the job itself failed, 130 interrupted."
@@ -99,7 +94,7 @@ def tune(rest: list[str] | None, /, **given: Any) -> None:
 
     autoaccum tune -b 120 -- python train.py --batch-size {micro_batch} --accum {accumulation_steps}
     """
-    asked = _Asked(rest, **given)
+    asked = Asked(rest, **given)
     asked.answer(asked.tuned())
 
 
@@ -113,13 +108,13 @@ def tune(rest: list[str] | None, /, **given: Any) -> None:
 def check(rest: list[str] | None, /, micro_batch: int | None, equivalence: bool, **given: Any) -> None:
     """Rehearse one given micro-batch; say by how much it fits or not. Or say whether splitting changes the gradient."""
     if equivalence and micro_batch is None:
-        _Asked(rest, **{**given, "target_batch": given["target_batch"] or 1}).compared()
+        Asked(rest, **{**given, "target_batch": given["target_batch"] or 1}).compared()
         return
     if micro_batch is None:
         raise UsageError("Missing option '-m' / '--micro-batch': the size to rehearse")
     if given["objective"] == "throughput":
         raise UsageError("check rehearses one size, so there is nothing to choose from: leave --objective out")
-    asked = _Asked(rest, **given)
+    asked = Asked(rest, **given)
     asked.answer(asked.checked(micro_batch), asked.equivalence() if equivalence else None)
 
 
@@ -129,7 +124,7 @@ def check(rest: list[str] | None, /, micro_batch: int | None, equivalence: bool,
 @click.pass_obj
 def train(rest: list[str] | None, /, epochs: int, **given: Any) -> None:
     """Tune, then train with the accumulating loop. A demonstration and a smoke test, not a trainer."""
-    asked = _Asked(rest, **given)
+    asked = Asked(rest, **given)
     if asked.command:
         raise UsageError("train needs a JOB that builds the model: a command trains by itself")
     asked.alone("train runs in one process", "in a script of your own, autoaccum.tune and Accumulator run on every rank (examples/ddp.py)")
@@ -189,13 +184,13 @@ def estimate(
         raise UsageError(f"--timeline draws one card's window: give one --gpu and a file that ends in .png, .svg, .pdf or .pickle, not {str(timeline)!r}")
     for path in (output, timeline):
         if path is not None:
-            _writable(path)
+            writable(path)
     if timeline is not None and timeline.suffix != ".pickle":
         drawing.ready(timeline)
     names = profiles.names() if all_gpus else list(gpus)
     wish = Wish(target_batch, None, headroom, max_micro_batch, equal)
     found = estimating.estimate_source(
-        source(job, settings, rest or ()), wish, names, said=_said_nothing if quiet else _said, timeline=gpus[0] if timeline is not None else None
+        source(job, settings, rest or ()), wish, names, said=said_nothing if quiet else said, timeline=gpus[0] if timeline is not None else None
     )
     click.echo(report.as_json(found.as_dict()) if as_json else found.explain())
     if output is not None:
@@ -248,12 +243,12 @@ def fleet(
     if gpus is None:
         raise UsageError('name the cards: --gpus "2*a100-80gb,4*t4"; `autoaccum profiles list` shows them')
     if output is not None:
-        _writable(output)
+        writable(output)
     by_hand = given["fixed"] is not None or given["per_sample"] is not None
     if job is None and not by_hand:
         raise UsageError("fleet needs a JOB whose memory is simulated, or --fixed SIZE and --per-sample SIZE (say `demo` as JOB for the built-in demo)")
     origin = None if job is None else source(job, settings, rest or ())
-    found = forecasting.fleet(gpus, target_batch=target_batch, job=origin, said=_said_nothing if quiet else _said, **given)
+    found = forecasting.fleet(gpus, target_batch=target_batch, job=origin, said=said_nothing if quiet else said, **given)
     click.echo(report.as_json(found.as_dict()) if as_json else found.explain())
     if output is not None:
         found.plan().save(output)
@@ -292,7 +287,7 @@ def record(device: str, output: Path | None) -> None:
     if output is None:
         click.echo(text, nl=False)
     else:
-        _writable(output)
+        writable(output)
         output.write_text(text)
 
 
@@ -312,189 +307,6 @@ def remembered(as_json: bool) -> None:
 def clear() -> None:
     """Forget all readings."""
     click.echo(f"{cache.clear()} forgotten")
-
-
-class _Asked:
-    """What the options of one call say together."""
-
-    def __init__(
-        self,
-        rest: list[str] | None,
-        *,
-        job: str | None,
-        target_batch: int | None,
-        device: str,
-        memory_limit: str | None,
-        headroom: str,
-        max_micro_batch: int | None,
-        equal: bool,
-        largest: bool,
-        objective: Literal["fewest-steps", "throughput"],
-        settings: tuple[str, ...],
-        timeout: float | None,
-        plot: Path | None,
-        no_cache: bool,
-        as_json: bool,
-        output: Path | None,
-        form: str,
-        quiet: bool,
-        traceback: bool,
-    ) -> None:
-        if target_batch is None:
-            raise UsageError("Missing option '-b' / '--target-batch': the effective batch")
-        self.form, self.output, self.quiet, self.device = "json" if as_json else form, output, quiet, device
-        if as_json and form not in ("text", "json"):
-            raise UsageError(f"--json and --format {form} both say how to print: give one")
-        self.memory_limit, self.cache, self.plot = memory_limit, not no_cache, plot
-        if plot is not None:
-            drawing.ready(plot)
-            _writable(plot, "--plot")
-        self.virtual = device.removeprefix("virtual:") if device.startswith("virtual:") else None
-        self.wish = Wish(target_batch, memory_limit, headroom, max_micro_batch, equal or form in formats.FORMATS, largest, timeout, objective=objective)
-        if output is not None:
-            _writable(output)
-        if rest == [] and job is None:
-            raise UsageError("nothing follows `--`: give the command there, or leave `--` out")
-        self.command = rest if job is None and rest else None
-        if self.command and self.virtual is not None:
-            raise UsageError("--device virtual: needs a JOB that builds the model: a command cannot be simulated")
-        if self.virtual is not None:
-            profiles.load(self.virtual)  # an unknown card is told before anything is built
-        if self.virtual is not None and objective == "throughput":
-            raise UsageError("--objective throughput needs a device that is here: a simulated card has no clock")
-        if self.command and (settings or largest):
-            raise UsageError("--set and --largest are for a JOB: a command gets its arguments in its own words, and equal micro-batches")
-        if self.form not in ("text", "json") and job is None and not self.command:
-            raise UsageError(f"--format {form} without a JOB would plan the built-in demo: say `demo` as JOB if that is meant")
-        self.source: Source = source(job, settings, rest or ())
-
-    def alone(self, verb: str, instead: str) -> None:
-        """Raises `UsageError` under torchrun, where every rank would do the same."""
-        if (told := launched()) is not None:
-            raise UsageError(f"{verb}, and torchrun started {told.world_size}: {instead}")
-
-    def tuned(self) -> Plan:
-        if self.form == "env":
-            self.alone("--format env tells the numbers of one process", "write the plan with -o FILE.json, and autoaccum.Plan.load it on every rank")
-        if self.command:
-            self.alone("a command is tried in one process", "run autoaccum without torchrun")
-        with self._talking() as talk:
-            return (
-                tuning.tune_command(self.command, self.wish, **talk) if self.command else tuning.tune_source(self.source, self.wish, cache=self.cache, **talk)
-            )
-
-    def checked(self, micro_batch: int) -> Plan:
-        self.alone("check rehearses on one device", "run it without torchrun")
-        if micro_batch < 1:
-            raise UsageError(f"--micro-batch must be at least 1, not {micro_batch}")
-        if self.wish.largest or (self.wish.max_micro_batch or micro_batch) < micro_batch:
-            raise UsageError(f"check rehearses the one size {micro_batch}: leave --largest and a smaller --max-micro-batch out")
-        with self._talking() as talk:
-            if self.command:
-                return tuning.check_command(self.command, micro_batch, self.wish, **talk)
-            return tuning.check_source(self.source, micro_batch, self.wish, **talk)
-
-    def answer(self, planned: Plan, found: Equivalence | None = None) -> None:
-        if planned.rank:
-            return  # one plan, told once
-        if self.output is not None:
-            planned.save(self.output)
-        if self.plot is not None:
-            planned.plot(self.plot)
-        if self.form == "json":
-            click.echo(report.as_json({**planned.as_dict(), **({"equivalence": found.as_dict()} if found is not None else {})}))
-            return
-        if self.form in formats.FORMATS:
-            click.echo(report.as_json(formats.FORMATS[self.form](planned)))
-            if self.form in formats.LOADER_SIZED:
-                _said(f"the DataLoader's batch_size is {planned.micro_batch}\n")
-            return
-        click.echo({"text": report.text, "env": report.env}[self.form](planned))
-        columns = shutil.get_terminal_size().columns
-        if self.form == "text" and sys.stdout.isatty() and columns >= _WIDE:
-            click.echo("\n".join(explaining.chart(planned, columns)))
-        if found is not None and self.form == "text":
-            click.echo(f"splitting: {found}")
-
-    def equivalence(self) -> Equivalence:
-        if self.virtual is not None:
-            raise UsageError("--equivalence needs values, and a simulated card has none: ask with --device cpu")
-        if self.command:
-            raise UsageError("--equivalence needs a JOB that builds the model: a command's loss is out of reach")
-        return tuning.compare_source(self.source, self.wish, device=self.device, said=_said_nothing if self.quiet else _said)
-
-    def compared(self) -> None:
-        if self.output is not None or self.plot is not None or self.form not in ("text", "json"):
-            raise UsageError("check --equivalence alone makes no plan: leave --output, --plot and --format out, or give -b and -m")
-        found = self.equivalence()
-        click.echo(report.as_json(found.as_dict()) if self.form == "json" else str(found))
-
-    def trained(self, planned: Plan, epochs: int) -> None:
-        from autoaccum import training  # torch, which only training needs in this process
-
-        if self.output is not None:
-            planned.save(self.output)
-        if self.plot is not None:
-            planned.plot(self.plot)
-        if self.form == "text":
-            click.echo(report.text(planned))
-        if self.virtual is not None and not self.quiet:
-            _said("training on the CPU; what its tensors take is charged to the card, in the sizes of CPU kernels\n")
-        run = []
-        with _stdout_for_us() as answer:
-            for epoch in training.train(
-                self.source, planned, epochs=epochs, memory_limit=self.memory_limit, virtual=self.virtual, say=_said_nothing if self.quiet else _said
-            ):
-                run.append(epoch)
-                if self.form == "text":
-                    answer(f"epoch {epoch.number}  loss {epoch.loss:.6f}  {epoch.steps} step{'s' if epoch.steps != 1 else ''} of {planned.target_batch}")
-            if self.form == "json":
-                answer(report.as_json({**planned.as_dict(), "epochs": [vars(epoch) for epoch in run]}))
-
-    @contextmanager
-    def _talking(self) -> Iterator[dict[str, Any]]:
-        quiet = self.quiet or ((told := launched()) is not None and told.rank > 0)
-        with progress.shown(quiet=quiet) as drawn:
-            yield {"device": self.device, "progress": drawn, "said": _said_nothing if quiet else _said}
-
-
-_WIDE = 100  # columns of a terminal that has room for a chart
-
-
-def _writable(output: Path, option: str = "--output") -> None:
-    """Raises `UsageError` where the file could not be written in the end."""
-    folder = output.resolve().parent
-    if not folder.is_dir():
-        raise UsageError(f"{option} {str(output)!r}: there is no folder {str(folder)!r}")
-    try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        raise UsageError(f"{option} {str(output)!r} cannot be written: {error.strerror}") from None
-
-
-def _said(text: str) -> None:
-    sys.stderr.write(text)
-    sys.stderr.flush()
-
-
-def _said_nothing(text: str) -> None: ...
-
-
-@contextmanager
-def _stdout_for_us() -> Iterator[Callable[[str], None]]:
-    """While inside, what the job prints goes to stderr, and stdout is left to the answer."""
-    sys.stdout.flush()
-    answer = os.fdopen(os.dup(1), "w")
-    kept = os.dup(1)
-    os.dup2(2, 1)
-    try:
-        yield lambda text: print(text, file=answer, flush=True)
-    finally:
-        sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
-        answer.close()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

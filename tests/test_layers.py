@@ -31,6 +31,7 @@ estimating
 loop report plot forecasting integrations
 integrations.huggingface integrations.accelerate integrations.lightning
 training demo drawing
+asked
 cli
 __init__ __main__
 """
