@@ -2,7 +2,7 @@
 
     python benchmarks/loop.py [--output benchmarks/results/loop.json]
 
-All systems run interleaved in one process: a round of windows each, many rounds, medians. The plainest hand-written
+All systems run in turns in one process, each just after the loop by hand; medians of many. The plainest hand-written
 loop is what the others are compared with: split, forward, backward on loss / steps, one step, one zero_grad.
 Ours runs with rescue on. All run under the C allocator's defaults; what the steady allocator, which our loop turns on for
 models on a CPU, costs any loop in the process is measured apart. Composer needs an environment of its own, which side_by_side.py builds:
@@ -205,26 +205,29 @@ TRAINERS = {"lightning": with_lightning_trainer, "transformers": with_trainer}  
 def overhead(width: int, rounds: int, systems: list[str], placements: int = 7) -> dict[str, dict[str, float]]:
     """Microseconds per micro-step of each system in windows of 8, and what it takes above the loop by hand.
 
-    Medians over the windows of several placements: where a model happens to lie in memory moves its time by some
-    per cent, more than what is measured here, so all models are made anew a few times.
+    Every turn of a system follows one of the loop by hand, and only those two are compared: a machine that others use, too, changes
+    its pace within seconds. Medians over the turns of several placements: where a model happens to lie in memory moves its
+    time by some per cent, more than what is measured here, so all models are made anew a few times.
     """
-    seconds = [_placed(width, max(rounds // placements, 1), systems) for _ in range(placements)]
-    micro = {name: [each[name] / STEPS * 1e6 for each in seconds] for name in systems}
-    over = {name: [one - hand for one, hand in zip(micro[name], micro["by hand"])] for name in systems}
-    return {
-        name: {
-            "microseconds": round(statistics.median(micro[name]), 2),
-            "over_by_hand": round(statistics.median(over[name]), 2),
-            "over_by_hand_of_placements": [round(each, 2) for each in over[name]],
+    turns = [_placed(width, max(rounds // placements, 1), systems) for _ in range(placements)]
+    hand = statistics.median(beside for each in turns for pairs in each.values() for beside, _ in pairs) / STEPS * 1e6
+    found = {"by hand": {"microseconds": round(hand, 2), "over_by_hand": 0.0, "share_over_by_hand": 0.0}}
+    for name in systems[1:]:
+        shares = [statistics.median(seconds / beside - 1 for beside, seconds in each[name]) for each in turns]
+        share = statistics.median(seconds / beside - 1 for each in turns for beside, seconds in each[name])
+        found[name] = {
+            "microseconds": round(hand * (1 + share), 2),
+            "over_by_hand": round(hand * share, 2),
+            "share_over_by_hand": round(share, 4),
+            "share_over_by_hand_of_placements": [round(each, 4) for each in shares],
         }
-        for name in systems
-    }
+    return found
 
 
-def _placed(width: int, rounds: int, systems: list[str]) -> dict[str, float]:
-    """Median seconds of a window of each system, interleaved."""
+def _placed(width: int, rounds: int, systems: list[str]) -> dict[str, list[tuple[float, float]]]:
+    """Of each system's turns, the median seconds of a window by hand just before, and of its own."""
     inputs, targets = torch.randn(STEPS * MICRO_BATCH, 8), torch.randn(STEPS * MICRO_BATCH, 1)
-    windows, seconds = {}, {name: [] for name in systems}
+    windows = {}
     for name in systems:
         model = network(width)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
@@ -243,25 +246,35 @@ def _placed(width: int, rounds: int, systems: list[str]) -> dict[str, float]:
 
         windows[name] = window
     torch.set_num_threads(1)  # whatever a library set
-    for number in range(rounds):
-        for name, window in windows.items():
-            for turn in range(12):
-                started = time.perf_counter()
-                window()
-                if turn >= 2:  # the first ones after another system ran are its caches' business
-                    seconds[name].append(time.perf_counter() - started)
-        for name in (name for name in TRAINERS if name in systems and number == 0):
-            model, told = network(width), []
-            windows_of_it = [list(zip(inputs.split(MICRO_BATCH), targets.split(MICRO_BATCH)))] * 42
-            TRAINERS[name](model, torch.optim.SGD(model.parameters(), lr=1e-3), windows_of_it, mse, STEPS, told)
-            seconds[name] += told[2:]
+    turns = {name: [] for name in systems[1:]}
+    for _ in range(rounds):
+        for name in windows.keys() & turns.keys():
+            beside = _median_of(windows["by hand"])
+            turns[name].append((beside, _median_of(windows[name])))
+    for name in TRAINERS.keys() & turns.keys():
+        for _ in range(3):
+            beside, told, model = _median_of(windows["by hand"], 20), [], network(width)
+            TRAINERS[name](
+                model, torch.optim.SGD(model.parameters(), lr=1e-3), [list(zip(inputs.split(MICRO_BATCH), targets.split(MICRO_BATCH)))] * 14, mse, STEPS, told
+            )
             torch.set_num_threads(1)
-    return {name: statistics.median(each) for name, each in seconds.items()}
+            turns[name].append((beside, statistics.median(told[2:])))
+    return turns
+
+
+def _median_of(window, times: int = 12) -> float:
+    """Seconds of a window; the first two after another system ran are its caches' business."""
+    took = []
+    for _ in range(times):
+        started = time.perf_counter()
+        window()
+        took.append(time.perf_counter() - started)
+    return statistics.median(took[2:])
 
 
 def width_of_a_millisecond(systems: list[str]) -> int:
     """The network whose micro-step takes about one millisecond by hand, on this machine and beside the others."""
-    beside = [name for name in systems if name not in TRAINERS]
+    beside = [name for name in systems if name not in TRAINERS][:3]
     return min(range(352, 736, 32), key=lambda width: abs(overhead(width, 8, beside, placements=2)["by hand"]["microseconds"] - 1000))
 
 
@@ -398,7 +411,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if asked.by_hand:
         cpu.steady_malloc()
-        print(overhead(asked.by_hand, 21, ["by hand"])["by hand"]["microseconds"])
+        print(overhead(asked.by_hand, 21, ["by hand", "autoaccum"])["by hand"]["microseconds"])
         return
     warnings.simplefilter("ignore")
     for name in ("lightning", "lightning.fabric", "lightning.pytorch", "accelerate", "transformers"):
@@ -420,9 +433,6 @@ def main() -> None:
     }
     if COMPOSER.exists():
         document["versions"]["composer"], document["gradient_errors"]["composer"] = composers_gradient_errors()
-    by_hand = document["one_millisecond"]["by hand"]["microseconds"]
-    for each in document["one_millisecond"].values():
-        each["share_over_by_hand"] = round(each["over_by_hand"] / by_hand, 4)
     text = json.dumps(document, indent=2)
     print(text)
     print(table(document))

@@ -197,7 +197,7 @@ def pictures(document: dict[str, Any]) -> None:
         _named(axes, {system: (each["samples"], each["exact"] / each["targets"], True) for system, each in policies(document).items()})
         axes.set_xlabel("samples run before the first optimizer step of training, median")
         axes.set_ylabel("targets hit exactly, and trained")
-        axes.set_ylim(-0.05, 1.12)
+        axes.set_ylim(-0.05, 1.2)
         axes.set_title(f"Simulated devices: {len(simulated.SCENARIOS)} scenarios, targets of {', '.join(map(str, simulated.TARGETS))}", fontsize=10, loc="left")
         _save(figure, "side_by_side_policy.png")
         found = reals(document)
@@ -233,8 +233,9 @@ def _named(axes: Any, points: dict[str, tuple[float, float, bool]]) -> None:
         else:
             near[2].append(system)
     for x, y, names in labels:
-        colour = "#D55E00" if names[0].startswith("autoaccum") else "#0072B2"
-        axes.annotate("\n".join(names), (x, y), xytext=(7, 4), textcoords="offset points", fontsize=8, color=colour, va="bottom")
+        for line, name in enumerate(reversed(names)):
+            colour = "#D55E00" if name.startswith("autoaccum") else "#0072B2"
+            axes.annotate(name, (x, y), xytext=(7, 4 + 10 * line), textcoords="offset points", fontsize=8, color=colour, va="bottom")
 
 
 def _save(figure: Any, name: str) -> None:
