@@ -153,8 +153,7 @@ class Child:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child's whole group
-            # The parent is the rank: a job that met the others from in here would wait for them without end.
-            env={name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")},
+            env=self._environment(),
         )
         os.close(theirs_in)
         os.close(theirs_out)
@@ -182,6 +181,13 @@ class Child:
             raise errors.JobFailed(f"the job ended the process while it was built (exit code {death.code})", text=self._tail.strip()) from None
         self._subject = answer["subject"]
         self.enforces = answer["enforces"]
+
+    def _environment(self) -> dict[str, str]:
+        # The parent is the rank: a job that met the others from in here would wait for them without end.
+        found = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        if self._device.startswith("virtual:"):
+            found["CUDA_VISIBLE_DEVICES"] = ""  # a job that goes to a card by itself must not take the one that is here for the simulated one
+        return found
 
     def _end(self) -> None:
         if self._in < 0:

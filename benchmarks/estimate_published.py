@@ -118,40 +118,46 @@ TOKENS = 128
 
 
 def of_xmem(row: dict[str, str]) -> dict[str, object]:
-    import torch
-    from torch.nn.functional import cross_entropy
+    from autoaccum import phantom
 
-    from autoaccum import Job, phantom
-
-    name, batch = row["model"], int(row["batch"])
-    # What the model returned stays in a variable until the next iteration's takes its place, as in any plain loop.
     with phantom.unfilled():
-        if name in XMEM_CNNS:
-            import torchvision
-
-            made_by = getattr(torchvision.models, XMEM_CNNS[name])
-            model = made_by(num_classes=10) if name.startswith(("Mnas", "Mobe", "MobileNetV3")) else made_by()
-            sample = (torch.zeros(2, 3, 86, 86), torch.zeros(2, dtype=torch.long))
-
-            def loss(model, batch):
-                out = model(batch[0])
-                return cross_entropy(out, batch[1]), out
-
-        else:
-            model, sample = language_model(name), (torch.zeros(2, TOKENS, dtype=torch.long),)
-
-            def loss(model, batch):
-                out = model(input_ids=batch[0], attention_mask=torch.ones_like(batch[0]), labels=batch[0].clone())
-                return out.loss, out
-
-    model.train()
-    optimizer = getattr(torch.optim, row["optimizer"])(model.parameters(), lr=1e-3)
-    made = phantom.Phantom([Job(model, optimizer, loss, sample)])
-    total = int(row["gpu_total_bytes"] or 12622168064)
+        job = xmem_job(row["model"], row["optimizer"])
+    made = phantom.Phantom([job])
+    batch, total = int(row["batch"]), int(row["gpu_total_bytes"] or 12622168064)
     capability = 89 if row["gpu_total_bytes"] else 86
     peaks = {position: iterations(made, batch, position, capability=capability, total=total) for position in ("start", "before-backward")}
     (start, family), (before, _) = peaks["start"], peaks["before-backward"]
     return {"predicted_bytes": start, "predicted_before_backward_bytes": before, "measured_bytes": int(row["nvml_peak_bytes"]), "family": family}
+
+
+def xmem_job(name: str, optimizer: str):
+    """The job of one of xMem's rows. Its loss also returns what the model returned: that stays in a variable until the next
+    iteration's takes its place, as in any plain loop."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    from autoaccum import Job
+
+    if name in XMEM_CNNS:
+        import torchvision
+
+        made_by = getattr(torchvision.models, XMEM_CNNS[name])
+        model = made_by(num_classes=10) if name.startswith(("Mnas", "Mobe", "MobileNetV3")) else made_by()
+        sample = (torch.zeros(2, 3, 86, 86), torch.zeros(2, dtype=torch.long))
+
+        def loss(model, batch):
+            out = model(batch[0])
+            return cross_entropy(out, batch[1]), out
+
+    else:
+        model, sample = language_model(name), (torch.zeros(2, TOKENS, dtype=torch.long),)
+
+        def loss(model, batch):
+            out = model(input_ids=batch[0], attention_mask=torch.ones_like(batch[0]), labels=batch[0].clone())
+            return out.loss, out
+
+    model.train()
+    return Job(model, getattr(torch.optim, optimizer)(model.parameters(), lr=1e-3), loss, sample)
 
 
 def language_model(name: str):
@@ -179,62 +185,72 @@ def language_model(name: str):
 
 def iterations(made, batch: int, position: str, *, capability: int, total: int, steps: int = 4, benchmark: bool = False) -> tuple[int, str]:
     """The most that is reserved in a plain loop, and the family of what ran; `zero_grad` at the start of an iteration or just before backward."""
-    import torch
-
-    from autoaccum import batches
     from autoaccum.simulate import margins
     from autoaccum.simulate.allocator import Allocator
     from autoaccum.simulate.kernels import Card
     from autoaccum.simulate.tape import replay
 
     (job,) = made._jobs
-
-    kept: list[object] = []
-
-    def run(tracer) -> None:
-        for step in range(steps):
-            tracer.window = step
-            tracer.say("forward", 0)
-            if position == "start":
-                job.optimizer.zero_grad()
-            inputs = batches.move(made.batch(batch), torch.device("cuda"))
-            loss, outputs = job.loss(job.model, inputs)
-            kept[:] = [outputs]  # and the one before goes
-            del outputs
-            if position != "start":
-                job.optimizer.zero_grad()
-            tracer.say("backward", 0)
-            loss.backward()
-            tracer.say("step", 0)
-            job.optimizer.step()
-            del loss, inputs
-
-    tape = made.recorded(run, Card(capability, 8519680, benchmark=benchmark))
-    kept.clear()
+    tape = made.recorded(lambda tracer: plain_loop(job, lambda: made.batch(batch), position, steps, tracer), Card(capability, 8519680, benchmark=benchmark))
     return replay(tape, Allocator(total)).peak_reserved_bytes, margins.family(tape.operators)
 
 
+def plain_loop(job, batch, position: str, steps: int, tracer=None) -> None:
+    """What both sources ran: `steps` iterations on a batch that is moved to the card each time."""
+    import torch
+
+    from autoaccum import batches
+
+    kept: list[object] = []
+    for step in range(steps):
+        if tracer is not None:
+            tracer.window = step
+            tracer.say("forward", 0)
+        if position == "start":
+            job.optimizer.zero_grad()
+        inputs = batches.move(batch(), torch.device("cuda"))
+        loss, outputs = job.loss(job.model, inputs)
+        kept[:] = [outputs]  # and the one before goes
+        del outputs
+        if position != "start":
+            job.optimizer.zero_grad()
+        if tracer is not None:
+            tracer.say("backward", 0)
+        loss.backward()
+        if tracer is not None:
+            tracer.say("step", 0)
+        job.optimizer.step()
+        del loss, inputs
+
+
 def of_timm(row: dict[str, str]) -> dict[str, object]:
+    from autoaccum import phantom
+
+    with phantom.unfilled():
+        job = timm_job(row["timm_model"])
+    made = phantom.Phantom([job])
+    peak, family = iterations(made, int(row["micro_batch"]), "start", capability=80, total=1 << 62, steps=3, benchmark=True)
+    return {"predicted_bytes": peak, "measured_bytes": int(float(row["measured_peak_mib"]) * MIB), "family": family}
+
+
+def timm_job(name: str):
+    """The job of one of GPUMemNet's rows; its loss returns what the model returned, too."""
     import timm
     import torch
     from torch.nn.functional import cross_entropy
 
-    from autoaccum import Job, phantom
+    from autoaccum import Job
 
-    with phantom.unfilled():
-        model = timm.create_model(row["timm_model"], pretrained=False)
+    model = timm.create_model(name, pretrained=False)
     model.train()
     channels, height, width = model.default_cfg["input_size"]
-    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
 
     def loss(model, batch):
         out = model(batch[0])
         return cross_entropy(out[0] if isinstance(out, tuple) else out, batch[1]), out
 
     sample = (torch.zeros(2, channels, height, width), torch.zeros(2, dtype=torch.long))
-    made = phantom.Phantom([Job(model, optimizer, loss, sample)])
-    peak, family = iterations(made, int(row["micro_batch"]), "start", capability=80, total=1 << 62, steps=3, benchmark=True)
-    return {"predicted_bytes": peak, "measured_bytes": int(float(row["measured_peak_mib"]) * MIB), "family": family}
+    return Job(model, torch.optim.Adam(model.parameters(), lr=1e-3), loss, sample)
 
 
 # -- summaries --

@@ -161,7 +161,7 @@ class Allocator:
     def empty_cache(self) -> None:
         """As `torch.cuda.empty_cache`: every free block that is a whole segment goes back, and pages of expandable ones."""
         for pair in self._pools.values():
-            for pool in pair:
+            for pool in reversed(pair):
                 for _, _, block in list(pool.free):
                     if block.base is not None:
                         self._unmap(block)

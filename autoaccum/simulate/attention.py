@@ -25,6 +25,7 @@ class Asked(NamedTuple):
     alike: bool  # queries and values are of one width
     masked: bool
     grouped: bool
+    biased: bool = False  # the mask gets a gradient, as T5's position bias does
 
 
 def backend(capability: int, asked: Asked) -> str:
@@ -33,7 +34,7 @@ def backend(capability: int, asked: Asked) -> str:
         return "math"
     half = asked.dtype in _HALVES
     if half and asked.alike and asked.width % 8 == 0:
-        if capability // 10 in (9, 10) and asked.width <= 128:
+        if capability // 10 in (9, 10) and asked.width <= 128 and not asked.biased:
             return "cudnn"
         if asked.width <= 256 and not asked.masked and capability >= 80:
             return "flash"
@@ -67,7 +68,8 @@ def chosen_for(capability: int) -> Iterator[set[Asked]]:
             dtype = torch.get_autocast_dtype("cuda")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         grouped = enable_gqa and key.shape[1] != query.shape[1]
-        asked = Asked(query.dim(), query.dtype, query.shape[-1], query.shape[-1] == value.shape[-1], attn_mask is not None, grouped)
+        biased = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+        asked = Asked(query.dim(), query.dtype, query.shape[-1], query.shape[-1] == value.shape[-1], attn_mask is not None, grouped, biased)
         seen.add(asked)
         taken = backend(capability, asked)
         if taken == "math":

@@ -32,9 +32,13 @@ def enable() -> None:
         raise CannotFake(f"tracing CUDA tensors without a card is known to work on Linux x86-64 only, not on {sys.platform}")
     if not hasattr(torch._C, "_ensureCUDADeviceGuardSet"):
         raise CannotFake(f"torch {torch.__version__} has no stand-in for CUDA's device guard; 2.11 and later have")
+    if torch.cuda.is_initialized():
+        raise CannotFake("this process uses a card already, and its tensors cannot be told from those that are not there")
     _kept.append("enabled")
-    if not torch.cuda.is_available():
-        _stand_in_for_the_driver()
+    # A card that is here stays untouched: torch would make a context on it for the first fake tensor.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    _set(torch.cuda, "is_available", lambda: False)
+    _stand_in_for_the_driver()
     _kernels_that_a_cpu_build_lacks()
     _switches()
 
@@ -80,8 +84,8 @@ def _stand_in_for_the_driver() -> None:
     table = (ctypes.c_void_p * 128)(*[_address(none)] * 128)
     stub = (ctypes.c_void_p * 2)(ctypes.addressof(table), 0)
     _kept.extend([none, table, stub])
-    if not registry[1]:
-        registry[1] = ctypes.addressof(stub)
+    # Also in the place of a real guard: where a card is here, that would count as one card and stay.
+    registry[1] = ctypes.addressof(stub)
     torch._C._ensureCUDADeviceGuardSet()
     if registry[1] == ctypes.addressof(stub):
         raise CannotFake(f"torch {torch.__version__} kept the stub of CUDA's device guard")

@@ -1,64 +1,178 @@
 """On a CUDA card, without a network: all that is to be known there, in under ten minutes, as one JSON.
 
-    python benchmarks/gpu/everything.py --output benchmarks/results/gpu.json [--minutes 9]
+    python benchmarks/gpu/everything.py --output benchmarks/results/gpu.json [--minutes 9] [--parts memory,tests,loop,tune,peers]
 
-Every measurement is a case of its own, in a fresh process, written as soon as it is there; a run that was cut short, or that ran out of
-its minutes, goes on where it stopped. Records the card, the driver and the versions.
+Every measurement is a case of its own, in a process of its own, written as soon as it is there; a run that was cut short, or that ran out of
+its minutes, goes on where it stopped. What takes memory runs beside others, what takes time runs alone. Records the card, the driver and the
+versions. Recordings of the allocator and of operators are long; they go into files beside the output.
 
+memory  the virtual GPU beside this one: parts A to E of `virtual.py`, for the networks that were predicted, and `published`: some rows of other
+        people's measurements, run here.
+tests   `pytest -m gpu`.
+loop    overhead of the loop, copies ahead, a rescue, a snapshot (`loop.py`).
 tune    plans under a cap of 8 GiB for a conv net and a GPT (fp32, bf16, fp16 with a scaler, checkpointed, compiled), beside an oracle
         that runs every larger size that would save a step; 30 windows trained at the plan; samples per second.
 peers   the systems of `benchmarks/peers` that are installed here, on two networks under a cap of 8 GiB, beside the largest size that
-        trains there; what is not installed is listed.
-peak    32 cases of model, way and batch: allocated, reserved, and what the driver sees; `virtual.py` has predicted them.
-loop    overhead of the loop, copies ahead, a rescue, a snapshot (`loop.py`).
+        trains there; what is not installed is listed. `--sites DIR` holds packages for one of them, in a folder of its name.
 
-`--device cpu --tiny` tries the first two parts out where there is no card.
+`--device cpu --tiny` tries tune and peers out where there is no card.
 """
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import json
 import math
+import os
 import platform
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import click
+import forks
+import virtual
+from forks import GIB, Case
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent), str(HERE.parent.parent / "examples")]
-GIB, MIB = 2**30, 2**20
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(HERE.parent), str(ROOT), str(ROOT / "examples")]
+
+MIB = 2**20
 CAP, TARGET = 8 * GIB, 512
 WAYS = ("fp32", "bf16", "fp16", "checkpointed", "compiled")
 PEERS = (
     ("autoaccum", "autoaccum"), ("toma", "toma"), ("torch_max_mem", "torch-max-mem"), ("accelerate", "Accelerate"), ("lightning", "Lightning, power"),
-    ("lightning", "Lightning, binsearch"), ("transformers", "HF Trainer"), ("composer", "Composer"), ("textbook", "textbook"),
+    ("lightning", "Lightning, binsearch"), ("transformers", "HF Trainer"), ("composer", "Composer"), ("koila", "koila"), ("ludwig", "Ludwig"), ("textbook", "textbook"),
+    ("autoaccum", "autoaccum, largest=True, headroom=0"),
+)  # fmt: skip
+PARTS = ("memory", "tests", "loop", "tune", "peers")
+PREDICTIONS = HERE.parent / "results" / "gpu_virtual_predictions.json"
+_LONG = ("recording", "calls")  # what of a row goes into files of its own
+_FILE_BYTES = 14 * MIB
+# What is imported before the forks must leave the card untouched: whether there is one is asked of NVML.
+_SURROUNDED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+
+
+def cases(parts: list[str], predicted: dict[str, Any], wanted: Callable[[str], bool]) -> list[Case]:
+    """What is run, in order: what takes memory, then what must be alone; of several kinds one each in turn, so that a short lease has of everything."""
+    found: list[Case] = []
+    if "memory" in parts:
+        found.append(Case("C constants", ("virtual", "constants"), alone=True, timeout_s=40))
+    if "tests" in parts:
+        found.append(Case("tests", ("tests",), 20 * GIB, timeout_s=220))
+    if "memory" in parts:
+        found += list(filter(lambda case: wanted(case.name), _of_memory(predicted)))
+    if "loop" in parts:
+        found.append(Case("loop", ("loop",), alone=True, timeout_s=120))
+    tune = [Case(f"tune {model} {way}", ("tune", model, way), alone=True, timeout_s=100) for way in WAYS for model in ("conv net", "gpt")]
+    oracles = [Case(f"oracle {network}", ("oracle", network), alone=True, timeout_s=60) for network in ("conv net", "transformer")]
+    peers = [
+        Case(f"peers {system}, {network}", ("peer", name, system, network), alone=True, timeout_s=60)
+        for name, system in PEERS for network in ("conv net", "transformer")
+    ]  # fmt: skip
+    return found + _in_turn(tune if "tune" in parts else [], [*oracles, *peers] if "peers" in parts else [])
+
+
+def _of_memory(predicted: dict[str, Any]) -> list[Case]:
+    peaks = {key: each["reserved"] for key, each in predicted.get("peaks", {}).items()}
+
+    def room(key: str) -> int:
+        return int(1.15 * peaks.get(key, 12 * GIB))
+
+    recorded = [Case(f"A {name}", ("virtual", "random", name), 4 * GIB) for name in virtual.SETTINGS]
+    for setting in ("expandable", "rounded", "split"):
+        for key in ("resnet50 adam-bf16 32", "gpt2 adam-bf16 4"):
+            if key in peaks:
+                recorded.append(Case(f"A {key}, {setting}", ("virtual", "replay", setting, *key.split()), room(key)))
+    ends = [Case(f"D {key}", ("virtual", "peak", *key.split()), room(key)) for key in peaks]
+    seen = [Case(f"B {key}", ("virtual", "calls", *key.split()), room(key)) for key in peaks if _looked_into(key)]
+    others = [
+        Case(f"{letter} {source} {model} {optimizer} {batch}", ("virtual", "published", what, source, model, optimizer, batch), room)
+        for letter, what in (("B", "calls"), ("P", "peak"))
+        for source, model, optimizer, batch, room in published()
+    ]
+    edges = [
+        Case(f"E {key}", ("virtual", "boundary", *key.split(), str(each["hard_largest"])), int(key.split()[-1]) * GIB, timeout_s=150)
+        for key, each in predicted.get("boundaries", {}).items()
+    ]
+    return [*_in_turn(recorded, ends, seen, others), *edges]
+
+
+def _looked_into(key: str) -> bool:
+    """Whose operators are written down: the second size in every way but the plainest ones, which one size more shows."""
+    import workloads
+
+    name, way, batch = key.split()
+    sizes = workloads.BATCHES[name]
+    return int(batch) == sizes[1] or (int(batch) == sizes[2] and way in ("sgd-fp32", "adam-bf16"))
+
+
+def published() -> Iterator[tuple[str, str, str, str, int]]:
+    """(source, model, optimizer, micro-batch, about what it takes) of rows that are run here."""
+    data = HERE.parent / "data"
+    for row in csv.DictReader((data / "xmem_peaks_dev.csv").open()):
+        yield "xmem", row["model"], row["optimizer"], row["batch"], int(1.2 * int(row["nvml_peak_bytes"]))
+    for model, batches in {"VGG19": (338, 340, 384), "MobileNetV2": (250, 252, 318, 256), "MnasNet": (322, 324, 376, 256), "RegNetY400MF": (409, 512)}.items():
+        for batch in batches:  # beside those whose peaks nobody predicts
+            yield "xmem", model, "SGD", str(batch), 12 * GIB
+    for model, batch in TIMM:
+        yield "timm", model, "Adam", str(batch), 24 * GIB
+
+
+TIMM = (
+    ("resnet18d", 32), ("resnet50_clip", 32), ("vgg19", 32), ("repvgg_b2", 32), ("gernet_l", 32), ("regnety_040", 64), ("regnetx_032", 64), ("efficientnet_es", 16),
+    ("rexnet_300", 32), ("hgnetv2_b5", 32), ("coatnet_2_rw_224", 16), ("darknet17", 64), ("convnext_tiny", 32), ("mobilenetv3_large_100", 64), ("vit_base_patch16_224", 32),
+    ("poolformer_s36", 16), ("inception_next_base", 8), ("mixer_b32_224", 16), ("focalnet_tiny_srf", 32), ("res2net50_26w_6s", 32), ("nest_small", 32), ("resnest26d", 32),
 )  # fmt: skip
 
 
-def cases() -> dict[str, list[str]]:
-    """What is run, by name: a case of every part in turn, so that a short lease has of everything."""
-    import virtual
+def _in_turn(*rows: list[Case]) -> list[Case]:
+    return [case for each in zip_longest(*rows) for case in each if case is not None]
 
-    tune = {f"tune {model} {way}": ["tune", model, way] for way in WAYS for model in ("conv net", "gpt")}
-    peers = {f"peers {system}, {network}": ["peer", name, system, network] for name, system in PEERS for network in ("conv net", "transformer")}
-    peaks = {
-        f"peak {model} {way} {batch}": ["peak", model, way, str(batch)] for model in virtual.MODELS for way in virtual.WAYS for batch in virtual.BATCHES[model]
-    }
-    oracles = {f"oracle {network}": ["oracle", network] for network in ("conv net", "transformer")}
-    parts = [{"loop": ["loop"], **oracles}, tune, peers, peaks]
-    found: dict[str, list[str]] = {}
-    for row in zip_longest(*(part.items() for part in parts)):
-        found |= dict(each for each in row if each is not None)
-    return found
+
+# -- each of these in a process of its own --
+
+
+def do(words: tuple[str, ...], *, tiny: bool = False, device: str = "cuda", sites: str = "", beside: Path = Path(".")) -> dict[str, Any]:
+    """A case, in this process."""
+    warnings.simplefilter("ignore")
+    kind, *rest = words
+    if kind == "virtual":
+        return virtual.part(tuple(rest))
+    if kind == "tests":
+        return tests(beside)
+    if kind == "tune":
+        return tuned(rest[0], rest[1], tiny, device)
+    if kind == "peer":
+        return peer(rest[0], rest[1], rest[2], tiny, device, sites)
+    if kind == "oracle":
+        return oracle(rest[0])
+    if kind == "probe":
+        import torch
+
+        torch.zeros(1, device="cuda")
+        return {"device": torch.cuda.get_device_name(0)}
+    output = beside / "loop.json"
+    done = subprocess.run([sys.executable, str(HERE / "loop.py"), "--output", str(output)], check=False, capture_output=True, text=True)
+    told: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
+    output.unlink(missing_ok=True)
+    return told | ({"cut_short": done.stderr.strip().splitlines()[-5:]} if done.returncode else {})
+
+
+def tests(beside: Path) -> dict[str, Any]:
+    """The last words of `pytest -m gpu`; all of them in a file beside the output."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/on_gpu", "-n", "3", "-p", "no:cacheprovider", "--durations=8", "--tb=short"]
+    with (beside / "pytest.txt").open("w") as file:
+        done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
+    return {"code": done.returncode, "said": (beside / "pytest.txt").read_text().splitlines()[-25:]}
 
 
 def make(model: str, way: str, tiny: bool, device: str) -> Any:
@@ -118,7 +232,7 @@ def tuned(model: str, way: str, tiny: bool, device: str) -> dict[str, Any]:
             backend.synchronize()
             took.append(time.perf_counter() - began)
             row["rescued"] = row.get("rescued") or (str(rescued) if rescued else None)
-            if sum(took) > 12:
+            if sum(took) > 8:
                 break
         row |= {"windows": len(took), "samples_per_second": target / statistics.median(took[1:] or took), "peak_bytes": watch.peak_bytes()}
     job.optimizer.zero_grad()
@@ -172,8 +286,12 @@ def oracle(network: str) -> dict[str, Any]:
     return {"largest": low}
 
 
-def peer(name: str, system: str, network: str, tiny: bool, device: str) -> dict[str, Any]:
+def peer(name: str, system: str, network: str, tiny: bool, device: str, sites: str) -> dict[str, Any]:
     """One system on the card; "missing" where its package is not here."""
+    if sites and (Path(sites) / name).is_dir():
+        sys.path.insert(0, str(Path(sites) / name))
+        if name == "koila":  # torch has imported NVIDIA's module of that name, in which the part is missing that koila wants
+            sys.modules.pop("pynvml", None)
     import contestant
     import torch
     from networks import LARGER, NETWORKS
@@ -195,96 +313,115 @@ def peer(name: str, system: str, network: str, tiny: bool, device: str) -> dict[
     return {"missing": row["error"]} if (row["error"] or "").startswith(("ModuleNotFoundError", "ImportError", "PackageNotFoundError")) else row
 
 
-def one(words: list[str], tiny: bool, device: str) -> dict[str, Any]:
-    """A case, in this process."""
-    kind, *rest = words
-    if kind == "tune":
-        return tuned(rest[0], rest[1], tiny, device)
-    if kind == "peer":
-        return peer(rest[0], rest[1], rest[2], tiny, device)
-    if kind == "oracle":
-        return oracle(rest[0])
-    if kind == "machine":
-        return machine(device)
-    if kind == "peak":
-        import virtual
-
-        return virtual.part("peak", rest)
-    with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "loop.json"
-        try:
-            done = subprocess.run([sys.executable, str(HERE / "loop.py"), "--output", str(output)], check=False, timeout=140, capture_output=True, text=True)
-            cut_short = done.stderr.strip().splitlines()[-3:] if done.returncode else None
-        except subprocess.TimeoutExpired:
-            cut_short = ["took longer than 140 s"]
-        found: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
-        return found | {"cut_short": cut_short}
+# -- the run --
 
 
 def machine(device: str) -> dict[str, Any]:
-    """The card, the driver and the versions."""
+    """The card, the driver and the versions, without touching the card."""
     import torch
 
-    told: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "when": time.strftime("%Y-%m-%d")}
-    for package in ("accelerate", "lightning", "transformers", "toma", "torch-max-mem"):
+    told: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "when": time.strftime("%Y-%m-%d"), "commit": virtual.commit()}
+    for package in ("torchvision", "timm", "accelerate", "lightning", "transformers", "triton"):
         try:
             told[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             told[package] = None
     if device != "cpu":
-        card = torch.cuda.get_device_properties(0)
-        asked = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-        told |= {
-            "card": card.name,
-            "total_bytes": card.total_memory,
-            "driver": subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip(),
-        }
+        asked = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+        card, total, driver = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip().split(", ")
+        told |= {"card": card, "total_mib": int(total), "driver": driver, "cuda": torch.version.cuda}
     return told
+
+
+def imported() -> None:
+    """All that a case may need, so that forks have it."""
+    for name in ("torch", "torch._dynamo", "torchvision", "timm", "transformers", "accelerate", "lightning", "workloads", "recorder", "estimate_published", "contestant", "networks", "autoaccum.tuning"):  # fmt: skip
+        try:
+            __import__(name)
+        except ImportError as missing:
+            click.echo(f"not here: {missing}")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.GPT2LMHeadModel, transformers.BertForMaskedLM, transformers.T5ForConditionalGeneration, transformers.LlamaForCausalLM, transformers.Trainer  # noqa: B018 - lazy
 
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), required=True)
-@click.option("--minutes", default=9.0, show_default=True, help="No case is begun after that.")
+@click.option("--minutes", default=9.0, show_default=True, help="No case is begun after that, and none goes on.")
+@click.option("--parts", default=",".join(PARTS), show_default=True)
+@click.option("--only", default="", help="Of memory's cases those whose name begins with one of these, separated by commas.")
+@click.option("--predictions", type=click.Path(path_type=Path, exists=True), default=PREDICTIONS)
+@click.option("--sites", default="", help="Folder of folders, each with packages for the peer of its name.")
+@click.option("--workers", default=10, show_default=True)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--tiny", is_flag=True, help="Small networks and targets, to try this file out.")
-@click.option("--case", "words", hidden=True)
-def main(output: Path, minutes: float, device: str, tiny: bool, words: str | None) -> None:
-    if words is not None:
-        output.write_text(json.dumps(one(json.loads(words), tiny, device)))
-        return
-    ends = time.monotonic() + 60 * minutes
-    document = json.loads(output.read_text()) if output.exists() else {"schema": "autoaccum.gpu/1", "cap_bytes": CAP, "target": TARGET, "rows": {}}
-
-    def ran(case: list[str]) -> dict[str, Any]:
-        left = min(160.0, ends - time.monotonic())
-        with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
-            command = [sys.executable, __file__, "--output", answer.name, "--device", device, "--case", json.dumps(case), *(["--tiny"] if tiny else [])]
-            try:
-                done = subprocess.run(command, capture_output=True, text=True, timeout=left, check=False)
-            except subprocess.TimeoutExpired:
-                return {"failed": [f"took longer than {left:.0f} s"], "out_of_time": left < 160}
-            text = Path(answer.name).read_text()
-            told: dict[str, Any] = (
-                json.loads(text) if done.returncode == 0 and text else {"failed": done.stderr.strip().splitlines()[-3:], "code": done.returncode}
-            )
-            return told
-
-    here = ran(["machine"])  # in a process of its own: a context in this one would be in what the driver sees
-    if document.setdefault("machine", here).get("card") != here.get("card"):
+def main(output: Path, minutes: float, parts: str, only: str, predictions: Path, sites: str, workers: int, device: str, tiny: bool) -> None:
+    began = time.monotonic()
+    ends = began + 60 * minutes
+    os.environ.update(_SURROUNDED)
+    here = machine(device)
+    predicted = json.loads(predictions.read_text())
+    document = (
+        json.loads(output.read_text()) if output.exists() else {"schema": "autoaccum.gpu/2", "machine": here, "cap_bytes": CAP, "target": TARGET, "rows": {}}
+    )
+    if document["machine"].get("card") != here.get("card"):
         raise click.ClickException(f"{output} was begun on {document['machine'].get('card')}, this is {here.get('card')}: give another output")
-    for name, case in cases().items():
-        known = document["rows"].get(name, {"out_of_time": True})
-        if not (known.get("out_of_time") or known.get("missing")) or (device == "cpu" and case[0] in ("peak", "loop", "oracle")):
-            continue
-        if time.monotonic() > ends - 5:
-            click.echo(f"{minutes:g} minutes are over; run it again to go on from {name}")
-            break
-        row = document["rows"][name] = ran(case)
-        beside = output.with_suffix(".new")  # a run that is killed leaves a whole file
-        beside.write_text(json.dumps(document, indent=1) + "\n")
-        beside.replace(output)
-        told = {key: row.get(key) for key in ("micro_batch", "samples_per_second", "missing", "failed", "reserved") if row.get(key)}
-        click.echo(f"{ends - time.monotonic():5.0f} s left  {name}  {told}")
+    document["predictions_commit"] = predicted.get("commit")
+    imported()
+    click.echo(f"{time.monotonic() - began:.0f} s: imported")
+    heads = tuple(each.strip() for each in only.split(",") if each.strip())
+    asked = [
+        case for case in cases(parts.split(","), predicted, lambda name: not heads or name.startswith(heads))
+        if case.name not in document["rows"] or "failed" in document["rows"][case.name]
+    ]  # fmt: skip
+    if device == "cpu":
+        asked = [case for case in asked if case.words[0] in ("tune", "peer")]
+
+    written = 0.0
+
+    def done(case: Case, row: dict[str, Any]) -> None:
+        nonlocal written
+        for name in _LONG:
+            if name in row:
+                _put_beside(output, f"{case.name} {name}", row.pop(name))
+        document["rows"][case.name] = row
+        told = {key: row.get(key) for key in ("micro_batch", "largest", "samples_per_second", "missing", "code") if row.get(key)}
+        told |= {"failed": row["failed"][-1]} if row.get("failed") else {}
+        if told or case.alone:
+            click.echo(f"{time.monotonic() - began:5.0f} s  {case.name}  {row['took_s']} s  {str(told)[:400]}")
+        if time.monotonic() - written > 2:
+            _write(output, document)
+            written = time.monotonic()
+
+    def fork(words: tuple[str, ...]) -> dict[str, Any]:
+        return do(words, tiny=tiny, device=device, sites=sites, beside=output.parent)
+
+    room = (here.get("total_mib", 0) - 5000) * MIB
+    if device == "cuda":
+        first: dict[str, Any] = {}
+        forks.run([Case("probe", ("probe",))], fork, lambda _, row: first.update(row), ends=ends, room_bytes=room, workers=1)
+        click.echo(f"{time.monotonic() - began:.0f} s: {first}")
+        if "device" not in first:
+            raise click.ClickException(f"a fork of this process cannot use the card: {first}")
+    left = forks.run(asked, fork, done, ends=ends, room_bytes=room, workers=workers)
+    _write(output, document)
+    if left:
+        click.echo(f"{minutes:g} minutes are over; {len(left)} cases are left, of {len(asked)}: run it again to go on from {left[0].name!r}")
+
+
+def _write(output: Path, document: dict[str, Any]) -> None:
+    beside = output.with_suffix(".new")  # a run that is killed leaves a whole file
+    beside.write_text(json.dumps(document, indent=1) + "\n")
+    beside.replace(output)
+
+
+def _put_beside(output: Path, key: str, text: str) -> None:
+    number = 0
+    while (path := output.with_name(f"{output.stem}-long-{number}.jsonl")).exists() and path.stat().st_size > _FILE_BYTES - len(text):
+        number += 1
+    with path.open("a") as file:
+        file.write(json.dumps([key, text]) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,340 +1,529 @@
 """The virtual GPU beside a real one. Predictions first, on any machine, and committed; then the card.
 
-    python benchmarks/gpu/virtual.py predict --output benchmarks/results/gpu_virtual_predictions.json
-    python benchmarks/gpu/virtual.py measure --output benchmarks/results/gpu_virtual.json
+    python benchmarks/gpu/virtual.py predict --networks judged --output benchmarks/results/gpu_virtual_predictions.json
 
-`measure` needs a CUDA card and no network, and takes under ten minutes on a large one. It has five parts; each row is written
-as soon as it is there, and a run that was cut short goes on where it stopped.
+needs torch's build for CUDA (no card), torchvision and transformers of the versions that the card's machine has, so that both run the
+same networks. `everything.py` measures; what it runs of this file has five parts:
 
-A  The allocator alone: recorded events of real jobs and of random ones, replayed: allocated after every event, and every
-   segment that is made or released, must agree to the byte.
-B  What kernels take unseen: the recorded blocks of a job that the trace does not have, by size.
-C  Constants: context, cuBLAS workspace, bandwidth and operations per second, as `autoaccum profiles record` writes them.
+A  The allocator alone: what a card's allocator did for real jobs and for random ones is replayed: every segment that is made or released,
+   and the place of every block in its segment, must be the same.
+B  What kernels take unseen: which operator asked for what, with its shapes, for jobs of many kinds.
+C  Constants: context, cuBLAS workspaces, the kernels that attention takes, bandwidth and operations per second.
 D  End to end: peak allocated, reserved and as the driver sees it, beside the prediction.
-E  The boundary: the largest micro-batch under caps of 4 to 40 GiB, every probe in a fresh process, beside the prediction.
+E  The boundary: the largest micro-batch under a cap, every probe in a fresh process, beside the prediction.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
+import bisect
 import json
+import multiprocessing
 import os
 import random
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent.parent.parent
-sys.path.insert(0, str(ROOT))
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(HERE.parent), str(ROOT)]
+sys.path.append(str(HERE))  # last: a file there has the name of one in benchmarks
 MIB, GIB = 2**20, 2**30
 
-MODELS = ("mlp", "conv", "gpt", "vit")
-BATCHES = {"mlp": (256, 4096), "conv": (16, 64), "gpt": (2, 8), "vit": (16, 64)}
-WAYS = ("sgd-fp32", "adam-fp32", "adam-bf16", "fused-bf16")
-CAPS_GIB = (4, 8, 16, 24, 40)
-
-
-def job(model: str, way: str):
-    """One of the jobs, on the CPU, with weights that nobody fills."""
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    import autoaccum
-
-    def images(n=2, size=224):
-        return torch.zeros(n, 3, size, size), torch.zeros(n, dtype=torch.long)
-
-    def classes(model, batch):
-        return F.cross_entropy(model(batch[0]), batch[1])
-
-    if model == "mlp":
-        net: nn.Module = nn.Sequential(nn.Linear(1024, 4096), nn.ReLU(), nn.Linear(4096, 4096), nn.ReLU(), nn.Linear(4096, 1000))
-        batch: Any = (torch.zeros(2, 1024), torch.zeros(2, dtype=torch.long))
-        loss = classes
-    elif model == "conv":
-        net, batch, loss = residual(), images(), classes
-    elif model == "vit":
-        net, batch, loss = transformer(768, 12, 12, patches=True), images(), classes
-    else:
-        net, batch = transformer(768, 12, 12, words=50304, length=1024), torch.zeros(2, 1025, dtype=torch.long)
-
-        def loss(model, ids):
-            return F.cross_entropy(model(ids[:, :-1]).flatten(0, 1), ids[:, 1:].flatten())
-
-    optimizer, dtype = way.split("-")
-    parameters = net.parameters()
-    made = (
-        torch.optim.SGD(parameters, lr=1e-3, momentum=0.9) if optimizer == "sgd" else torch.optim.AdamW(parameters, lr=1e-4, fused=optimizer == "fused" or None)
-    )
-    return autoaccum.Job(net, made, loss, batch, autocast=torch.bfloat16 if dtype == "bf16" else None)
-
-
-def residual():
-    """ResNet-50's layout, written out."""
-    from torch import nn
-
-    class Block(nn.Module):
-        def __init__(self, inputs, width, stride):
-            super().__init__()
-            outputs = 4 * width
-            self.path = nn.Sequential(
-                nn.Conv2d(inputs, width, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-                nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True),
-                nn.Conv2d(width, outputs, 1, bias=False), nn.BatchNorm2d(outputs),
-            )  # fmt: skip
-            same = stride == 1 and inputs == outputs
-            self.short = nn.Identity() if same else nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
-            self.relu = nn.ReLU(inplace=True)
-
-        def forward(self, x):
-            return self.relu(self.path(x) + self.short(x))
-
-    layers: list[Any] = [nn.Conv2d(3, 64, 7, 2, 3, bias=False), nn.BatchNorm2d(64), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)]
-    inputs = 64
-    for stage, (blocks, width) in enumerate(((3, 64), (4, 128), (6, 256), (3, 512))):
-        for block in range(blocks):
-            layers.append(Block(inputs, width, 2 if stage and not block else 1))
-            inputs = 4 * width
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(inputs, 1000))
-
-
-def transformer(width, depth, heads, *, words=1000, length=197, patches=False):
-    """GPT-2's or ViT-B's layout, written out."""
-    import torch
-    from torch import nn
-    from torch.nn import functional as F
-
-    class Layer(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.one, self.two = nn.LayerNorm(width), nn.LayerNorm(width)
-            self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-            self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-        def forward(self, x):
-            n, t, w = x.shape
-            q, k, v = self.qkv(self.one(x)).view(n, t, 3, heads, w // heads).permute(2, 0, 3, 1, 4)
-            x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=not patches).transpose(1, 2).reshape(n, t, w))
-            return x + self.mlp(self.two(x))
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first = nn.Conv2d(3, width, 16, 16) if patches else nn.Embedding(words, width)
-            self.places = nn.Embedding(length, width)
-            self.layers, self.norm, self.head = nn.Sequential(*(Layer() for _ in range(depth))), nn.LayerNorm(width), nn.Linear(width, words, bias=False)
-
-        def forward(self, x):
-            x = self.first(x).flatten(2).transpose(1, 2) if patches else self.first(x)
-            x = self.norm(self.layers(x + self.places(torch.arange(x.shape[1], device=x.device))))
-            return self.head(x.mean(1) if patches else x)
-
-    return Model()
+CAPS_GIB = (6, 8, 12, 16, 24)
+BOUNDARIES = (
+    ("mlp", "adam-fp32"), ("resnet50", "sgd-fp32"), ("efficientnet_b0", "adam-bf16"), ("convnext_tiny", "adam-bf16"), ("unet", "sgd-fp32"), ("vit_b_16", "fused-bf16"),
+    ("gpt2", "adam-bf16"), ("bert", "adam-fp32"), ("llama", "fused-bf16"),
+)  # fmt: skip
+# Settings of the allocator under which random requests are made; with a share of the card where one binds.
+SETTINGS = {
+    "default": "",
+    "split": "max_split_size_mb:64",
+    "rounded": "roundup_power2_divisions:4",
+    "expandable": "expandable_segments:True",
+    "expandable, rounded": "expandable_segments:True,roundup_power2_divisions:8",
+    "segments of 40": "large_segment_size_mb:40",
+    "capped": "",
+    "split, capped": "max_split_size_mb:64",
+    "collected, capped": "garbage_collection_threshold:0.6",
+    "expandable, capped": "expandable_segments:True",
+}
+CAP_BYTES = 1500 * MIB  # of those that are capped
+PLACES = ("start", "before-backward")
 
 
 # -- predictions, on any machine --
 
 
-def predict(card: str) -> dict[str, Any]:
+def predict(networks: dict[str, tuple[int, ...]], card: str, processes: int) -> dict[str, Any]:
+    import workloads
+
+    boundaries = [(name, way) for name, way in BOUNDARIES if name in networks]
+    asked: dict[tuple[str, str], list[int]] = {}
+    for name, way, batch in workloads.cases(networks):
+        asked.setdefault((name, way), []).append(batch)
+    tasks = [(card, name, way, batches, (name, way) in boundaries) for (name, way), batches in asked.items()]
+    with multiprocessing.get_context("spawn").Pool(processes, maxtasksperchild=12) as pool:
+        found = list(pool.imap(_predicted, tasks, chunksize=1))
+    return {
+        "schema": "autoaccum.gpu_virtual_predictions/2",
+        "card": card,
+        "commit": commit(),
+        "versions": versions(),
+        "peaks": {key: peak for each in found for key, peak in each["peaks"].items()},
+        "boundaries": {key: most for each in found for key, most in each["boundaries"].items()},
+    }
+
+
+def _predicted(task: tuple[str, str, str, list[int], bool]) -> dict[str, Any]:
+    import warnings
+
+    import torch
+    import workloads
+
     from autoaccum import phantom, profiles, simulation
     from autoaccum.reading import Limits
     from autoaccum.simulate import fake
     from autoaccum.simulate.allocator import Allocator
     from autoaccum.simulate.tape import replay
 
+    warnings.filterwarnings("ignore")
+    torch.set_num_threads(1)
+    card, name, way, batches, bounded = task
     fake.enable()
+    with phantom.unfilled():
+        job = workloads.job(name, way)
     profile = profiles.load(card)
-    peaks, boundaries = [], []
-    for model in MODELS:
-        for way in WAYS:
-            with phantom.unfilled():
-                made = job(model, way)
-            simulated = simulation.Simulation([made], profile, Limits(headroom=0))
-            for batch in BATCHES[model]:
-                tape = simulated._on_card(simulated._traced.exactly(simulated._card, (batch, batch)))
-                ran = replay(tape, Allocator())
-                peaks.append({"model": model, "way": way, "batch": batch, "allocated": ran.peak_allocated_bytes, "reserved": ran.peak_reserved_bytes})
-            for cap in CAPS_GIB:
-                limit = cap * GIB
-                simulated.use(dataclasses.replace(profile, total=dataclasses.replace(profile.total, value=limit), context=profiles.of_size(limit).context))
-                most = [simulated._most(partial(stays_below, simulated, limit)), simulated._most(simulated._survives)]
-                boundaries.append({"model": model, "way": way, "cap_gib": cap, "largest": most[0], "hard_largest": most[1]})
-            simulated.use(profile)
-    return {"schema": "autoaccum.gpu_virtual_predictions/1", "card": card, "commit": commit(), "peaks": peaks, "boundaries": boundaries}
+    simulated = simulation.Simulation([job], profile, Limits(headroom=0))
+    peaks, boundaries = {}, {}
+    for batch in batches:
+        ran = replay(simulated._on_card(simulated._traced.exactly(simulated._card, (batch, batch))), Allocator())
+        peaks[f"{name} {way} {batch}"] = {"requested": ran.peak_requested_bytes, "allocated": ran.peak_allocated_bytes, "reserved": ran.peak_reserved_bytes}
+    for cap in CAPS_GIB if bounded else ():
+        limit = cap * GIB
+        simulated.use(replace(profile, total=replace(profile.total, value=limit), context=profiles.of_size(limit).context))
+        most = {"largest": simulated._most(partial(_stays_below, simulated, limit)), "hard_largest": simulated._most(simulated._survives)}
+        boundaries[f"{name} {way} {cap}"] = most
+    print(name, way, peaks, boundaries, flush=True)
+    return {"peaks": peaks, "boundaries": boundaries}
 
 
-def stays_below(simulated: Any, limit: int, size: int) -> bool:
-    return simulated._peak(size, 2) <= limit
+def _stays_below(simulated: Any, limit: int, size: int) -> bool:
+    return bool(simulated._peak(size, 2) <= limit)
 
 
-# -- on the card --
-
-
-def events_of(snapshot: dict[str, Any]) -> list[tuple[str, int, int]]:
-    """(action, address, bytes) of the first device's trace, in order; a free counts when it is complete."""
-    names = {"alloc": "alloc", "free_completed": "free", "segment_alloc": "segment_alloc", "segment_free": "segment_free"}
-    names |= {"segment_map": "segment_map", "segment_unmap": "segment_unmap"}
-    return [(names[each["action"]], each["addr"], each["size"]) for each in snapshot["device_traces"][0] if each["action"] in names]
+# -- A: recorded events through the simulated allocator --
 
 
 def replayed(events: list[tuple[str, int, int]], allocator: Any) -> dict[str, Any]:
     """Runs recorded requests and frees through the simulated allocator; says where the two first part."""
     made: list[tuple[str, int]] = []
-    allocator.observer = lambda action, address, size: made.append((f"segment_{action}", size))
     real: list[tuple[str, int]] = []
+    bases: tuple[list[int], list[int]] = ([], [])  # of segments that are there: on the card, simulated
+
+    def observe(action: str, address: int, size: int) -> None:
+        made.append((f"segment_{action}", size))
+        if action == "alloc":
+            bisect.insort(bases[1], address)
+
+    allocator.observer = observe
     blocks: dict[int, Any] = {}
     asked = 0
+
+    def parted(at: int, why: str) -> dict[str, Any]:
+        return {"exact": False, "event": at, "requests": asked, "why": why, "simulated": made[-3:], "real": real[-3:]}
+
+    import torch
+
+    from autoaccum.simulate.settings import UNLIMITED
+
     for at, (action, address, size) in enumerate(events):
         if action == "alloc":
-            blocks[address] = allocator.malloc(size)
+            try:
+                block = allocator.malloc(size)
+            except torch.OutOfMemoryError:
+                return parted(at, f"the simulated one ran out of memory at {size} bytes")
+            blocks[address] = block
             asked += 1
+            if made != real:  # the card tells of a segment before the block that needed it
+                return parted(at, "segments")
+            if bases[0] and block.base is None:
+                places = [where - near[bisect.bisect(near, where) - 1] for where, near in ((address, bases[0]), (block.address, bases[1]))]
+                if places[0] != places[1]:
+                    return parted(at, f"a block of {size} bytes lies at {places[1]} of its segment, at {places[0]} on the card")
         elif action == "free":
             if address in blocks:
                 allocator.free(blocks.pop(address))
+        elif action == "oom":
+            try:
+                allocator.malloc(size)
+            except torch.OutOfMemoryError:
+                continue
+            return parted(at, f"the card ran out of memory at {size} bytes")
         else:
+            if action == "segment_alloc":
+                bisect.insort(bases[0], address)
             real.append((action, size))
-            continue
-        if action == "alloc" and made != real:  # the card tells of a segment before the block that needed it
-            return {"exact": False, "event": at, "requests": asked, "simulated": made[-3:], "real": real[-3:]}
-    return {"exact": made == real, "event": None, "requests": asked, "segments": len(real), "peak_reserved": allocator.peak_reserved_bytes}
+            if action in ("segment_free", "segment_unmap") and len(made) < len(real) and allocator.limit_bytes == UNLIMITED:
+                allocator.empty_cache()  # without a limit nothing else gives segments back
+    exact = made == real
+    return {"exact": exact, "event": None if exact else len(events), "requests": asked, "segments": len(real), "peak_reserved": allocator.peak_reserved_bytes}
 
 
-def measure(output: Path, predictions: Path) -> None:
-    done: dict[str, Any] = json.loads(output.read_text()) if output.exists() else {}
-    told = json.loads(predictions.read_text()) if predictions.exists() else {"peaks": [], "boundaries": []}
-    if "machine" not in done:
-        done.update(schema="autoaccum.gpu_virtual/1", machine=machine(), commit=commit(), predictions_commit=told.get("commit"), rows={})
-
-    def row(key: str, arguments: list[str], timeout: int = 120, environment: dict[str, str] | None = None) -> Any:
-        if key not in done["rows"]:
-            ran = subprocess.run(
-                [sys.executable, __file__, *arguments], capture_output=True, text=True, timeout=timeout, env={**os.environ, **(environment or {})}, check=False
-            )
-            lines = [line for line in ran.stdout.splitlines() if line.startswith("{")]
-            done["rows"][key] = json.loads(lines[-1]) if lines else {"error": (ran.stderr or ran.stdout)[-500:], "code": ran.returncode}
-            output.write_text(json.dumps(done, indent=1) + "\n")
-        return done["rows"][key]
-
-    row("C constants", ["part", "constants"])
-    for name, conf in {
-        "default": "",
-        "max split": "max_split_size_mb:64",
-        "rounded": "roundup_power2_divisions:4",
-        "expandable": "expandable_segments:True",
-    }.items():
-        row(f"A random, {name}", ["part", "random"], environment={"PYTORCH_CUDA_ALLOC_CONF": conf} if conf else None)
-        row(f"A gpt, {name}", ["part", "allocator", "gpt", "adam-bf16", "4"], environment={"PYTORCH_CUDA_ALLOC_CONF": conf} if conf else None)
-    for model in MODELS:
-        row(f"B {model}", ["part", "unseen", model, "adam-fp32", str(BATCHES[model][0])])
-    for each in told["peaks"]:
-        row(f"D {each['model']} {each['way']} {each['batch']}", ["part", "peak", each["model"], each["way"], str(each["batch"])])
-    for each in told["boundaries"]:
-        if each["way"] != "adam-bf16" or not each["largest"]:
-            continue
-        name = f"{each['model']} {each['way']} {each['cap_gib']}"
-        low, high = 0, None
-        size = each["hard_largest"]
-        step = max(size // 32, 1)
-        while high is None or high - low > max(low // 100, 1):  # to one in a hundred
-            fits = row(f"E {name} {size}", ["part", "fits", each["model"], each["way"], str(size), str(each["cap_gib"])]).get("fits", False)
-            low, high = (size, high) if fits else (low, size)
-            size = low + step if high is None else (low + high) // 2 if low else max(size - step, 1)
-            step *= 2
-            if high == 1:
-                break
-        done.setdefault("boundaries", {})[name] = {"largest": low, "predicted_hard": each["hard_largest"], "predicted": each["largest"]}
-        output.write_text(json.dumps(done, indent=1) + "\n")
+# -- on the card; each call in a process of its own that has not touched it yet --
 
 
-def part(name: str, arguments: list[str]) -> dict[str, Any]:
-    """One measurement, in this process, on the card."""
+def part(words: tuple[str, ...]) -> dict[str, Any]:
+    """One measurement. What is long is under "recording" and "calls", as text."""
+    kind, *rest = words
+    parts: dict[str, Callable[..., dict[str, Any]]] = {
+        "constants": constants, "random": random_requests, "peak": peak, "calls": calls, "published": published, "boundary": boundary, "replay": peak_under,
+    }  # fmt: skip
+    return parts[kind](*rest)
+
+
+def constants() -> dict[str, Any]:
     import torch
 
-    from autoaccum import phantom, profiles, recording
+    from autoaccum import devices, profiles, recording
+
+    def outside() -> int | None:
+        torch.cuda.empty_cache()
+        return devices.get("cuda").memory(who=False).outside_bytes
+
+    torch.zeros(1, device="cuda")
+    found: dict[str, Any] = {"outside": {"first tensor": outside()}}
+    a = torch.ones(512, 512, device="cuda")
+    (a @ a).sum().item()
+    found["outside"]["product"] = outside()
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.BatchNorm2d(64), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3)).cuda()
+    for autocast in (False, True):
+        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+            net(torch.ones(8, 3, 64, 64, device="cuda")).float().mean().backward()
+        torch.cuda.synchronize()
+        found["outside"]["convolutions, bf16" if autocast else "convolutions"] = outside()
+    query = torch.ones(2, 8, 256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+    torch.optim.AdamW(net.parameters(), fused=True).step()
+    torch.optim.AdamW(net.parameters()).step()
+    torch.cuda.synchronize()
+    found["outside"]["attention, optimizers"] = outside()
+    free, total = torch.cuda.mem_get_info()
+    properties = torch.cuda.get_device_properties(0)
+    found |= {"free": free, "total_of_mem_get_info": total, "total_of_properties": properties.total_memory, "free_at_the_end": free}
+    found["cublas"] = _workspaces()
+    found["attention"] = _attention()
+    found["cudnn"] = torch.backends.cudnn.version()
+    found["profile"] = profiles.document(recording.record("cuda"))
+    return found
+
+
+def _workspaces() -> dict[str, int]:
+    """What the first product of a thread leaves allocated: plain ones (cuBLAS), and with a bias (cuBLASLt)."""
+    import threading
+
+    import torch
+
+    found: dict[str, int] = {}
+
+    def products() -> None:
+        for dtype in (torch.float32, torch.bfloat16):
+            a, bias = torch.ones(256, 256, device="cuda", dtype=dtype), torch.ones(256, device="cuda", dtype=dtype)
+            for name, run in (("mm", lambda a=a: a @ a), ("addmm", lambda a=a, bias=bias: torch.addmm(bias, a, a))):
+                before = torch.cuda.memory_allocated()
+                out = run()
+                found[f"{name} {dtype}"] = torch.cuda.memory_allocated() - before - out.nbytes
+                del out
+
+    thread = threading.Thread(target=products)
+    thread.start()
+    thread.join()
+    return found
+
+
+def _attention() -> list[list[Any]]:
+    """(dtype, width of a head, mask, causal, dropout, grouped, gets a gradient, chosen): the number of torch.nn.attention.SDPBackend."""
+    import itertools
+
+    import torch
+
+    found: list[list[Any]] = []
+    grid = itertools.product(
+        ("float32", "bfloat16", "float16"),
+        (5, 20, 32, 64, 80, 96, 128, 160, 256, 512),
+        ("", "bool", "float", "trained"),
+        (False, True),
+        (0.0, 0.1),
+        (False, True),
+    )
+    for dtype, width, mask, causal, dropout, grouped in grid:
+        if mask and causal:
+            continue
+        kind = getattr(torch, dtype)
+        query = torch.zeros(2, 8, 128, width, device="cuda", dtype=kind, requires_grad=True)
+        key = torch.zeros(2, 2 if grouped else 8, 128, width, device="cuda", dtype=kind, requires_grad=True)
+        masks = {"": None, "bool": torch.ones(2, 1, 128, 128, device="cuda", dtype=torch.bool), "float": torch.zeros(2, 1, 128, 128, device="cuda", dtype=kind)}
+        given = masks[mask] if mask != "trained" else torch.zeros(1, 8, 128, 128, device="cuda", dtype=kind, requires_grad=True)
+        try:
+            chosen: Any = torch._fused_sdp_choice(query, key, key, given, dropout, causal, enable_gqa=grouped)
+        except RuntimeError as error:
+            chosen = str(error).splitlines()[0][:80]
+        found.append([dtype, width, mask, causal, dropout, grouped, chosen])
+    return found
+
+
+def random_requests(name: str) -> dict[str, Any]:
+    """Random requests under one of the settings, in a process whose environment says so."""
+    if os.environ.get("AUTOACCUM_SETTINGS") != name:
+        environment = {**os.environ, "AUTOACCUM_SETTINGS": name, "PYTORCH_CUDA_ALLOC_CONF": SETTINGS[name]}
+        if not SETTINGS[name]:
+            del environment["PYTORCH_CUDA_ALLOC_CONF"]
+        command = [sys.executable, str(HERE / "virtual.py"), "part", "random", name]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return told
+    import recorder
+    import torch
+
+    chance, tried, kept = random.Random(7), [], []
+    total = torch.cuda.get_device_properties(0).total_memory
+    capped = "capped" in name
+    if capped:
+        torch.cuda.set_per_process_memory_fraction(CAP_BYTES / total)
+    for _ in range(20):
+        torch.cuda.empty_cache()
+        recorder.start()
+        alive: list[Any] = []
+        ooms = 0
+        for _ in range(300):
+            if alive and chance.random() < 0.45:
+                alive.pop(chance.randrange(len(alive)))
+            elif not capped and chance.random() < 0.01:
+                torch.cuda.empty_cache()
+            else:
+                try:
+                    alive.append(torch.empty(int(2 ** chance.uniform(0, 28)), dtype=torch.uint8, device="cuda"))
+                except torch.OutOfMemoryError:
+                    ooms += 1
+        events = recorder.stop()
+        alive.clear()
+        tried.append({**_judged(events, total, CAP_BYTES if capped else None), "ooms": ooms})
+        kept.append(recorder.packed(events))
+    exact = sum(each["exact"] for each in tried)
+    wrong = next((each for each in tried if not each["exact"]), None)
+    return {"exact": exact, "of": len(tried), "ooms": sum(each["ooms"] for each in tried), "total": total, "first_wrong": wrong, "recording": json.dumps(kept)}
+
+
+def _judged(events: list[tuple[str, int, int]], total: int, cap_bytes: int | None = None) -> dict[str, Any]:
     from autoaccum.simulate.allocator import Allocator
     from autoaccum.simulate.settings import from_environment
 
-    if name == "constants":
-        return profiles.document(recording.record("cuda"))
-    if name == "random":
-        chance, exact, tried = random.Random(7), 0, []
-        for _ in range(50):
-            torch.cuda.empty_cache()
-            torch.cuda.memory._record_memory_history(context=None, max_entries=100_000)
-            alive: list[Any] = []
-            for _ in range(300):
-                if alive and chance.random() < 0.45:
-                    alive.pop(chance.randrange(len(alive)))
-                else:
-                    alive.append(torch.empty(int(2 ** chance.uniform(0, 29)), dtype=torch.uint8, device="cuda"))
-            events = events_of(torch.cuda.memory._snapshot())
-            torch.cuda.memory._record_memory_history(enabled=None)
-            alive.clear()
-            found = replayed(events, Allocator(settings=from_environment()))
-            exact += found["exact"]
-            tried.append(found)
-        return {"exact": exact, "of": len(tried), "first_wrong": next((each for each in tried if not each["exact"]), None)}
-    model, way, batch = arguments[0], arguments[1], int(arguments[2])
-    if name == "fits":
-        torch.cuda.set_per_process_memory_fraction(min(int(arguments[3]) * GIB / torch.cuda.get_device_properties(0).total_memory, 1.0))
-    if name in ("allocator", "unseen"):
-        torch.cuda.memory._record_memory_history(context=None, max_entries=1_000_000)
-    made = job(model, way).moved("cuda")
-    torch.cuda.reset_peak_memory_stats()
-    try:
-        ran(made, batch)
-    except torch.OutOfMemoryError:
-        return {"fits": False}
-    if name == "fits":
-        return {"fits": True, "retries": torch.cuda.memory_stats()["num_alloc_retries"]}
-    if name == "peak":
-        free, total = torch.cuda.mem_get_info()
-        stats = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved(), "driver_used": total - free}
-        return {"model": model, "way": way, "batch": batch, **stats}
-    events = events_of(torch.cuda.memory._snapshot())
-    if name == "allocator":
-        return replayed(events, Allocator(settings=from_environment()))
-    # Unseen: sizes of recorded blocks that the trace of the same job does not have.
-    del made
-    from autoaccum.job import in_turn
-    from autoaccum.simulate import fake
-    from autoaccum.simulate.kernels import Card
+    allocator = Allocator(total, settings=from_environment())
+    if cap_bytes is not None:
+        allocator.set_fraction(cap_bytes / total)
+    return replayed(events, allocator)
 
-    fake.enable()
+
+def on_the_card(name: str, way: str) -> Any:
+    """A job with weights that mean nothing: large ones are never written on the host."""
+    import torch
+    import workloads
+
+    from autoaccum import phantom
+
     with phantom.unfilled():
-        again = in_turn(job(model, way))
-    major, minor = torch.cuda.get_device_capability()
-    tape = phantom.Phantom(again).tape([[batch], [batch, batch]], Card(10 * major + minor, 1))
-    from collections import Counter
+        made = workloads.job(name, way)
+    return _filled(made, torch)
 
-    real = Counter(size for action, _, size in events if action == "alloc" and size > 512)
-    seen = Counter(size for size, kind in zip(tape.sizes, tape.kinds) if kind != "workspace" and size > 512)
-    matched = sum(min(count, seen[size]) * size for size, count in real.items())
-    missing, extra = real - seen, seen - real
-    return {
-        "bytes": sum(size * count for size, count in real.items()),
-        "matched_bytes": matched,
-        "unseen": sorted(([size, count] for size, count in missing.items()), reverse=True)[:40],
-        "not_there": sorted(([size, count] for size, count in extra.items()), reverse=True)[:40],
-    }
+
+def _filled(made: Any, torch: Any) -> Any:
+    made.moved("cuda")
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.normal_(0, 0.02)
+    return made
 
 
 def ran(made: Any, batch: int) -> None:
     """The windows of a trial: one micro-batch and a step, then two and a step."""
     import torch
 
-    from autoaccum import batches, window
+    from autoaccum import batches, rewinding, window
 
     device = torch.device("cuda", 0)
     whole = batches.resize(made.batch, batch)
+    start = rewinding.WindowStart([made])
+    scaler = None if made.scaler is None else torch.amp.GradScaler("cuda", init_scale=1.0, growth_interval=10**9)
     for pieces in (1, 2):
-        window.run(made, made.loss, [(whole, batch)] * pieces, samples=batch * pieces, device=device)
+        start.note()
+        window.run(made, made.loss, [(whole, batch)] * pieces, samples=batch * pieces, device=device, scaler=scaler)
     torch.cuda.synchronize()
+
+
+def peak(name: str, way: str, batch: str) -> dict[str, Any]:
+    """D, and with its recording A."""
+    return _peak(lambda: on_the_card(name, way), lambda made: ran(made, int(batch)))
+
+
+def peak_under(setting: str, name: str, way: str, batch: str) -> dict[str, Any]:
+    """A real job under another setting of the allocator."""
+    if os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "") != SETTINGS[setting]:
+        command = [sys.executable, str(HERE / "virtual.py"), "part", "replay", setting, name, way, batch]
+        done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTORCH_CUDA_ALLOC_CONF": SETTINGS[setting]}, check=False)
+        if done.returncode:
+            raise RuntimeError(done.stderr[-2000:])
+        told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+        return told
+    return peak(name, way, batch)
+
+
+def _peak(make: Callable[[], Any], train: Callable[[Any], None]) -> dict[str, Any]:
+    import recorder
+    import torch
+
+    from autoaccum import devices
+
+    torch.cuda.init()
+    recorder.start()
+    made = make()
+    train(made)
+    stats, memory = torch.cuda.memory_stats(), devices.get("cuda").memory(who=False)
+    events = recorder.stop()
+    return {
+        "cublas": _cublas_bytes(events),
+        "requested": stats["requested_bytes.all.peak"],
+        "allocated": stats["allocated_bytes.all.peak"],
+        "reserved": stats["reserved_bytes.all.peak"],
+        "reserved_at_end": stats["reserved_bytes.all.current"],
+        "outside": memory.outside_bytes,
+        "retries": stats["num_alloc_retries"],
+        "events": len(events),
+        "replayed": _judged(events, memory.total_bytes),
+        "recording": recorder.packed(events),
+    }
+
+
+def _cublas_bytes(events: list[tuple[str, int, int]]) -> int:
+    """The workspace of a cuBLAS handle: of the two sizes that are known, the one that was asked for."""
+    asked = {size for action, _, size in events if action == "alloc"}
+    return next((size for size in (32 * MIB, 8519680) if size in asked), 0)
+
+
+def calls(name: str, way: str, batch: str) -> dict[str, Any]:
+    """B: who asked for what."""
+    return _calls(lambda: on_the_card(name, way), lambda made: ran(made, int(batch)))
+
+
+def _calls(make: Callable[[], Any], train: Callable[[Any], None]) -> dict[str, Any]:
+    import recorder
+    import torch
+
+    torch.cuda.init()
+    made = make()
+    recorder.start()
+    mode = recorder.Calls()
+    with mode:
+        train(made)
+    told = mode.told(recorder.stop())
+    transient = sum(size for _, _, blocks in told["calls"] for size, kind, _ in blocks if kind == "t")
+    return {"calls_made": len(told["calls"]), "transient_bytes": transient, "allocated": torch.cuda.max_memory_allocated(), "calls": recorder.text_of(told)}
+
+
+def published(what: str, source: str, model: str, optimizer: str, batch: str) -> dict[str, Any]:
+    """A row of the published ones, on this card: its peak or its calls. source: "xmem" or "timm"."""
+    import estimate_published
+    import torch
+
+    from autoaccum import batches, phantom
+
+    torch.backends.cudnn.benchmark = source == "timm"
+
+    def make() -> Any:
+        with phantom.unfilled():
+            made = estimate_published.xmem_job(model, optimizer) if source == "xmem" else estimate_published.timm_job(model)
+        return _filled(made, torch)
+
+    def train(made: Any) -> None:
+        estimate_published.plain_loop(made, lambda: batches.resize(made.batch, int(batch)), "start", 4 if source == "xmem" else 3)
+        torch.cuda.synchronize()
+
+    return (_peak if what == "peak" else _calls)(make, train)
+
+
+def boundary(name: str, way: str, cap_gib: str, guess: str) -> dict[str, Any]:
+    """E: the largest micro-batch under a cap, and one more refused; every probe in a process of its own, the two that decide three times."""
+    probes: list[list[Any]] = []
+
+    def fits(size: int) -> bool:
+        found = _in_a_fork(lambda: _probe(name, way, size, int(cap_gib)))
+        probes.append([size, found["fits"], found.get("retries"), found.get("reserved")])
+        return bool(found["fits"])
+
+    low, high, size = 0, 0, max(int(guess), 1)
+    step = max(size // 64, 1)
+    while not high or high - low > 1:
+        if fits(size):
+            low = size
+        else:
+            high = size
+        if not high:
+            size, step = low + step, step * 2
+        elif not low and high > 1:
+            size, step = max(high - step, 1), step * 2
+        else:
+            size = (low + high) // 2
+        if high == 1 or len(probes) >= 16:
+            break
+    again = [[fits(each) for _ in range(2)] for each in (low, high) if each]
+    return {"largest": low, "refused": high, "again": again, "guess": int(guess), "probes": probes}
+
+
+def _probe(name: str, way: str, size: int, cap_gib: int) -> dict[str, Any]:
+    import torch
+
+    torch.cuda.set_per_process_memory_fraction(min(cap_gib * GIB / torch.cuda.get_device_properties(0).total_memory, 1.0))
+    made = on_the_card(name, way)
+    try:
+        ran(made, size)
+    except torch.OutOfMemoryError:
+        return {"fits": False}
+    stats = torch.cuda.memory_stats()
+    return {"fits": True, "retries": stats["num_alloc_retries"], "reserved": stats["reserved_bytes.all.peak"]}
+
+
+def _in_a_fork(do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    receive, send = os.pipe()
+    process = os.fork()
+    if not process:
+        code = 1
+        try:
+            os.write(send, json.dumps(do()).encode())
+            code = 0
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(send)
+    with os.fdopen(receive) as answer:
+        text = answer.read()
+    os.waitpid(process, 0)
+    if not text:
+        raise RuntimeError("a probe ended without an answer")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+# -- what was run --
 
 
 def machine() -> dict[str, Any]:
@@ -351,6 +540,12 @@ def machine() -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    import importlib.metadata
+
+    return {"python": sys.version.split()[0], **{name: importlib.metadata.version(name) for name in ("torch", "torchvision", "transformers")}}
+
+
 def commit() -> str:
     found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False)
     return found.stdout.strip() or "unknown"
@@ -358,18 +553,19 @@ def commit() -> str:
 
 def main() -> None:
     if sys.argv[1:2] == ["part"]:
-        print(json.dumps(part(sys.argv[2], sys.argv[3:])))
+        print(json.dumps(part(tuple(sys.argv[2:]))))
         return
+    import workloads
+
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("verb", choices=["predict", "measure"])
+    parser.add_argument("verb", choices=["predict"])
     parser.add_argument("--card", default="h200")
+    parser.add_argument("--networks", choices=["learnt", "judged", "all"], default="all")
+    parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--predictions", type=Path, default=ROOT / "benchmarks/results/gpu_virtual_predictions.json")
     given = parser.parse_args()
-    if given.verb == "predict":
-        given.output.write_text(json.dumps(predict(given.card), indent=1) + "\n")
-    else:
-        measure(given.output, given.predictions)
+    networks = {"learnt": workloads.LEARNT, "judged": workloads.JUDGED, "all": workloads.BATCHES}[given.networks]
+    given.output.write_text(json.dumps(predict(networks, given.card, given.processes), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 import json
 
-from gpu import virtual
+from gpu import recorder, virtual
 
 from autoaccum.simulate import tape, timeline
 from autoaccum.simulate.allocator import Allocator
@@ -13,7 +13,7 @@ GOLDEN = ROOT / "tests/golden/decoder_tape.json"
 
 
 def recording(how):
-    return virtual.events_of(timeline.snapshot(tape.from_json(json.loads(GOLDEN.read_text())), Allocator(settings=how)))
+    return recorder.events_of(timeline.snapshot(tape.from_json(json.loads(GOLDEN.read_text())), Allocator(settings=how)))
 
 
 def test_a_recording_of_the_same_rules_is_exact():
@@ -27,3 +27,18 @@ def test_other_rules_are_noticed():
     found = virtual.replayed(recording(Settings()), Allocator(settings=Settings(large_segment_bytes=40 * 2**20)))
     assert not found["exact"]
     assert found["event"] is not None
+
+
+def test_a_block_in_another_place_is_noticed():
+    events = recording(Settings())
+    at = next(number for number, (action, _, size) in enumerate(events) if action == "alloc" and number > 200 and size > 512)
+    action, address, size = events[at]
+    found = virtual.replayed([*events[:at], (action, address + 512, size), *events[at + 1 :]], Allocator())
+    assert not found["exact"] and "of its segment" in found["why"]
+
+
+def test_a_recording_comes_back_from_its_text():
+    events = recording(Settings())
+    again = recorder.unpacked(recorder.packed(events))
+    base = min(address for _, address, _ in events)
+    assert again == [(action, address - base, size) for action, address, size in events]
