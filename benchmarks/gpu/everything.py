@@ -356,7 +356,11 @@ def imported() -> None:
 @click.option("--workers", default=10, show_default=True)
 @click.option("--device", type=click.Choice(["cuda", "cpu"]), default="cuda", show_default=True)
 @click.option("--tiny", is_flag=True, help="Small networks and targets, to try this file out.")
-def main(output: Path, minutes: float, parts: str, only: str, predictions: Path, sites: str, workers: int, device: str, tiny: bool) -> None:
+@click.option("--case", "words", hidden=True)
+def main(output: Path, minutes: float, parts: str, only: str, predictions: Path, sites: str, workers: int, device: str, tiny: bool, words: str | None) -> None:
+    if words is not None:
+        print(json.dumps(do(tuple(json.loads(words)), tiny=tiny, device=device, sites=sites, beside=output.parent)))
+        return
     began = time.monotonic()
     ends = began + 60 * minutes
     os.environ.update(_SURROUNDED)
@@ -394,17 +398,26 @@ def main(output: Path, minutes: float, parts: str, only: str, predictions: Path,
             _write(output, document)
             written = time.monotonic()
 
-    def fork(words: tuple[str, ...]) -> dict[str, Any]:
+    def in_a_fork(words: tuple[str, ...]) -> dict[str, Any]:
         return do(words, tiny=tiny, device=device, sites=sites, beside=output.parent)
 
+    def anew(words: tuple[str, ...]) -> dict[str, Any]:
+        more = ["--sites", sites, "--device", device, *(["--tiny"] if tiny else [])]
+        command = [sys.executable, __file__, "--output", str(output), "--case", json.dumps(words), *more]
+        told = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+        found: dict[str, Any] = json.loads(told.splitlines()[-1])
+        return found
+
     room = (here.get("total_mib", 0) - 5000) * MIB
+    how = in_a_fork
     if device == "cuda":
         first: dict[str, Any] = {}
-        forks.run([Case("probe", ("probe",))], fork, lambda _, row: first.update(row), ends=ends, room_bytes=room, workers=1)
+        forks.run([Case("probe", ("probe",))], in_a_fork, lambda _, row: first.update(row), ends=ends, room_bytes=room, workers=1)
         click.echo(f"{time.monotonic() - began:.0f} s: {first}")
         if "device" not in first:
-            raise click.ClickException(f"a fork of this process cannot use the card: {first}")
-    left = forks.run(asked, fork, done, ends=ends, room_bytes=room, workers=workers)
+            click.echo("a fork of this process cannot use the card: every case imports everything itself")
+            how = anew
+    left = forks.run(asked, how, done, ends=ends, room_bytes=room, workers=workers)
     _write(output, document)
     if left:
         click.echo(f"{minutes:g} minutes are over; {len(left)} cases are left, of {len(asked)}: run it again to go on from {left[0].name!r}")
