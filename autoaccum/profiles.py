@@ -21,7 +21,7 @@ else:  # the standard library has it from 3.11
 
 BACKENDS = ("cuda", "rocm", "xpu", "mps")
 DTYPES = ("fp32", "tf32", "fp16", "bf16")
-_NUMBERS = ("total_bytes", "context_bytes", "cublas_workspace_bytes", "bandwidth_bytes_per_second")
+_NUMBERS = ("total_bytes", "context_bytes", "cublas_workspace_bytes", "multiprocessors", "bandwidth_bytes_per_second")
 _ARCHITECTURE = re.compile(r"sm_\d{2,3}|gfx[0-9a-f]{3,4}|xe-[a-z]+|apple|any")
 
 
@@ -40,6 +40,7 @@ class Profile:
 
     label: how the command line calls it. name: as its driver prints it. total_bytes: as torch reports it, not the
     sticker. context_bytes: what the driver's context takes outside the allocator. cublas_workspace_bytes: per handle.
+    multiprocessors: on which sums that are shared out depend, None where nobody said.
     flops: dense floating point operations per second by dtype.
     """
 
@@ -53,6 +54,14 @@ class Profile:
     bandwidth: Figure | None
     flops: dict[str, Figure] = field(default_factory=dict)
     aliases: tuple[str, ...] = ()
+    multiprocessors: Figure | None = None
+
+    @property
+    def parallel(self) -> tuple[int, int]:
+        """Multiprocessors, and the threads that each holds at once; those of an A100 where nobody said."""
+        # CUDA C++ Programming Guide, technical specifications per compute capability
+        threads = {75: 1024, 86: 1536, 87: 1536, 89: 1536, 120: 1536}.get(self.capability, 2048)
+        return (108 if self.multiprocessors is None else self.multiprocessors.value), threads
 
     @property
     def total_bytes(self) -> int:
@@ -76,6 +85,8 @@ class Profile:
     def figures(self) -> Iterator[tuple[str, Figure]]:
         """Every number by its name in the file."""
         yield from (("total_bytes", self.total), ("context_bytes", self.context), ("cublas_workspace_bytes", self.cublas_workspace))
+        if self.multiprocessors is not None:
+            yield "multiprocessors", self.multiprocessors
         if self.bandwidth is not None:
             yield "bandwidth_bytes_per_second", self.bandwidth
         yield from ((f"flops_per_second.{dtype}", figure) for dtype, figure in self.flops.items())
@@ -211,6 +222,7 @@ def read(path: Path) -> Profile:
         figure("bandwidth_bytes_per_second", told["bandwidth_bytes_per_second"]) if "bandwidth_bytes_per_second" in told else None,
         {dtype: figure(f"flops_per_second.{dtype}", rates[dtype]) for dtype in DTYPES if dtype in rates},
         tuple(aliases),
+        figure("multiprocessors", told["multiprocessors"]) if "multiprocessors" in told else None,
     )
 
 

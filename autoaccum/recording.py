@@ -27,6 +27,8 @@ def record(label: str) -> Profile:
     properties = torch.cuda.get_device_properties(index)
     with torch.cuda.device(index):
         device.prepare()
+        workspace = _cublas_workspace()  # before anything else makes a handle in another thread, which would be used again
+        warm_up()
         torch.cuda.empty_cache()
         memory = device.memory()
         if memory.outside_bytes is None:
@@ -44,11 +46,28 @@ def record(label: str) -> Profile:
             backend="rocm" if hip else "cuda",
             architecture=getattr(properties, "gcnArchName", "").split(":")[0] if hip else f"sm_{properties.major}{properties.minor}",
             total=Figure(int(properties.total_memory), f"{how}: get_device_properties", False),
-            context=Figure(int(memory.outside_bytes), f"{how}: NVML's figure for this process less what the allocator had reserved", False),
-            cublas_workspace=Figure(_cublas_workspace(), f"{how}: allocated by the first product of a thread", False),
+            context=Figure(
+                int(memory.outside_bytes), f"{how}: NVML's figure for this process less what the allocator had reserved, after a training step", False
+            ),
+            cublas_workspace=Figure(workspace, f"{how}: allocated by the first product of a thread", False),
+            multiprocessors=Figure(int(properties.multi_processor_count), f"{how}: get_device_properties", False),
             bandwidth=Figure(_bandwidth(), f"{how}: copy of 1 GiB, read and written", False),
             flops=speeds,
         )
+
+
+def warm_up() -> None:
+    """A training step with convolutions, attention and the usual optimizers: libraries load their kernels when they are first used, and what
+    they take lies beside the allocator from then on."""
+    net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.BatchNorm2d(64), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3)).cuda()
+    for autocast in (False, True):
+        with torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16, enabled=autocast):
+            net(torch.ones(8, 3, 64, 64, device="cuda")).float().mean().backward()
+    query = torch.ones(2, 8, 256, 64, device="cuda", dtype=torch.float16, requires_grad=True)
+    torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
+    for fused in (False, True):
+        torch.optim.AdamW(net.parameters(), fused=fused).step()
+    torch.cuda.synchronize()
 
 
 def _native(name: str, properties: object) -> bool:

@@ -31,6 +31,7 @@ from autoaccum.units import in_words
 
 _ANCHORS = (8, 12)  # micro-batches that are traced first; fake tensors cost the same at any size
 _SIZES = 1 << 36  # no larger micro-batch is looked for
+_SOME_CARD = (8519680, 108, 2048)  # to compare tapes on: cuBLAS's workspace, multiprocessors and their threads
 _PIECES = 3  # a window's third micro-batch holds what the tenth does: gradients, and the next piece of the input
 
 
@@ -99,7 +100,7 @@ class Traced:
         traced = self.exactly(card, (micro_batch,) * pieces)
         if same(growth.at(micro_batch), traced):
             return True
-        told, true = (replay(tape, Allocator()).peak_reserved_bytes for tape in (growth.at(micro_batch), traced))
+        told, true = (replay(tape.on(*_SOME_CARD), Allocator()).peak_reserved_bytes for tape in (growth.at(micro_batch), traced))
         if told == true:
             return True
         near = max(micro_batch + max(micro_batch // 8, 1), self.shortest)
@@ -265,7 +266,7 @@ class Simulation:
 
     def _replayed(self, size: int, steps: int) -> Replayed:
         pieces = min(steps, _PIECES)
-        key = (self._card, self._settings, self._profile.cublas_workspace.value, size, pieces, self._traced.anchor(self._card, pieces))
+        key = (self._card, self._settings, self._profile.cublas_workspace.value, self._profile.parallel, size, pieces, self._traced.anchor(self._card, pieces))
         if key not in self._peaks:
             self._peaks[key] = replay(
                 self._on_card(self._traced.about(self._card, size, steps)), Allocator(settings=replace(self._settings, memory_fraction=None))
@@ -278,7 +279,7 @@ class Simulation:
         return replay(self._on_card(self._traced.about(self._card, size, 2)), allocator).failed_at is None
 
     def _on_card(self, tape: Tape) -> Tape:
-        return tape.sized("cublas", self._profile.cublas_workspace.value)
+        return tape.on(self._profile.cublas_workspace.value, *self._profile.parallel)
 
     def _most(self, fits: Callable[[int], bool]) -> int:
         """The largest size of all that fits, from a line's guess by growing steps, then by halving; 0 for none.
@@ -345,7 +346,7 @@ def card_of(profile: Profile) -> Card:
     capability = profile.capability
     kind = capability if capability < 80 else 90 if capability // 10 in (9, 10) else 80
     # The workspace's size changes nothing else on a tape: it is put in when that is replayed.
-    return Card(75 if kind < 80 else kind, 1, benchmark=bool(torch.backends.cudnn.benchmark))
+    return Card(75 if kind < 80 else kind, benchmark=bool(torch.backends.cudnn.benchmark))
 
 
 def _largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int:

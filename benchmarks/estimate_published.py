@@ -28,7 +28,8 @@ import time
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))  # also where the package is not installed
 MIB = 1 << 20
 CARD_TOTAL = {8318222336: ("rtx-4060", 8318222336)}
 
@@ -88,11 +89,16 @@ def prepare() -> None:
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
-    # What torchvision's C++ library would register, and nothing of it is needed here.
-    library = torch.library.Library("torchvision", "DEF")
-    for name in ("nms", "qnms"):
-        library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    globals()["_library"] = library
+    try:
+        import torchvision  # noqa: F401 - whether it comes with its C++ library
+    except (ImportError, RuntimeError):
+        # What that library would register, and nothing of it is needed here.
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        globals()["_library"] = library
     from autoaccum.simulate import fake
 
     fake.enable()
@@ -118,14 +124,13 @@ TOKENS = 128
 
 
 def of_xmem(row: dict[str, str]) -> dict[str, object]:
-    from autoaccum import phantom
+    from autoaccum import phantom, profiles
 
     with phantom.unfilled():
         job = xmem_job(row["model"], row["optimizer"])
     made = phantom.Phantom([job])
-    batch, total = int(row["batch"]), int(row["gpu_total_bytes"] or 12622168064)
-    capability = 89 if row["gpu_total_bytes"] else 86
-    peaks = {position: iterations(made, batch, position, capability=capability, total=total) for position in ("start", "before-backward")}
+    batch, card = int(row["batch"]), profiles.load("rtx-4060" if row["gpu_total_bytes"] else "rtx-3060-12gb")
+    peaks = {position: iterations(made, batch, position, card) for position in ("start", "before-backward")}
     (start, family), (before, _) = peaks["start"], peaks["before-backward"]
     return {"predicted_bytes": start, "predicted_before_backward_bytes": before, "measured_bytes": int(row["nvml_peak_bytes"]), "family": family}
 
@@ -183,16 +188,20 @@ def language_model(name: str):
     return auto.from_config(config)
 
 
-def iterations(made, batch: int, position: str, *, capability: int, total: int, steps: int = 4, benchmark: bool = False) -> tuple[int, str]:
-    """The most that is reserved in a plain loop, and the family of what ran; `zero_grad` at the start of an iteration or just before backward."""
+def iterations(made, batch: int, position: str, card, *, limited: bool = True, steps: int = 4, benchmark: bool = False) -> tuple[int, str]:
+    """The most that is reserved in a plain loop, and the family of what ran; `zero_grad` at the start of an iteration or just before backward.
+
+    limited: to what the card has beside its context; a cache that would grow beyond is emptied.
+    """
     from autoaccum.simulate import margins
     from autoaccum.simulate.allocator import Allocator
     from autoaccum.simulate.kernels import Card
     from autoaccum.simulate.tape import replay
 
     (job,) = made._jobs
-    tape = made.recorded(lambda tracer: plain_loop(job, lambda: made.batch(batch), position, steps, tracer), Card(capability, 8519680, benchmark=benchmark))
-    return replay(tape, Allocator(total)).peak_reserved_bytes, margins.family(tape.operators)
+    tape = made.recorded(lambda tracer: plain_loop(job, lambda: made.batch(batch), position, steps, tracer), Card(card.capability, benchmark=benchmark))
+    allocator = Allocator(card.total_bytes, available_bytes=card.available_bytes) if limited else Allocator()
+    return replay(tape.on(card.cublas_workspace.value, *card.parallel), allocator).peak_reserved_bytes, margins.family(tape.operators)
 
 
 def plain_loop(job, batch, position: str, steps: int, tracer=None) -> None:
@@ -224,12 +233,12 @@ def plain_loop(job, batch, position: str, steps: int, tracer=None) -> None:
 
 
 def of_timm(row: dict[str, str]) -> dict[str, object]:
-    from autoaccum import phantom
+    from autoaccum import phantom, profiles
 
     with phantom.unfilled():
         job = timm_job(row["timm_model"])
     made = phantom.Phantom([job])
-    peak, family = iterations(made, int(row["micro_batch"]), "start", capability=80, total=1 << 62, steps=3, benchmark=True)
+    peak, family = iterations(made, int(row["micro_batch"]), "start", profiles.load("a100-40gb"), limited=False, steps=3, benchmark=True)
     return {"predicted_bytes": peak, "measured_bytes": int(float(row["measured_peak_mib"]) * MIB), "family": family}
 
 

@@ -10,8 +10,9 @@ ROWS = """
 version errors under_limit
 units oom launched engines fleets sampler modules
 batches devices.base profiles simulate.settings simulate.margins ranks speeds
-simulate simulate.allocator simulate.kernels simulate.fake simulate.attention
+simulate simulate.allocator simulate.convolutions simulate.fake simulate.attention
 simulate.tape
+simulate.kernels
 simulate.trace simulate.timeline
 devices.cgroup devices.nvml
 devices.cpu devices.cuda devices.mps devices.xpu devices.virtual

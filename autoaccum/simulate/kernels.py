@@ -1,7 +1,8 @@
 """Memory that kernels take from the allocator unseen, and give back when they return.
 
-No operator shows it, so each row here says from a call's shapes how much it is. `MEASURED` rows were compared with a
-card; `ESTIMATED` ones follow from the kernel's source or its documentation, and nobody has compared them yet.
+No operator shows it, so each row here says from a call's shapes how much it is, and when. `MEASURED` rows are what an H200 did
+(torch 2.11, cuDNN 9.19; `benchmarks/gpu/virtual.py`, part B); `ESTIMATED` ones follow from the kernel's source or its
+documentation, and nobody has compared them yet.
 """
 
 from __future__ import annotations
@@ -9,122 +10,299 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
+
+from autoaccum.simulate import convolutions
+from autoaccum.simulate.tape import Staging
+from autoaccum.units import MIB
 
 
 @dataclass(frozen=True)
 class Card:
-    """What of a card the rows need. capability: 75 for sm_75. cublas_workspace_bytes: per handle, that is per thread."""
+    """What of a card the rows need. capability: 75 for sm_75. cublas: whether handles have a workspace at all. What else differs between
+    cards is put in when a tape is replayed."""
 
     capability: int
-    cublas_workspace_bytes: int
+    cublas: bool = True
     benchmark: bool = False
 
 
-Bytes = Sequence[int]
+class Taken(NamedTuple):
+    """Bytes that are there from `begin` to `end` of a call, None for until it returns. At 1.0 one result has been made, at 2.0 two.
+
+    staging: instead of bytes, for sums that a card's size decides on.
+    """
+
+    nbytes: int
+    begin: float = 0.0
+    end: float | None = None
+    staging: Staging | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """operators: names in `torch.ops.aten`. bytes_of: `(arguments, result, card)` -> what is taken at once, in bytes."""
+    """operators: names in `torch.ops.aten`. taken: `(arguments, results, card)`. order: from the arguments, in which order a card makes the
+    tensors among the results, by number, None for as they are returned; those that are left out are made elsewhere."""
 
     operators: tuple[str, ...]
-    bytes_of: Callable[[Sequence[Any], Any, Card], Bytes]
+    taken: Callable[[Sequence[Any], Sequence[Any], Card], Sequence[Taken]]
     formula: str
     source: str
     mark: Literal["measured", "estimated"] = "estimated"
+    order: Callable[[Sequence[Any]], tuple[int, ...] | None] = lambda _: None
 
 
-def taken(operator: str, arguments: Sequence[Any], result: Any, card: Card) -> Bytes:
-    """Bytes that this call takes beside its results, block by block."""
+def taken(operator: str, arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    """What this call takes beside its results."""
     row = _BY_OPERATOR.get(operator)
-    return () if row is None else [nbytes for nbytes in row.bytes_of(arguments, result, card) if nbytes > 0]
+    return () if row is None else [each for each in row.taken(arguments, results, card) if each.nbytes > 0 or each.staging is not None]
 
 
-def takes_cublas(operator: str) -> bool:
-    """True for what runs on cuBLAS, whose handle of the thread then has its workspace, for good."""
-    return operator in _CUBLAS
+def order(operator: str, arguments: Sequence[Any]) -> tuple[int, ...] | None:
+    """In which order a card makes the results of this call, where that is not the order in which they are returned."""
+    row = _BY_OPERATOR.get(operator)
+    return None if row is None else row.order(arguments)
 
 
+def handles(operator: str) -> tuple[str, ...]:
+    """Libraries of which the thread has a handle from this operator on, each with a workspace for good."""
+    if operator not in _CUBLAS:
+        return ()
+    return ("cublas", "cublaslt") if operator == "addmm" and _lt_has_its_own() else ("cublas",)
+
+
+LT_BYTES = MIB  # at::cuda::getCUDABlasLtWorkspaceSize (CUBLASLT_WORKSPACE_SIZE); measured on an H200
 _CUBLAS = {"mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "_scaled_mm", "linear", "matmul"}
+
+
+def _lt_has_its_own() -> bool:
+    """From torch 2.13 on both libraries share one workspace."""
+    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
+    return (major, minor) < (2, 13)
 
 
 def _up(value: int, step: int) -> int:
     return -(-value // step) * step
 
 
-def _flash_backward(arguments: Sequence[Any], result: Any, card: Card) -> Bytes:
+# -- sums --
+
+
+def staging(value: torch.Tensor, dims: Sequence[int]) -> Staging | None:
+    """How a card goes about the sum of `value` over `dims` (all of them for none); None for what takes nothing."""
+    over = {dim % max(value.dim(), 1) for dim in dims} or set(range(value.dim()))
+    sizes = [(stride, size, dim in over) for dim, (size, stride) in enumerate(zip(value.shape, value.stride())) if size > 1]
+    outputs = math.prod(size for _, size, summed in sizes if not summed)
+    inputs = math.prod(size for _, size, summed in sizes if summed)
+    if inputs <= 1:
+        return None
+    kept, summed = ([each for each in sizes if each[2] is which] for which in (False, True))
+    nearest = min(kept, default=None)
+    if nearest is None or min(summed)[0] < nearest[0]:
+        return Staging(outputs, inputs, True)
+    vector = 4 if nearest[0] == 1 else 1
+    # What lies at such distances, beginning anywhere, can be read so many at once.
+    for each in (nearest[1], *(stride for stride, _, _ in sizes if (stride != nearest[0]))):
+        while each % vector:
+            vector //= 2
+    return Staging(outputs, inputs, False, vector)
+
+
+def _sum(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    value = arguments[0]
+    dims = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], (list, tuple)) else ()
+    if not value.is_floating_point():  # counted in 64 bits
+        return [Taken(8 * value.numel(), 1)] if value.element_size() < 8 else []
+    return _staged(value, dims, 1)
+
+
+def _staged(value: torch.Tensor, dims: Sequence[int], begin: float, end: float | None = None) -> list[Taken]:
+    rule = staging(value, dims)
+    return [] if rule is None else [Taken(0, begin, end, rule)]
+
+
+# -- attention --
+
+
+def _flash_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
     query, key = arguments[1], arguments[2]
     batch, heads, length, width = query.shape
     padded = _up(width, 32) if width <= 128 else _up(width, 64)
     groups = heads // key.shape[1]
     expanded = 2 * batch * heads * key.shape[2] * key.shape[3] * key.element_size() if groups > 1 else 0
-    return [4 * batch * heads * _up(length, 128), 4 * batch * _up(length, 128) * heads * padded, expanded]
+    return [Taken(4 * batch * heads * _up(length, 128), 3), Taken(4 * batch * _up(length, 128) * heads * padded, 3), Taken(expanded, 3)]
 
 
-def _efficient_backward(arguments: Sequence[Any], result: Any, card: Card) -> Bytes:
-    query = arguments[1]
+def _efficient_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    gradient, query = arguments[0], arguments[1]
     batch, heads, length, width = query.shape
-    # The accumulator of the queries' gradient in single precision is needed where that gradient is a half.
-    accumulator = 4 * batch * heads * length * width if query.element_size() == 2 else 0
-    return [4 * batch * heads * _up(length, 16), accumulator]
+    made = len(results)
+    copied = [] if gradient.transpose(1, 2).is_contiguous() else [Taken(gradient.nbytes)]
+    tiles = -(-length // 64) * -(-width // 64)
+    # The product of the output and its gradient is summed, and the sum laid out anew.
+    sums = 4 * batch * heads * length
+    delta = [Taken(4 * query.numel(), made, made + 0.3), Taken(sums, made + 0.1, made + 0.3), Taken(sums, made + 0.2)]
+    return [*copied, *delta, Taken(batch * heads * tiles * (64 * 64 * 4 + 16), made + 0.4)]
 
 
-def _cudnn_attention_backward(arguments: Sequence[Any], result: Any, card: Card) -> Bytes:
+def _cudnn_attention(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    return [Taken(256, 4)]
+
+
+def _cudnn_attention_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
     batch, heads, length, width = arguments[1].shape
-    return [4 * batch * heads * length * (width + 1)]
+    return [Taken(4 * batch * heads * length * (width + 1) + 256, 3)]
 
 
-def _embedding_backward(arguments: Sequence[Any], result: Any, card: Card) -> Bytes:
+# -- norms --
+
+
+def _copies(*places: int) -> Callable[[Sequence[Any], Sequence[Any], Card], Sequence[Taken]]:
+    """Of the arguments at these places those that do not lie as the kernel wants them."""
+
+    def taken(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+        given = [arguments[place] for place in places if place < len(arguments)]
+        return [Taken(each.numel() * each.element_size()) for each in given if isinstance(each, torch.Tensor) and not each.is_contiguous()]
+
+    return taken
+
+
+def _layer_norm_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    width = math.prod(arguments[2])
+    rows = arguments[1].numel() // max(width, 1)
+    found = [*_copied(arguments[1], 0.0), *_copied(arguments[0], 3.0)]
+    if rows > 64 * 1024 and width // 32 < 64:  # fewer columns than half the multiprocessors of a large card
+        partial = 4 * -(-rows // 32) * width
+        found += [Taken(partial, 3), Taken(partial, 3)]
+    return found
+
+
+def _batch_norm(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    return _meeting(arguments[0], 4, 3.0)
+
+
+def _batch_norm_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    value = arguments[1]
+    sums = [Taken(4 * value.shape[1])] * 2 if _channels_last(value) else []
+    return [*sums, *_meeting(value, 2, 2.0)]
+
+
+def _meeting(value: torch.Tensor, floats: int, begin: float) -> list[Taken]:
+    """Channels-last statistics are gathered by several blocks of threads, which meet in memory."""
+    if not _channels_last(value):
+        return []
+    channels = value.shape[1]
+    rows = value.numel() // channels
+    width = min(_power(channels), 32)
+    height = min(_power(-(-rows // 16)), 512 // width)
+    width = min(_power(channels), 512 // height)
+    blocks = min(-(-rows // (height * 16)), 128)
+    return [] if blocks < 8 else [Taken(4 * floats * channels * blocks, begin, begin + 0.2), Taken(4 * -(-channels // width), begin + 0.1, begin + 0.2)]
+
+
+def _channels_last(value: torch.Tensor) -> bool:
+    return value.dim() == 4 and value.is_contiguous(memory_format=torch.channels_last) and not value.is_contiguous()
+
+
+def _power(value: int) -> int:
+    return 1 << (max(value, 1).bit_length() - 1)
+
+
+def _group_norm(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    samples, channels = arguments[0].shape[:2]
+    return [Taken(4 * samples * channels, 3), Taken(4 * samples * channels, 3)]
+
+
+def _group_norm_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    samples, channels = arguments[1].shape[:2]
+    groups = arguments[2].numel() // samples
+    of_channels, of_groups = 4 * samples * channels, 4 * samples * groups
+    return [Taken(size, 3) for size in (of_channels, of_channels, of_groups, of_groups, of_channels)]
+
+
+# -- the rest --
+
+
+def _embedding_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
     gradient, indices, weights = arguments[0], arguments[1], arguments[2]
     count = indices.numel()
     if count <= 3072:
         return []
-    return [8 * count, 8 * count, 8 * count, 4 * min(count, count // 10 + int(weights)) * gradient.shape[-1]]
+    sorting = [Taken(8 * count) for _ in range(2)]
+    cub = [Taken(8 * count, 0.0, 0.2), Taken(16 * count + 17919, 0.1, 0.2)]
+    # How many segments there are depends on the indices: as many as can be, which is far more than indices of zeros need.
+    partial = 4 * min(count, count // 10 + int(weights)) * gradient.shape[-1]
+    return [*sorting, *cub, *(Taken(8 * count, 1) for _ in range(3)), Taken(partial, 1)]
 
 
-def _index_backward(arguments: Sequence[Any], result: Any, card: Card) -> Bytes:
-    indices = [each for each in arguments[1] if isinstance(each, torch.Tensor)]
-    return [8 * each.numel() for each in indices for _ in range(4) if each.dtype is not torch.bool]
+def _index_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    indices = [each for each in arguments[1] if isinstance(each, torch.Tensor) and each.dtype is not torch.bool]
+    if not indices or not (len(arguments) > 3 and arguments[3]):
+        return []
+    count = max(each.numel() for each in indices)
+    made = len(results)
+    return [*(Taken(8 * count, made) for _ in range(5)), *_copied(arguments[2], made), Taken(16 * count, made)]
 
 
-def _group_norm_backward(arguments: Sequence[Any], result: Any, card: Card) -> Bytes:
-    samples, channels = arguments[1].shape[:2]
-    return [4 * samples * channels, 4 * samples * channels]
+def _copied(value: Any, begin: float) -> list[Taken]:
+    return [Taken(value.numel() * value.element_size(), begin)] if isinstance(value, torch.Tensor) and not value.is_contiguous() else []
 
 
-def _layer_norm_backward(arguments: Sequence[Any], result: Any, card: Card) -> Bytes:
-    width = math.prod(arguments[2])
-    rows = arguments[1].numel() // max(width, 1)
-    # Partial sums of both parameters' gradients, a block of rows each.
-    return [4 * min(rows // 32 + 1, 512) * width] * 2
+def _softmax_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    return [Taken(results[0].nbytes, 1)]
 
 
-def _scan(arguments: Sequence[Any], result: Any, card: Card) -> Bytes:
+def _safe_softmax(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    count = arguments[0].numel()
+    return [Taken(count, 1), Taken(count // max(arguments[0].shape[-1], 1), 1), Taken(4, 1)]
+
+
+def _scan(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
     first = arguments[0]
-    return [first.nbytes + 8 * first.numel()] if isinstance(first, torch.Tensor) else []
+    return [Taken(first.nbytes + 8 * first.numel(), len(results))] if isinstance(first, torch.Tensor) else []
 
 
-def _rnn(arguments: Sequence[Any], result: Any, card: Card) -> Bytes:
-    first = arguments[0]
-    return [4 * first.numel() * 4]
+def _cumulative(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    return [Taken(results[0].nbytes, 1)] if arguments[0].dtype is not results[0].dtype else []
 
 
-def _convolution(arguments: Sequence[Any], result: Any, card: Card) -> Bytes:
-    # Without benchmark mode, nothing agreed better with published peaks than something.
-    return [result.nbytes] if card.benchmark and _is_dense(arguments[0], arguments[1]) else []
+def _norms(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    chunks = max((-(-each.numel() // 65536) for each in arguments[0]), default=0)
+    return [Taken(4 * len(arguments[0]) * chunks)]
 
 
-def _convolution_backward(arguments: Sequence[Any], result: Any, card: Card) -> Bytes:
-    images, weight = arguments[1], arguments[2]
-    return [images.nbytes] if card.benchmark and _is_dense(images, weight) else []
+def _rnn(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    return [Taken(16 * arguments[0].numel(), len(results))]
 
 
-def _is_dense(images: torch.Tensor, weight: torch.Tensor) -> bool:
-    """False for depthwise convolutions, which run on kernels of torch's own, without a workspace."""
-    return bool(weight.shape[1] > 1 or images.shape[1] == 1)
+def _convolution(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    if card.benchmark:  # the plan that was fastest; one tensor more agrees best with the published peaks of timm's models
+        return [Taken(results[0].nbytes, 1)] if convolutions.Shape.of(arguments[0], arguments[1], results[0], arguments[8]).dense else []
+    shape = convolutions.Shape.of(arguments[0], arguments[1], results[0], arguments[8])
+    return [Taken(convolutions.forward(shape, card.capability), 1)]
+
+
+def _convolution_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    gradient, images, weight = arguments[:3]
+    if card.benchmark:
+        return [Taken(images.nbytes, len(results))] if convolutions.Shape.of(images, weight, gradient, arguments[9]).dense else []
+    shape = convolutions.Shape.of(images, weight, gradient, arguments[9])
+    wanted = arguments[10]
+    alike = gradient.is_contiguous() or (_channels_last(gradient) and _channels_last(images))
+    found = [] if alike else [Taken(gradient.numel() * gradient.element_size())]
+    made = 0
+    for asked, rule in zip(wanted, (convolutions.of_images, convolutions.of_weights, None)):
+        if not asked:
+            continue
+        made += 1
+        found += [Taken(rule(shape, card.capability), made, made + 0.1)] if rule else _staged(gradient, (0, *range(2, gradient.dim())), made)
+    return found
+
+
+def _is_depthwise(arguments: Sequence[Any]) -> bool:
+    return bool(arguments[9] > 1 and arguments[9] == arguments[1].shape[1] and not _channels_last(arguments[1]))
 
 
 def is_benchmarked(operator: str) -> bool:
@@ -133,13 +311,15 @@ def is_benchmarked(operator: str) -> bool:
 
 
 def benchmark_bytes(operator: str, arguments: Sequence[Any], result: Any) -> int:
-    """The largest workspace that the benchmark of a convolution tries."""
+    """The largest workspace that the benchmark of a convolution tries, where there is little room: it takes up to all that is free."""
     if operator == "convolution":
         return int(arguments[0].nbytes + result.nbytes)
     return int(arguments[0].nbytes + arguments[1].nbytes)
 
 
+_ATEN = "aten/src/ATen/native"
 ROWS = (
+    Row(("sum", "mean"), _sum, "a meeting place of thread blocks, see tape.Staging; whole numbers as 64 bits", f"{_ATEN}/cuda/Reduce.cuh", "measured"),
     Row(
         ("_scaled_dot_product_flash_attention_backward",),
         _flash_backward,
@@ -147,41 +327,106 @@ ROWS = (
         "flash-attention 2, csrc/flash_attn/flash_api.cpp, mha_bwd: softmax_d, dq_accum, dk_expanded",
     ),
     Row(
-        ("_scaled_dot_product_efficient_attention_backward",),
-        _efficient_backward,
-        "fp32: B H up(S,16), and B H S D for halves",
-        "aten/native/transformers/cuda/attention_backward.cu: delta, workspace of the queries' gradient",
+        ("_scaled_dot_product_efficient_attention",),
+        lambda *_: (),
+        "nothing; the generator's seed and offset stay on the host",
+        f"{_ATEN}/transformers/cuda/attention.cu",
+        "measured",
+        order=lambda _: (0, 1),
     ),
     Row(
-        ("_scaled_dot_product_cudnn_attention_backward",),
-        _cudnn_attention_backward,
-        "fp32: B H S (D + 1)",
-        "by analogy with flash-attention: an accumulator of the queries' gradient and a sum per row",
+        ("_scaled_dot_product_efficient_attention_backward",),
+        _efficient_backward,
+        "a copy of a gradient that lies otherwise; fp32: B H S D, twice B H S, and tiles of 64 x 64 with 16 bytes each for the queries' gradient",
+        f"{_ATEN}/transformers/cuda/attention_backward.cu",
+        "measured",
     ),
+    Row(
+        ("_scaled_dot_product_cudnn_attention",),
+        _cudnn_attention,
+        "256 bytes",
+        "what cuDNN 9.19 took",
+        "measured",
+        order=lambda _: (2, 3, 0, 1),
+    ),
+    Row(
+        ("_scaled_dot_product_cudnn_attention_backward",), _cudnn_attention_backward, "fp32: B H S (D + 1), and 256 bytes", "what cuDNN 9.19 took", "measured"
+    ),
+    Row(
+        ("native_layer_norm", "avg_pool2d", "_log_softmax", "_softmax"),
+        _copies(0),
+        "a copy of an input that is not contiguous",
+        f"{_ATEN}/cuda/layer_norm_kernel.cu and others: contiguous()",
+        "measured",
+    ),
+    Row(
+        ("native_layer_norm_backward",),
+        _layer_norm_backward,
+        "copies of what is not contiguous; above 65,536 rows and below 2,048 columns twice rows/32 x columns in fp32",
+        f"{_ATEN}/cuda/layer_norm_kernel.cu: LaunchGammaBetaBackwardCUDAKernel",
+        "measured",
+    ),
+    Row(
+        ("avg_pool2d_backward",), _copies(1, 0), "copies of what is not contiguous", f"{_ATEN}/cuda/AveragePool2d.cu", "measured"
+    ),
+    Row(("max_pool2d_with_indices_backward",), _copies(0), "a copy of a gradient that is not contiguous", f"{_ATEN}/cuda/DilatedMaxPool2d.cu", "measured"),
+    Row(
+        ("native_batch_norm", "cudnn_batch_norm"),
+        _batch_norm,
+        "channels last: four floats a channel and block of threads, semaphores",
+        f"{_ATEN}/cuda/Normalization.cuh: batch_norm_stats_channels_last_cuda_template",
+        "measured",
+    ),
+    Row(
+        ("native_batch_norm_backward", "cudnn_batch_norm_backward"),
+        _batch_norm_backward,
+        "channels last: two sums a channel; two floats a channel and block of threads, semaphores",
+        f"{_ATEN}/cuda/Normalization.cuh: batch_norm_backward_reduce_cuda_channels_last_template",
+        "measured",
+        order=lambda arguments: (1, 2, 0) if _channels_last(arguments[1]) else None,
+    ),
+    Row(("native_group_norm",), _group_norm, "fp32: 2 x N x C", f"{_ATEN}/cuda/group_norm_kernel.cu", "measured"),
+    Row(
+        ("native_group_norm_backward",),
+        _group_norm_backward,
+        "fp32: 3 x N x C and 2 x N x groups",
+        f"{_ATEN}/cuda/group_norm_kernel.cu: ds, db and their coefficients",
+        "measured",
+    ),
+    Row(("native_dropout",), lambda *_: (), "nothing; the mask is made first", f"{_ATEN}/cuda/Dropout.cu", "measured", order=lambda _: (1, 0)),
+    Row(("_softmax_backward_data",), _softmax_backward, "the product of both arguments", f"{_ATEN}/cuda/SoftMax.cu", "measured"),
+    Row(("_safe_softmax",), _safe_softmax, "a mask of the input, one of its rows, a number", f"{_ATEN}/transformers/attention.cpp", "measured"),
     Row(
         ("embedding_dense_backward",),
         _embedding_backward,
-        "above 3072 indices N: three times 8 N, and fp32 partial sums of min(N, N/10 + V) rows",
-        "aten/native/cuda/Embedding.cu and EmbeddingBackwardKernel.cu",
+        "above 3072 indices N: seven times 8 N, cub's 16 N, and fp32 partial sums of min(N, N/10 + V) rows",
+        f"{_ATEN}/cuda/Embedding.cu and EmbeddingBackwardKernel.cu; all but the partial sums seen on an H200",
     ),
     Row(
         ("index_put", "index_put_", "_index_put_impl_"),
         _index_backward,
-        "4 x the indices' bytes",
-        "aten/native/cuda/Indexing.cu: sorted copies and cub's storage",
+        "where values are added up: five times 8 bytes an index, a copy of values that are not contiguous, cub's 16 bytes an index",
+        f"{_ATEN}/cuda/Indexing.cu",
+        "measured",
     ),
-    Row(("native_group_norm_backward",), _group_norm_backward, "fp32: 2 x N x C", "aten/native/cuda/group_norm_kernel.cu: ds and db"),
-    Row(
-        ("native_layer_norm_backward",), _layer_norm_backward, "fp32: 2 x min(rows/32 + 1, 512) x width", "aten/native/cuda/layer_norm_kernel.cu: partial sums"
-    ),
-    Row(("sort", "topk", "cumsum", "cumprod", "multinomial"), _scan, "the input and 8 bytes an element", "cub: DeviceRadixSort and DeviceScan storage"),
+    Row(("sort", "topk", "multinomial"), _scan, "the input and 8 bytes an element", "cub: DeviceRadixSort and DeviceScan storage"),
+    Row(("cumsum", "cumprod"), _cumulative, "a copy of an input of another type", f"{_ATEN}/cuda/ScanKernels.cpp", "measured"),
+    Row(("_foreach_norm",), _norms, "4 bytes for each tensor and each 65,536 elements of the largest", f"{_ATEN}/cuda/ForeachReduceOp.cu", "measured"),
     Row(("_cudnn_rnn", "_cudnn_rnn_backward"), _rnn, "16 bytes an element of the input", "no public formula: a guess"),
     Row(
         ("convolution", "cudnn_convolution"),
         _convolution,
-        "in benchmark mode the output once more, unless depthwise",
-        "cuDNN's plans for tensor cores convert layouts; no formula is public, and one tensor agrees best with the published peaks of timm's models",
+        "see convolutions.py; in benchmark mode the output once more, unless depthwise",
+        "what cuDNN 9.19 took in 640 shapes without benchmark mode",
+        "measured",
     ),
-    Row(("convolution_backward",), _convolution_backward, "in benchmark mode the input once more, unless depthwise", "as forward"),
-)
+    Row(
+        ("convolution_backward",),
+        _convolution_backward,
+        "as forward, for each gradient; the bias's is a sum; depthwise the weights' gradient comes first",
+        "as forward",
+        "measured",
+        order=lambda arguments: (1, 0) if _is_depthwise(arguments) and list(arguments[10]) == [True, True, False] else None,
+    ),
+)  # fmt: skip
 _BY_OPERATOR = {operator: row for row in ROWS for operator in row.operators}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from typing import Any
 
 from autoaccum.simulate.allocator import Allocator, Block
@@ -22,10 +22,54 @@ class Mark:
     piece: int
 
 
+@dataclass(frozen=True)
+class Staging:
+    """A sum over part of a tensor, whose thread blocks meet in memory if there are several for each result.
+
+    outputs, inputs: results, and how many values go into each. along: True where the values of a result lie side by side.
+    vector: how many results a thread makes at once. Rule: aten/src/ATen/native/cuda/Reduce.cuh, setReduceConfig (torch 2.11); the bytes
+    of all 312 different sums that were recorded on an H200.
+    """
+
+    outputs: int
+    inputs: int
+    along: bool
+    vector: int = 1
+
+    def blocks(self, multiprocessors: int, threads: int) -> tuple[int, int]:
+        """Bytes of the meeting place and of its semaphores on a card of so many multiprocessors with so many threads each; 0 and 0 without one."""
+        most = 512 // self.vector
+        across, down = (self.inputs, self.outputs) if self.along else (self.outputs // self.vector, self.inputs)
+        if self.along and across > 128:
+            across //= 4
+        across, down = min(_power(across), most), min(_power(down), most)
+        width = min(across, 32)
+        height = min(down, most // width)
+        width = min(across, most // height)
+        step_in, step_out = (width, 1) if self.along else (1, width)
+        if -(-self.inputs // step_in) >= min(height * 16, 256):
+            step_in *= height
+        else:
+            return 0, 0
+        each = -(-self.inputs // step_in)
+        grid, wanted = -(-(self.outputs // self.vector) // step_out), multiprocessors * (threads // (width * height))
+        if each < 256 or grid > wanted:
+            return 0, 0
+        split = max(min(-(-wanted // grid), -(-each // 16)), -(-each // 256))
+        if split <= 1:
+            return 0, 0
+        return 4 * self.outputs * split * (1 if self.along else width * self.vector), 4 * grid
+
+
+def _power(value: int) -> int:
+    return 1 << (max(value, 1).bit_length() - 1)
+
+
 @dataclass
 class Tape:
     """events: the number of a block that is born, or `~number` of one that dies. For each block its size in bytes, its
     kind (one of `KINDS`) and the operator it came from. assumed: what was taken for granted along the way, in words.
+    staged: blocks whose size depends on the card, each with its rule and which of its two blocks it is.
     """
 
     events: list[int] = field(default_factory=list)
@@ -34,6 +78,7 @@ class Tape:
     operators: list[str] = field(default_factory=list)
     marks: list[Mark] = field(default_factory=list)
     assumed: tuple[str, ...] = ()
+    staged: dict[int, tuple[Staging, int]] = field(default_factory=dict)
 
     def born(self, nbytes: int, kind: str, operator: str) -> int:
         number = len(self.sizes)
@@ -56,10 +101,28 @@ class Tape:
         """Where the job was at an event."""
         return next((mark for mark in reversed(self.marks) if mark.event <= event), Mark(0, "setup", 0, 0))
 
-    def sized(self, operator: str, nbytes: int) -> Tape:
-        """The same with every block of that operator's of another size."""
-        sizes = [max(nbytes, 1) if name == operator else size for name, size in zip(self.operators, self.sizes)]
-        return Tape(self.events, sizes, self.kinds, self.operators, self.marks, self.assumed)
+    def on(self, cublas_bytes: int, multiprocessors: int, threads: int) -> Tape:
+        """The same on one card: with cuBLAS's workspace of that size, and with the sums of a card of so many multiprocessors."""
+        sizes = [cublas_bytes if name == "cublas" else size for name, size in zip(self.operators, self.sizes)]
+        for number, (rule, which) in self.staged.items():
+            sizes[number] = rule.blocks(multiprocessors, threads)[which]
+        absent = {number for number, size in enumerate(sizes) if not size}
+        if not absent:
+            return Tape(self.events, sizes, self.kinds, self.operators, self.marks, self.assumed)
+        events: list[int] = []
+        marks: list[Mark] = []
+        pending = iter([*self.marks, None])
+        mark = next(pending)
+        for at, event in enumerate(self.events):
+            while mark is not None and mark.event <= at:
+                marks.append(Mark(len(events), mark.phase, mark.window, mark.piece))
+                mark = next(pending)
+            if event == EMPTY_CACHE or (event if event >= 0 else ~event) not in absent:
+                events.append(event)
+        while mark is not None:
+            marks.append(Mark(len(events), mark.phase, mark.window, mark.piece))
+            mark = next(pending)
+        return Tape(events, sizes, self.kinds, self.operators, marks, self.assumed)
 
     def requested_peak(self) -> int:
         """The most bytes that were asked for and alive at once, without any allocator."""
@@ -161,7 +224,7 @@ def canonical(tape: Tape) -> Tape:
         else:
             deaths.append(event)
     events += sorted(deaths, reverse=True)
-    return Tape(events, tape.sizes, tape.kinds, tape.operators, tape.marks, tape.assumed)
+    return Tape(events, tape.sizes, tape.kinds, tape.operators, tape.marks, tape.assumed, tape.staged)
 
 
 class NotAlike(Exception):
@@ -178,14 +241,20 @@ class Growth:
     high_batch: int
 
     def __post_init__(self) -> None:
-        if self.low.events != self.high.events:
+        if self.low.events != self.high.events or self.low.staged.keys() != self.high.staged.keys():
             raise NotAlike(_first_difference(self.low, self.high))
 
     def at(self, micro_batch: int) -> Tape:
         """The tape at another micro-batch."""
         span, beyond = self.high_batch - self.low_batch, micro_batch - self.low_batch
         sizes = [max(low + (high - low) * beyond // span, 1) if high != low else low for low, high in zip(self.low.sizes, self.high.sizes)]
-        return Tape(self.low.events, sizes, self.low.kinds, self.low.operators, self.low.marks, self.low.assumed)
+        staged = {}
+        for number, (low, which) in self.low.staged.items():
+            high = self.high.staged[number][0]
+            outputs = max(low.outputs + (high.outputs - low.outputs) * beyond // span, 1)
+            inputs = max(low.inputs + (high.inputs - low.inputs) * beyond // span, 1)
+            staged[number] = replace(high, outputs=outputs, inputs=inputs), which
+        return Tape(self.low.events, sizes, self.low.kinds, self.low.operators, self.low.marks, self.low.assumed, staged)
 
 
 def _first_difference(low: Tape, high: Tape) -> str:
@@ -198,7 +267,7 @@ def _first_difference(low: Tape, high: Tape) -> str:
 
 def same(one: Tape, other: Tape) -> bool:
     """True where both tapes hold the same events and sizes."""
-    return one.events == other.events and one.sizes == other.sizes
+    return one.events == other.events and one.sizes == other.sizes and one.staged == other.staged
 
 
 def from_json(told: dict[str, Any]) -> Tape:
@@ -211,6 +280,7 @@ def from_json(told: dict[str, Any]) -> Tape:
         [names[number] for number in told["operators"]],
         [Mark(*mark) for mark in told["marks"]],
         tuple(told["assumed"]),
+        {number: (Staging(*rule), which) for number, which, rule in told.get("staged", ())},
     )
 
 
@@ -225,4 +295,5 @@ def as_json(tape: Tape) -> dict[str, Any]:
         "names": list(names),
         "marks": [[mark.event, mark.phase, mark.window, mark.piece] for mark in tape.marks],
         "assumed": list(tape.assumed),
+        "staged": [[number, which, list(astuple(rule))] for number, (rule, which) in tape.staged.items()],
     }

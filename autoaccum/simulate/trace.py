@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import threading
 import weakref
@@ -37,7 +38,7 @@ class Tracer(TorchDispatchMode):
         self.late: set[int] = set()  # storages that are counted when they are first used
         self._card, self._kind = card, kind
         self._live: dict[int, int] = {}
-        self._handles: set[int] = set()
+        self._handles: set[tuple[int, str]] = set()
         self._main = threading.get_ident()
         self._assumed: Counter[str] = Counter()
         self._done = False
@@ -86,8 +87,6 @@ class Tracer(TorchDispatchMode):
             self._use_late(args)
         if name in _INDEXED and any(isinstance(each, torch.Tensor) and each.dtype in _MASKS and self._here(each) for each in args[1] or ()):
             args = (args[0], self._selecting_all(args[1]), *args[2:])
-        if kernels.takes_cublas(name) and any(self._here(each) for each in args):
-            self._handle()
         try:
             out = func(*args, **kwargs)
         except DynamicOutputShapeException:
@@ -95,15 +94,42 @@ class Tracer(TorchDispatchMode):
         if func is aten.add.Tensor and self._summed_in_place(args, out):
             return out
         _follow_truth(name, args, out)
-        taken = kernels.taken(name, args, out, self._card)
-        _each(out, lambda tensor: self.track(tensor, name))
-        if taken and any(self._here(each) for each in args):
-            numbers = [self.tape.born(nbytes, "workspace", name) for nbytes in taken]
-            for number in numbers:
-                self.tape.died(number)
+        here = any(self._here(each) for each in args) or bool(args and isinstance(args[0], (list, tuple)) and any(self._here(each) for each in args[0]))
+        self._made(name, args, _flat(out), here)
+        if here:
+            self._handle(name)
         if self._card.benchmark and kernels.is_benchmarked(name) and any(self._here(each) for each in args):
             self._benchmark(name, args, out)
         return out
+
+    def _made(self, name: str, args: Sequence[Any], results: list[torch.Tensor], here: bool) -> None:
+        """Writes down a call: its results in the order in which a card makes them, and what its kernels take beside them, when they do."""
+        order = kernels.order(name, args) if here else None
+        taken = sorted(kernels.taken(name, args, results, self._card), key=lambda each: each.begin) if here else []
+        made = [results[number] for number in order if number < len(results)] if order is not None else results
+        alive: list[tuple[float, list[int]]] = []
+        for done in range(len(made) + 1):
+            for each in [each for each in taken if done <= each.begin < done + 1 or (done == len(made) and each.begin >= done)]:
+                alive = self._given_back(alive, each.begin)
+                alive.append((each.end if each.end is not None else math.inf, self._workspace(name, each)))
+            if done < len(made):
+                alive = self._given_back(alive, done + 0.99)
+                self.track(made[done], name)
+        self._given_back(alive, math.inf)
+
+    def _given_back(self, alive: list[tuple[float, list[int]]], by: float) -> list[tuple[float, list[int]]]:
+        for end, numbers in alive:
+            if end <= by:
+                for number in numbers:
+                    self.tape.died(number)
+        return [each for each in alive if each[0] > by]
+
+    def _workspace(self, name: str, taken: kernels.Taken) -> list[int]:
+        if taken.staging is None:
+            return [self.tape.born(taken.nbytes, "workspace", name)]
+        numbers = [self.tape.born(1, "workspace", name) for _ in range(2)]
+        self.tape.staged |= {number: (taken.staging, which) for which, number in enumerate(numbers)}
+        return numbers
 
     def _use_late(self, args: Any) -> None:
         for each in args:
@@ -141,12 +167,13 @@ class Tracer(TorchDispatchMode):
             if not self._done:
                 self.tape.died(number)
 
-    def _handle(self) -> None:
-        """One cuBLAS handle a thread, with a workspace for good: the main thread's and autograd's."""
-        thread = threading.get_ident()
-        if thread not in self._handles and self._card.cublas_workspace_bytes:
-            self._handles.add(thread)
-            self.tape.born(self._card.cublas_workspace_bytes, "workspace", "cublas")
+    def _handle(self, operator: str) -> None:
+        """One handle a thread and library, with a workspace for good: the main thread's and autograd's."""
+        for library in kernels.handles(operator):
+            handle = threading.get_ident(), library
+            if handle not in self._handles and self._card.cublas:
+                self._handles.add(handle)
+                self.tape.born(kernels.LT_BYTES, "workspace", library)  # cuBLAS's own size is the card's, and put in later
 
     def _benchmark(self, name: str, args: Sequence[Any], out: Any) -> None:
         """cuDNN's benchmark mode tries every algorithm of a new convolution with its workspace, then empties the cache."""
@@ -225,12 +252,10 @@ class Tracer(TorchDispatchMode):
         )
 
 
-def _each(out: Any, do: Any) -> None:
+def _flat(out: Any) -> list[torch.Tensor]:
     if isinstance(out, torch.Tensor):
-        do(out)
-    elif isinstance(out, (tuple, list)):
-        for each in out:
-            _each(each, do)
+        return [out]
+    return [tensor for each in out for tensor in _flat(each)] if isinstance(out, (tuple, list)) else []
 
 
 def _follow_truth(name: str, args: Sequence[Any], out: Any) -> None:

@@ -1,6 +1,6 @@
 """On a CUDA card, without a network: all that is to be known there, in under ten minutes, as one JSON.
 
-    python benchmarks/gpu/everything.py --output benchmarks/results/gpu.json [--minutes 9] [--parts memory,tests,loop,tune,peers]
+    python benchmarks/gpu/everything.py --output benchmarks/results/gpu.json [--minutes 9] [--parts memory,tests,tune,peers,loop,frameworks]
 
 Every measurement is a case of its own, in a process of its own, written as soon as it is there; a run that was cut short, or that ran out of
 its minutes, goes on where it stopped. What takes memory runs beside others, what takes time runs alone. Records the card, the driver and the
@@ -14,6 +14,8 @@ tune    plans under a cap of 8 GiB for a conv net and a GPT (fp32, bf16, fp16 wi
         that runs every larger size that would save a step; 30 windows trained at the plan; samples per second.
 peers   the systems of `benchmarks/peers` that are installed here, on two networks under a cap of 8 GiB, beside the largest size that
         trains there; what is not installed is listed. `--sites DIR` holds packages for one of them, in a folder of its name.
+
+frameworks  GPT-2 in Transformers' Trainer, some of the ways of `frameworks.py`.
 
 `--device cpu --tiny` tries tune and peers out where there is no card.
 """
@@ -53,7 +55,8 @@ PEERS = (
     ("lightning", "Lightning, binsearch"), ("transformers", "HF Trainer"), ("composer", "Composer"), ("koila", "koila"), ("ludwig", "Ludwig"), ("textbook", "textbook"),
     ("autoaccum", "autoaccum, largest=True, headroom=0"),
 )  # fmt: skip
-PARTS = ("memory", "tests", "loop", "tune", "peers")
+FRAMEWORKS = ("autoaccum", "by hand, 64", "autoaccum, throughput", "HF, auto_find_batch_size")
+PARTS = ("memory", "tests", "loop", "tune", "peers", "frameworks")
 PREDICTIONS = HERE.parent / "results" / "gpu_virtual_predictions.json"
 _LONG = ("recording", "calls")  # what of a row goes into files of its own
 _FILE_BYTES = 14 * MIB
@@ -65,20 +68,24 @@ def cases(parts: list[str], predicted: dict[str, Any], wanted: Callable[[str], b
     """What is run, in order: what takes memory, then what must be alone; of several kinds one each in turn, so that a short lease has of everything."""
     found: list[Case] = []
     if "memory" in parts:
-        found.append(Case("C constants", ("virtual", "constants"), alone=True, timeout_s=40))
+        found += [Case(f"C {name}", ("virtual", name), alone=True, timeout_s=40) for name in ("constants", "profile")]
     if "tests" in parts:
         found.append(Case("tests", ("tests",), 20 * GIB, timeout_s=220))
     if "memory" in parts:
         found += list(filter(lambda case: wanted(case.name), _of_memory(predicted)))
-    if "loop" in parts:
-        found.append(Case("loop", ("loop",), alone=True, timeout_s=120))
     tune = [Case(f"tune {model} {way}", ("tune", model, way), alone=True, timeout_s=100) for way in WAYS for model in ("conv net", "gpt")]
+    slow = [tune.pop() for _ in range(2)] if "tune" in parts else []  # compilers take longer than all the rest
     oracles = [Case(f"oracle {network}", ("oracle", network), alone=True, timeout_s=60) for network in ("conv net", "transformer")]
     peers = [
         Case(f"peers {system}, {network}", ("peer", name, system, network), alone=True, timeout_s=60)
         for name, system in PEERS for network in ("conv net", "transformer")
     ]  # fmt: skip
-    return found + _in_turn(tune if "tune" in parts else [], [*oracles, *peers] if "peers" in parts else [])
+    found += _in_turn(tune if "tune" in parts else [], [*oracles, *peers] if "peers" in parts else [])
+    if "loop" in parts:
+        found.append(Case("loop", ("loop",), alone=True, timeout_s=120))
+    if "frameworks" in parts:
+        found += [Case(f"frameworks {way}", ("frameworks", way), alone=True, timeout_s=120) for way in FRAMEWORKS]
+    return found + slow
 
 
 def _of_memory(predicted: dict[str, Any]) -> list[Case]:
@@ -155,6 +162,10 @@ def do(words: tuple[str, ...], *, tiny: bool = False, device: str = "cuda", site
         return peer(rest[0], rest[1], rest[2], tiny, device, sites)
     if kind == "oracle":
         return oracle(rest[0])
+    if kind == "frameworks":
+        import frameworks
+
+        return frameworks.way(rest[0], tiny, device)
     if kind == "probe":
         import torch
 
@@ -380,7 +391,7 @@ def main(output: Path, minutes: float, parts: str, only: str, predictions: Path,
         if case.name not in document["rows"] or "failed" in document["rows"][case.name]
     ]  # fmt: skip
     if device == "cpu":
-        asked = [case for case in asked if case.words[0] in ("tune", "peer")]
+        asked = [case for case in asked if case.words[0] in ("tune", "peer", "frameworks")]
 
     written = 0.0
 

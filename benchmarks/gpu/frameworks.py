@@ -22,6 +22,8 @@ from typing import Any
 
 import click
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where the package is not installed
+
 TARGET, LENGTH, WINDOWS = 512, 512, 4
 
 

@@ -11,12 +11,15 @@ import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import click
 import torch
 from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where the package is not installed
 
 import autoaccum
 from autoaccum import batches, feeding

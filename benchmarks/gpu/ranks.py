@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "examples"))
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 CAPS = {"two": ("12GiB", "4GiB"), "three": ("12GiB", "6GiB", "3GiB")}
 TARGET, WINDOWS = 240, 50
 

@@ -183,15 +183,16 @@ def part(words: tuple[str, ...]) -> dict[str, Any]:
     """One measurement. What is long is under "recording" and "calls", as text."""
     kind, *rest = words
     parts: dict[str, Callable[..., dict[str, Any]]] = {
-        "constants": constants, "random": random_requests, "peak": peak, "calls": calls, "published": published, "boundary": boundary, "replay": peak_under,
+        "constants": constants, "profile": profile, "random": random_requests, "peak": peak, "calls": calls, "published": published, "boundary": boundary, "replay": peak_under,
     }  # fmt: skip
     return parts[kind](*rest)
 
 
 def constants() -> dict[str, Any]:
+    """What lies beside the allocator, after each kind of work; workspaces; the kernels that attention takes."""
     import torch
 
-    from autoaccum import devices, profiles, recording
+    from autoaccum import devices, recording
 
     def outside() -> int | None:
         torch.cuda.empty_cache()
@@ -202,26 +203,19 @@ def constants() -> dict[str, Any]:
     a = torch.ones(512, 512, device="cuda")
     (a @ a).sum().item()
     found["outside"]["product"] = outside()
-    net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.BatchNorm2d(64), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3)).cuda()
-    for autocast in (False, True):
-        with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
-            net(torch.ones(8, 3, 64, 64, device="cuda")).float().mean().backward()
-        torch.cuda.synchronize()
-        found["outside"]["convolutions, bf16" if autocast else "convolutions"] = outside()
-    query = torch.ones(2, 8, 256, 64, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True).sum().backward()
-    torch.optim.AdamW(net.parameters(), fused=True).step()
-    torch.optim.AdamW(net.parameters()).step()
-    torch.cuda.synchronize()
-    found["outside"]["attention, optimizers"] = outside()
+    recording.warm_up()
+    found["outside"]["a training step"] = outside()
     free, total = torch.cuda.mem_get_info()
     properties = torch.cuda.get_device_properties(0)
-    found |= {"free": free, "total_of_mem_get_info": total, "total_of_properties": properties.total_memory, "free_at_the_end": free}
-    found["cublas"] = _workspaces()
-    found["attention"] = _attention()
-    found["cudnn"] = torch.backends.cudnn.version()
-    found["profile"] = profiles.document(recording.record("cuda"))
-    return found
+    found |= {"free": free, "total_of_mem_get_info": total, "total_of_properties": properties.total_memory, "multiprocessors": properties.multi_processor_count}
+    return found | {"cublas": _workspaces(), "attention": _attention(), "cudnn": torch.backends.cudnn.version()}
+
+
+def profile() -> dict[str, Any]:
+    """What `autoaccum profiles record` writes."""
+    from autoaccum import profiles, recording
+
+    return profiles.document(recording.record("cuda"))
 
 
 def _workspaces() -> dict[str, int]:
@@ -315,18 +309,20 @@ def random_requests(name: str) -> dict[str, Any]:
                     ooms += 1
         events = recorder.stop()
         alive.clear()
-        tried.append({**_judged(events, total, CAP_BYTES if capped else None), "ooms": ooms})
+        tried.append({**judged(events, total, CAP_BYTES if capped else None), "ooms": ooms})
         kept.append(recorder.packed(events))
     exact = sum(each["exact"] for each in tried)
     wrong = next((each for each in tried if not each["exact"]), None)
     return {"exact": exact, "of": len(tried), "ooms": sum(each["ooms"] for each in tried), "total": total, "first_wrong": wrong, "recording": json.dumps(kept)}
 
 
-def _judged(events: list[tuple[str, int, int]], total: int, cap_bytes: int | None = None) -> dict[str, Any]:
+def judged(events: list[tuple[str, int, int]], total: int, cap_bytes: int | None = None) -> dict[str, Any]:
     from autoaccum.simulate.allocator import Allocator
     from autoaccum.simulate.settings import from_environment
 
-    allocator = Allocator(total, settings=from_environment())
+    addresses = (address for action, address, _ in events if action == "segment_alloc")
+    settings = from_environment()  # expandable segments lie where they like: of each there is but one
+    allocator = Allocator(total, settings=settings, place=None if settings.expandable_segments else lambda _: next(addresses))
     if cap_bytes is not None:
         allocator.set_fraction(cap_bytes / total)
     return replayed(events, allocator)
@@ -406,7 +402,7 @@ def _peak(make: Callable[[], Any], train: Callable[[Any], None]) -> dict[str, An
         "outside": memory.outside_bytes,
         "retries": stats["num_alloc_retries"],
         "events": len(events),
-        "replayed": _judged(events, memory.total_bytes),
+        "replayed": judged(events, memory.total_bytes),
         "recording": recorder.packed(events),
     }
 

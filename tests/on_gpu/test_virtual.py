@@ -26,7 +26,7 @@ def test_the_allocator_makes_the_same_segments_to_the_byte(settings):
     assert (found["ooms"] > 0) == ("capped" in settings)
 
 
-@pytest.mark.parametrize(("model", "most_off"), [("gpt2", 0.02), ("mlp", 0.02), ("unet", 0.10)])
+@pytest.mark.parametrize(("model", "most_off"), [("gpt2", 0.005), ("mlp", 0.005), ("unet", 0.05)])
 def test_the_peak_is_the_simulated_one_within_the_expected(model, most_off):
     from tests.simulated import in_a_process
 
@@ -37,7 +37,8 @@ import workloads
 fake.enable()
 with phantom.unfilled():
     job = workloads.job("{model}", "adam-fp32")
-tell(tape.replay(phantom.Phantom([job]).tape([[4], [4, 4]], kernels.Card({capability()}, {real["cublas"]})), Allocator()).peak_allocated_bytes)
+made = phantom.Phantom([job]).tape([[4], [4, 4]], kernels.Card({capability()}))
+tell(tape.replay(made.on({real["cublas"]}, {multiprocessors()}, 2048), Allocator()).peak_allocated_bytes)
 """
     assert real["replayed"]["exact"], real["replayed"]
     assert in_a_process(code) == pytest.approx(real["allocated"], rel=most_off)
@@ -48,6 +49,12 @@ def capability():
 
     major, minor = torch.cuda.get_device_capability()
     return 10 * major + minor
+
+
+def multiprocessors():
+    import torch
+
+    return torch.cuda.get_device_properties(0).multi_processor_count
 
 
 def test_an_estimate_leaves_the_card_that_is_here_alone():

@@ -95,13 +95,21 @@ def test_sizes_and_segments_follow_the_table():
     assert segments[1:] == [("alloc", 20 * MIB), ("alloc", 12 * MIB), ("alloc", 22 * MIB)]
 
 
-def test_of_equal_blocks_the_one_that_was_made_first_is_taken():
+def test_of_equal_blocks_the_one_at_the_lowest_address_is_taken():
+    for places in ([100 << 30, 300 << 30, 200 << 30], [300 << 30, 100 << 30, 200 << 30]):
+        given = iter(places)
+        allocator = Allocator(place=lambda _, given=given: next(given))
+        blocks = [allocator.malloc(20 * MIB) for _ in places]
+        assert [block.address for block in blocks] == places
+        for block in blocks:
+            allocator.free(block)
+        assert [allocator.malloc(20 * MIB).address for _ in places] == sorted(places)
+
+
+def test_a_new_segment_lies_below_the_earlier_ones():
     allocator = Allocator()
-    first, second = allocator.malloc(20 * MIB), allocator.malloc(20 * MIB)
-    addresses = first.address, second.address
-    allocator.free(second)
-    allocator.free(first)
-    assert [allocator.malloc(20 * MIB).address for _ in range(2)] == list(addresses)
+    addresses = [allocator.malloc(size * MIB).address for size in (20, 1, 50, 5)]
+    assert addresses == sorted(addresses, reverse=True)
 
 
 def test_a_flush_makes_room_and_is_counted():
