@@ -1,6 +1,7 @@
 """Which kernel a card would take for scaled dot-product attention; a machine without it would take the slow one.
 
-Order and conditions: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, torch 2.11 to 2.13; not yet seen on a card.
+Order and conditions: aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, torch 2.11 to 2.13. All 600 choices of an H200 that
+`benchmarks/gpu/virtual.py` asked for (types, widths, masks, dropout, grouped heads) are these.
 """
 
 from __future__ import annotations
@@ -17,30 +18,59 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 class Asked(NamedTuple):
     """What the choice depends on, beside the card. dims: of the queries, 4 for (batch, heads, length, width).
-    width: of a head. grouped: fewer heads of keys than of queries."""
+    width, value_width: of a head. grouped: fewer heads of keys than of queries."""
 
     dims: int
     dtype: torch.dtype
     width: int
-    alike: bool  # queries and values are of one width
+    value_width: int
     masked: bool
     grouped: bool
     biased: bool = False  # the mask gets a gradient, as T5's position bias does
+    slanted: bool = False  # causal, with more keys than queries or fewer
+    trained: bool = True
+    dropout: bool = False
+    allowed: tuple[str, ...] = ("cudnn", "flash", "efficient", "math")  # by torch.backends.cuda's switches
 
 
 def backend(capability: int, asked: Asked) -> str:
-    """`"cudnn"`, `"flash"`, `"efficient"` or `"math"`. capability: 75 for sm_75."""
-    if asked.dims != 4:
-        return "math"
-    half = asked.dtype in _HALVES
-    if half and asked.alike and asked.width % 8 == 0:
-        if capability // 10 in (9, 10) and asked.width <= 128 and not asked.biased:
-            return "cudnn"
-        if asked.width <= 256 and not asked.masked and capability >= 80:
-            return "flash"
-    if not asked.grouped and asked.width % (8 if half else 4) == 0 and (capability >= 80 or asked.dtype is not torch.bfloat16):
-        return "efficient"
-    return "math"
+    """`"cudnn"`, `"flash"`, `"efficient"` or `"math"`. capability: 75 for sm_75. Raises RuntimeError where the switches leave nothing."""
+    fit = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient, "math": lambda *_: True}
+    order = ("cudnn", "flash", "efficient", "math") if capability // 10 in (9, 10) else ("flash", "efficient", "math", "cudnn")
+    for name in order:
+        if name in asked.allowed and (asked.dims == 4 or name == "math") and fit[name](capability, asked):
+            return name
+    raise RuntimeError("No available kernel. Aborting execution.")  # torch's words
+
+
+def _cudnn(capability: int, asked: Asked) -> bool:
+    widest = 256 if capability == 90 else 128
+    widths = (asked.width, asked.value_width)
+    fits = max(widths) <= widest or (capability // 10 == 10 and widths == (192, 128))
+    return asked.dtype in _HALVES and capability >= 80 and fits and not any(each % 8 for each in widths) and not asked.biased and not asked.slanted
+
+
+def _flash(capability: int, asked: Asked) -> bool:
+    fits = asked.width == asked.value_width <= 256 and asked.dtype in _HALVES and capability >= 80
+    if capability in (86, 89, 120, 121) and asked.trained and (192 < asked.width <= 224 or (asked.width > 224 and asked.dropout)):
+        return False
+    return fits and not asked.masked and not asked.slanted
+
+
+def _efficient(capability: int, asked: Asked) -> bool:
+    # Tensor cores read 16 bytes at a time, before sm_80 only of halves: elsewhere a head may be of any width.
+    aligned = 8 if asked.dtype in _HALVES else 4 if capability >= 80 else 1
+    if asked.dtype not in (*_HALVES, torch.float32) or (asked.dtype is torch.bfloat16 and capability < 80):
+        return False
+    return not asked.grouped and not asked.width % aligned and not asked.value_width % aligned
+
+
+def _allowed() -> tuple[str, ...]:
+    switches = torch.backends.cuda
+    told = {
+        "cudnn": switches.cudnn_sdp_enabled, "flash": switches.flash_sdp_enabled, "efficient": switches.mem_efficient_sdp_enabled, "math": switches.math_sdp_enabled,
+    }  # fmt: skip
+    return tuple(name for name, enabled in told.items() if enabled())
 
 
 @contextmanager
@@ -69,7 +99,11 @@ def chosen_for(capability: int) -> Iterator[set[Asked]]:
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         grouped = enable_gqa and key.shape[1] != query.shape[1]
         biased = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-        asked = Asked(query.dim(), query.dtype, query.shape[-1], query.shape[-1] == value.shape[-1], attn_mask is not None, grouped, biased)
+        asked = Asked(
+            query.dim(), query.dtype, query.shape[-1], value.shape[-1], attn_mask is not None, grouped, biased,
+            slanted=is_causal and query.shape[-2] != key.shape[-2],
+            trained=torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)), dropout=dropout_p > 0, allowed=_allowed(),
+        )  # fmt: skip
         seen.add(asked)
         taken = backend(capability, asked)
         if taken == "math":
@@ -97,7 +131,11 @@ def _run(
     needs_gradient = torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value))
     if taken == "flash":
         out: Callable[..., Any] = aten._scaled_dot_product_flash_attention
-        return out(query, key, value, dropout, causal, scale=scale)[0]  # type: ignore[no-any-return]
+        width = query.shape[-1]
+        if width % 8:  # as torch does before it calls the kernel
+            scale = width**-0.5 if scale is None else scale
+            query, key, value = (torch.nn.functional.pad(each, (0, 8 - width % 8)) for each in (query, key, value))
+        return out(query, key, value, dropout, causal, scale=scale)[0][..., :width]  # type: ignore[no-any-return]
     if mask is not None and mask.dtype is torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), float("-inf"))
     if mask is not None:

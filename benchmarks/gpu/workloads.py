@@ -33,6 +33,7 @@ JUDGED = {
 }
 BATCHES = LEARNT | JUDGED
 IMAGES = ("resnet50", "vgg16", "mobilenet_v3_large", "efficientnet_b0", "convnext_tiny", "unet")
+ATTENTION = ("flash", "efficient", "math")  # the only kernel allowed
 WAYS = tuple(f"{optimizer}-{dtype}" for optimizer in ("sgd", "adam", "fused") for dtype in ("fp32", "bf16"))
 
 
@@ -44,13 +45,13 @@ def cases(networks: dict[str, tuple[int, ...]]) -> list[tuple[str, str, int]]:
         if name in IMAGES:
             more += ["sgd-fp32+benchmark", "adam-bf16+channels_last", "adam-bf16+channels_last+benchmark"]
         if name in ("gpt2", "vit_b_16", "bert", "t5_small", "llama"):
-            more += ["adam-bf16+checkpointed", "adam-fp32+checkpointed"]
+            more += ["adam-bf16+checkpointed", "adam-fp32+checkpointed", *(f"adam-bf16+{kernel}" for kernel in ATTENTION)]
         found += [(name, way, batches[1]) for way in more]
     return found
 
 
 def job(name: str, way: str) -> autoaccum.Job:
-    """A network trained in one way: `"adam-bf16+checkpointed"`. On the CPU; `+benchmark` sets cuDNN's switch for the process."""
+    """A network trained in one way: `"adam-bf16+checkpointed"`. On the CPU; `+benchmark` and `+flash` set switches of the process."""
     kind, *more = way.split("+")
     optimizer, dtype = kind.split("-")
     net, batch, loss = _MADE[name]()
@@ -61,6 +62,9 @@ def job(name: str, way: str) -> autoaccum.Job:
     if "checkpointed" in more:
         _checkpoint(net)
     torch.backends.cudnn.benchmark = "benchmark" in more
+    alone = next((each for each in more if each in ATTENTION), None)
+    for kernel in ("cudnn", "flash", "mem_efficient"):
+        getattr(torch.backends.cuda, f"enable_{kernel}_sdp")(alone is None or kernel.endswith(alone))
     parameters = net.parameters()
     made: torch.optim.Optimizer = (
         torch.optim.SGD(parameters, lr=1e-3, momentum=0.9) if optimizer == "sgd" else torch.optim.AdamW(parameters, lr=1e-4, fused=optimizer == "fused" or None)
