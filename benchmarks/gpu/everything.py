@@ -77,7 +77,7 @@ def cases(parts: list[str], predicted: dict[str, Any], wanted: Callable[[str], b
     slow = [tune.pop() for _ in range(2)] if "tune" in parts else []  # compilers take longer than all the rest
     oracles = [Case(f"oracle {network}", ("oracle", network), alone=True, timeout_s=60) for network in ("conv net", "transformer")]
     peers = [
-        Case(f"peers {system}, {network}", ("peer", name, system, network), alone=True, timeout_s=60)
+        Case(f"peers {system}, {network}", ("peer", name, system, network), alone=True, timeout_s=45)
         for name, system in PEERS for network in ("conv net", "transformer")
     ]  # fmt: skip
     found += _in_turn(tune if "tune" in parts else [], [*oracles, *peers] if "peers" in parts else [])
@@ -243,7 +243,7 @@ def tuned(model: str, way: str, tiny: bool, device: str) -> dict[str, Any]:
             backend.synchronize()
             took.append(time.perf_counter() - began)
             row["rescued"] = row.get("rescued") or (str(rescued) if rescued else None)
-            if sum(took) > 8:
+            if sum(took) > 4:
                 break
         row |= {"windows": len(took), "samples_per_second": target / statistics.median(took[1:] or took), "peak_bytes": watch.peak_bytes()}
     job.optimizer.zero_grad()
@@ -331,7 +331,7 @@ def machine(device: str) -> dict[str, Any]:
     """The card, the driver and the versions, without touching the card."""
     import torch
 
-    told: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "when": time.strftime("%Y-%m-%d"), "commit": virtual.commit()}
+    told: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__, "when": time.strftime("%Y-%m-%d")}
     for package in ("torchvision", "timm", "accelerate", "lightning", "transformers", "triton"):
         try:
             told[package] = importlib.metadata.version(package)
@@ -378,11 +378,13 @@ def main(output: Path, minutes: float, parts: str, only: str, predictions: Path,
     here = machine(device)
     predicted = json.loads(predictions.read_text())
     document = (
-        json.loads(output.read_text()) if output.exists() else {"schema": "autoaccum.gpu/2", "machine": here, "cap_bytes": CAP, "target": TARGET, "rows": {}}
+        json.loads(output.read_text())
+        if output.exists()
+        else {"schema": "autoaccum.gpu/3", "machine": here, "cap_bytes": CAP, "target": TARGET, "runs": [], "rows": {}}
     )
     if document["machine"].get("card") != here.get("card"):
         raise click.ClickException(f"{output} was begun on {document['machine'].get('card')}, this is {here.get('card')}: give another output")
-    document["predictions_commit"] = predicted.get("commit")
+    document["runs"].append({"when": time.strftime("%Y-%m-%d %H:%M"), "parts": parts, "predictions_commit": predicted.get("commit")})
     imported()
     click.echo(f"{time.monotonic() - began:.0f} s: imported")
     heads = tuple(each.strip() for each in only.split(",") if each.strip())
@@ -400,7 +402,7 @@ def main(output: Path, minutes: float, parts: str, only: str, predictions: Path,
         for name in _LONG:
             if name in row:
                 _put_beside(output, f"{case.name} {name}", row.pop(name))
-        document["rows"][case.name] = row
+        document["rows"][case.name] = {**row, "run": len(document["runs"]) - 1}
         told = {key: row.get(key) for key in ("micro_batch", "largest", "samples_per_second", "missing", "code") if row.get(key)}
         told |= {"failed": row["failed"][-1]} if row.get("failed") else {}
         if told or case.alone:
