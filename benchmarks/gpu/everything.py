@@ -51,10 +51,10 @@ MIB = 2**20
 CAP, TARGET = 8 * GIB, 512
 WAYS = ("fp32", "bf16", "fp16", "checkpointed", "compiled")
 PEERS = (
-    ("autoaccum", "autoaccum"), ("toma", "toma"), ("torch_max_mem", "torch-max-mem"), ("accelerate", "Accelerate"), ("lightning", "Lightning, power"),
-    ("lightning", "Lightning, binsearch"), ("transformers", "HF Trainer"), ("composer", "Composer"), ("koila", "koila"), ("ludwig", "Ludwig"), ("textbook", "textbook"),
-    ("autoaccum", "autoaccum, largest=True, headroom=0"),
+    ("autoaccum", "autoaccum"), ("autoaccum", "autoaccum, largest=True, headroom=0"), ("textbook", "textbook"), ("toma", "toma"), ("torch_max_mem", "torch-max-mem"),
+    ("accelerate", "Accelerate"), ("lightning", "Lightning, power"), ("lightning", "Lightning, binsearch"), ("transformers", "HF Trainer"),
 )  # fmt: skip
+LAST_PEERS = (("koila", "koila"), ("composer", "Composer"), ("ludwig", "Ludwig"))
 FRAMEWORKS = ("autoaccum", "by hand, 64", "autoaccum, throughput", "HF, auto_find_batch_size")
 PARTS = ("memory", "tests", "loop", "tune", "peers", "frameworks")
 PREDICTIONS = HERE.parent / "results" / "gpu_virtual_predictions.json"
@@ -73,19 +73,25 @@ def cases(parts: list[str], predicted: dict[str, Any], wanted: Callable[[str], b
         found.append(Case("tests", ("tests",), 20 * GIB, timeout_s=220))
     if "memory" in parts:
         found += list(filter(lambda case: wanted(case.name), _of_memory(predicted)))
-    tune = [Case(f"tune {model} {way}", ("tune", model, way), alone=True, timeout_s=100) for way in WAYS for model in ("conv net", "gpt")]
-    slow = [tune.pop() for _ in range(2)] if "tune" in parts else []  # compilers take longer than all the rest
+    tune = [Case(f"tune {model} {way}", ("tune", model, way), alone=True, timeout_s=100) for way in WAYS if way != "compiled" for model in ("conv net", "gpt")]
+    # Compilers take longer than all the rest: beside others, so that what these two train in a second says nothing.
+    compiled = [Case(f"tune {model} compiled", ("tune", model, "compiled"), CAP, timeout_s=150) for model in ("conv net", "gpt")]
+    found += compiled if "tune" in parts else []
     oracles = [Case(f"oracle {network}", ("oracle", network), alone=True, timeout_s=60) for network in ("conv net", "transformer")]
-    peers = [
-        Case(f"peers {system}, {network}", ("peer", name, system, network), alone=True, timeout_s=45)
-        for name, system in PEERS for network in ("conv net", "transformer")
-    ]  # fmt: skip
+    peers, last = (
+        [
+            Case(f"peers {system}, {network}", ("peer", name, system, network), alone=True, timeout_s=45)
+            for name, system in group for network in ("conv net", "transformer")
+        ]
+        for group in (PEERS, LAST_PEERS)
+    )  # fmt: skip
     found += _in_turn(tune if "tune" in parts else [], [*oracles, *peers] if "peers" in parts else [])
     if "loop" in parts:
         found.append(Case("loop", ("loop",), alone=True, timeout_s=120))
+    found += last if "peers" in parts else []
     if "frameworks" in parts:
         found += [Case(f"frameworks {way}", ("frameworks", way), alone=True, timeout_s=120) for way in FRAMEWORKS]
-    return found + slow
+    return found
 
 
 def _of_memory(predicted: dict[str, Any]) -> list[Case]:
@@ -110,7 +116,7 @@ def _of_memory(predicted: dict[str, Any]) -> list[Case]:
         Case(f"E {key}", ("virtual", "boundary", *key.split(), str(each["hard_largest"])), int(key.split()[-1]) * GIB, timeout_s=150)
         for key, each in predicted.get("boundaries", {}).items()
     ]
-    return [*_in_turn(recorded, ends, seen, others), *edges]
+    return _in_turn(edges, recorded, ends, seen, others)
 
 
 def _looked_into(key: str) -> bool:
@@ -180,7 +186,7 @@ def do(words: tuple[str, ...], *, tiny: bool = False, device: str = "cuda", site
 
 def tests(beside: Path) -> dict[str, Any]:
     """The last words of `pytest -m gpu`; all of them in a file beside the output."""
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/on_gpu", "-n", "3", "-p", "no:cacheprovider", "--durations=8", "--tb=short"]
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "tests/on_gpu", "-n", "4", "-p", "no:cacheprovider", "--durations=8", "--tb=short"]
     with (beside / "pytest.txt").open("w") as file:
         done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
     return {"code": done.returncode, "said": (beside / "pytest.txt").read_text().splitlines()[-25:]}

@@ -188,10 +188,10 @@ def main(output: Path) -> None:
         "machine": {"card": card.name, "total_bytes": card.total_memory, "driver": driver, "torch": torch.__version__, "python": platform.python_version()}
     }
     parts = {
-        "microseconds_per_micro_step_small": lambda: overhead(4, 8, 4, 100),
+        "microseconds_per_micro_step_small": lambda: overhead(4, 8, 4, 60),
         "microseconds_per_micro_step_large": lambda: overhead(64, 64, 32, 30),
-        "overlap_light_compute": lambda: overlap(256, 128, 4, 15),
-        "overlap_heavy_compute": lambda: overlap(64, 128, 64, 15),
+        "overlap_light_compute": lambda: overlap(256, 128, 4, 10),
+        "overlap_heavy_compute": lambda: overlap(64, 128, 64, 8),
         "rescue": rescue,
         "snapshot_of_resnet50": snapshot,
     }

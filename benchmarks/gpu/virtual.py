@@ -455,44 +455,69 @@ def published(what: str, source: str, model: str, optimizer: str, batch: str) ->
 
 
 def boundary(name: str, way: str, cap_gib: str, guess: str) -> dict[str, Any]:
-    """E: the largest micro-batch under a cap, and one more refused; every probe in a process of its own, the two that decide three times."""
+    """E: the largest micro-batch that trains under a cap, and the next, which does not: each seen twice, in fresh processes.
+
+    Where the guess is not it, one process looks for it, with an empty cache before every probe, and fresh ones see to it then.
+    """
+    cap = int(cap_gib)
     probes: list[list[Any]] = []
 
     def fits(size: int) -> bool:
-        found = _in_a_fork(lambda: _probe(name, way, size, int(cap_gib)))
+        found = _in_a_fork(lambda: _probe(name, way, size, cap)) if size else {"fits": True}
         probes.append([size, found["fits"], found.get("retries"), found.get("reserved")])
         return bool(found["fits"])
 
-    low, high, size = 0, 0, max(int(guess), 1)
-    step = max(size // 64, 1)
-    while not high or high - low > 1:
-        if fits(size):
-            low = size
-        else:
-            high = size
-        if not high:
-            size, step = low + step, step * 2
-        elif not low and high > 1:
-            size, step = max(high - step, 1), step * 2
-        else:
-            size = (low + high) // 2
-        if high == 1 or len(probes) >= 16:
-            break
-    again = [[fits(each) for _ in range(2)] for each in (low, high) if each]
-    return {"largest": low, "refused": high, "again": again, "guess": int(guess), "probes": probes}
+    largest = int(guess)
+    if not fits(largest) or fits(largest + 1):
+        largest = _in_a_fork(lambda: {"largest": _look_for(name, way, cap, max(int(guess), 1))})["largest"]
+        while not fits(largest):
+            largest -= 1
+        while fits(largest + 1):
+            largest += 1
+    again = [fits(largest), fits(largest + 1)]
+    return {"largest": largest, "again": again, "guess": int(guess), "probes": probes}
+
+
+def _look_for(name: str, way: str, cap_gib: int, guess: int) -> int:
+    import gc
+
+    import torch
+
+    def fits(size: int) -> bool:
+        gc.collect()
+        torch._C._cuda_clearCublasWorkspaces()
+        torch.cuda.empty_cache()
+        return bool(_probe(name, way, size, cap_gib)["fits"])
+
+    torch.cuda.init()
+    low = high = guess
+    step = max(guess // 64, 1)
+    if fits(guess):
+        while fits(high := low + step):
+            low, step = high, 2 * step
+    else:
+        low = max(high - step, 0)
+        while low and not fits(low):
+            high, step = low, 2 * step
+            low = max(high - step, 0)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def _probe(name: str, way: str, size: int, cap_gib: int) -> dict[str, Any]:
     import torch
 
     torch.cuda.set_per_process_memory_fraction(min(cap_gib * GIB / torch.cuda.get_device_properties(0).total_memory, 1.0))
-    made = on_the_card(name, way)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_stats().get("num_alloc_retries", 0)
     try:
-        ran(made, size)
+        ran(on_the_card(name, way), size)
     except torch.OutOfMemoryError:
         return {"fits": False}
     stats = torch.cuda.memory_stats()
-    return {"fits": True, "retries": stats["num_alloc_retries"], "reserved": stats["reserved_bytes.all.peak"]}
+    return {"fits": True, "retries": stats["num_alloc_retries"] - before, "reserved": stats["reserved_bytes.all.peak"]}
 
 
 def _in_a_fork(do: Callable[[], dict[str, Any]]) -> dict[str, Any]:
