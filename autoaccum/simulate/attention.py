@@ -35,10 +35,10 @@ class Asked(NamedTuple):
 
 def backend(capability: int, asked: Asked) -> str:
     """`"cudnn"`, `"flash"`, `"efficient"` or `"math"`. capability: 75 for sm_75. Raises RuntimeError where the switches leave nothing."""
-    fit = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient, "math": lambda *_: True}
+    fit = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient}
     order = ("cudnn", "flash", "efficient", "math") if capability // 10 in (9, 10) else ("flash", "efficient", "math", "cudnn")
     for name in order:
-        if name in asked.allowed and (asked.dims == 4 or name == "math") and fit[name](capability, asked):
+        if name in asked.allowed and (name == "math" or (asked.dims == 4 and fit[name](capability, asked))):
             return name
     raise RuntimeError("No available kernel. Aborting execution.")  # torch's words
 
