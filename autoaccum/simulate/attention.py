@@ -30,15 +30,18 @@ class Asked(NamedTuple):
     slanted: bool = False  # causal, with more keys than queries or fewer
     trained: bool = True
     dropout: bool = False
+    dense: bool = True  # the last dimension of all four lies together, in the memory of each
     allowed: tuple[str, ...] = ("cudnn", "flash", "efficient", "math")  # by torch.backends.cuda's switches
 
 
 def backend(capability: int, asked: Asked) -> str:
     """`"cudnn"`, `"flash"`, `"efficient"` or `"math"`. capability: 75 for sm_75. Raises RuntimeError where the switches leave nothing."""
-    fit = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient}
+    fit: dict[str, Callable[[int, Asked], bool]] = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient}
     order = ("cudnn", "flash", "efficient", "math") if capability // 10 in (9, 10) else ("flash", "efficient", "math", "cudnn")
     for name in order:
-        if name in asked.allowed and (name == "math" or (asked.dims == 4 and fit[name](capability, asked))):
+        if name not in asked.allowed:
+            continue
+        if name == "math" or (asked.dims == 4 and asked.dense and fit[name](capability, asked)):
             return name
     raise RuntimeError("No available kernel. Aborting execution.")  # torch's words
 
@@ -67,7 +70,7 @@ def _efficient(capability: int, asked: Asked) -> bool:
 
 def _allowed() -> tuple[str, ...]:
     switches = torch.backends.cuda
-    told = {
+    told: dict[str, Callable[[], bool]] = {
         "cudnn": switches.cudnn_sdp_enabled, "flash": switches.flash_sdp_enabled, "efficient": switches.mem_efficient_sdp_enabled, "math": switches.math_sdp_enabled,
     }  # fmt: skip
     return tuple(name for name, enabled in told.items() if enabled())
@@ -96,13 +99,16 @@ def chosen_for(capability: int) -> Iterator[set[Asked]]:
             return original(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
-            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+            if attn_mask is not None and attn_mask.is_floating_point():
+                attn_mask = attn_mask.to(dtype)
+            value, key, query = value.to(dtype), key.to(dtype), query.to(dtype)  # in the order in which an H200's process casts them
         grouped = enable_gqa and key.shape[1] != query.shape[1]
         biased = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
         asked = Asked(
             query.dim(), query.dtype, query.shape[-1], value.shape[-1], attn_mask is not None, grouped, biased,
             slanted=is_causal and query.shape[-2] != key.shape[-2],
-            trained=torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)), dropout=dropout_p > 0, allowed=_allowed(),
+            trained=torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)), dropout=dropout_p > 0,
+            dense=all(each is None or each.stride(-1) == 1 for each in (query, key, value, attn_mask)), allowed=_allowed(),
         )  # fmt: skip
         seen.add(asked)
         taken = backend(capability, asked)

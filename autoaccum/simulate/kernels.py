@@ -130,9 +130,15 @@ def _flash_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card
     query, key = arguments[1], arguments[2]
     batch, heads, length, width = query.shape
     padded = _up(width, 32) if width <= 128 else _up(width, 64)
-    groups = heads // key.shape[1]
-    expanded = 2 * batch * heads * key.shape[2] * key.shape[3] * key.element_size() if groups > 1 else 0
-    return [Taken(4 * batch * heads * _up(length, 128), 3), Taken(4 * batch * _up(length, 128) * heads * padded, 3), Taken(expanded, 3)]
+    copies = [Taken(each.nbytes) for each in (arguments[0], arguments[4]) if not each.transpose(1, 2).is_contiguous()]
+    sums = [Taken(4 * batch * heads * _up(length, 128), 3), Taken(4 * batch * _up(length, 128) * heads * padded, 3)]
+    return [*copies, *sums, *(Taken(_expanded(query, key), 3) for _ in range(2))]
+
+
+def _expanded(query: torch.Tensor, key: torch.Tensor) -> int:
+    """Bytes of the gradient of keys, or of values, for every head of the queries; 0 where they have no less heads than these."""
+    heads = query.shape[1]
+    return key.nbytes // key.shape[1] * heads if heads > key.shape[1] else 0
 
 
 def _efficient_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
@@ -141,9 +147,10 @@ def _efficient_backward(arguments: Sequence[Any], results: Sequence[Any], card: 
     made = len(results)
     copied = [] if gradient.transpose(1, 2).is_contiguous() else [Taken(gradient.nbytes)]
     tiles = -(-length // 64) * -(-width // 64)
-    # The product of the output and its gradient is summed, and the sum laid out anew.
+    # The product of the output and its gradient is summed, and the sum laid out anew; the kernel for halves does that itself.
     sums = 4 * batch * heads * length
-    delta = [Taken(4 * query.numel(), made, made + 0.3), Taken(sums, made + 0.1, made + 0.3), Taken(sums, made + 0.2)]
+    by_kernel = query.dtype is not torch.float32 and card.capability > 70
+    delta = [Taken(sums, made)] if by_kernel else [Taken(4 * query.numel(), made, made + 0.3), Taken(sums, made + 0.1, made + 0.3), Taken(sums, made + 0.2)]
     return [*copied, *delta, Taken(batch * heads * tiles * (64 * 64 * 4 + 16), made + 0.4)]
 
 
@@ -153,7 +160,7 @@ def _cudnn_attention(arguments: Sequence[Any], results: Sequence[Any], card: Car
 
 def _cudnn_attention_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
     batch, heads, length, width = arguments[1].shape
-    return [Taken(4 * batch * heads * length * (width + 1) + 256, 3)]
+    return [Taken(4 * batch * heads * length * (width + 1) + 2 * _expanded(arguments[1], arguments[2]) + 256, 3)]
 
 
 # -- norms --
@@ -226,15 +233,20 @@ def _group_norm_backward(arguments: Sequence[Any], results: Sequence[Any], card:
 
 
 def _embedding_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
-    gradient, indices, weights = arguments[0], arguments[1], arguments[2]
-    count = indices.numel()
+    gradient, indices, weights = arguments[0], arguments[1], int(arguments[2])
+    count, width = indices.numel(), gradient.shape[-1]
+    copies = [*_copied(indices, 0.0), *_copied(gradient, 0.0)]
     if count <= 3072:
-        return []
-    sorting = [Taken(8 * count) for _ in range(2)]
-    cub = [Taken(8 * count, 0.0, 0.2), Taken(16 * count + 17919, 0.1, 0.2)]
-    # How many segments there are depends on the indices: as many as can be, which is far more than indices of zeros need.
-    partial = 4 * min(count, count // 10 + int(weights)) * gradient.shape[-1]
-    return [*sorting, *cub, *(Taken(8 * count, 1) for _ in range(3)), Taken(partial, 1)]
+        return copies
+    cub = [Taken(8 * count, 0.0, 0.2), Taken(16 * count + 16895 + 1024 * -(-count // 4608), 0.1, 0.2)]
+    segments = min(count, weights)  # as many as can be: how many there are depends on the indices
+    partial = count // 10 + segments
+    blocks = -(-segments * _up(width, 32) // min(_up(width, 32), 1024))
+    # Few rows are added up by atomic operations; "few" also depends on the card, here a small one.
+    by_atomics = partial > 4 * blocks and blocks < 4 * 40 and not torch.are_deterministic_algorithms_enabled()
+    found = [Taken(8 * count, 1.0), Taken(8, 1.0), Taken(8 * count, 1.0, 1.1)]
+    after = [8 * segments, 8 * segments, 8, 8 * partial, 8 * partial if by_atomics else 4 * partial * width]
+    return [*copies, *(Taken(8 * count) for _ in range(2)), *cub, *found, *(Taken(each, 1.2) for each in after)]
 
 
 def _index_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
@@ -323,8 +335,9 @@ ROWS = (
     Row(
         ("_scaled_dot_product_flash_attention_backward",),
         _flash_backward,
-        "fp32: B H up(S,128) and B up(S,128) H up(D,32|64); expanded keys and values where heads are grouped",
+        "copies of what lies otherwise; fp32: B H up(S,128) and B up(S,128) H up(D,32|64); two expanded gradients where heads are grouped",
         "flash-attention 2, csrc/flash_attn/flash_api.cpp, mha_bwd: softmax_d, dq_accum, dk_expanded",
+        "measured",
     ),
     Row(
         ("_scaled_dot_product_efficient_attention",),
@@ -337,7 +350,7 @@ ROWS = (
     Row(
         ("_scaled_dot_product_efficient_attention_backward",),
         _efficient_backward,
-        "a copy of a gradient that lies otherwise; fp32: B H S D, twice B H S, and tiles of 64 x 64 with 16 bytes each for the queries' gradient",
+        "a copy of a gradient that lies otherwise; fp32: B H S, of fp32 also B H S D and B H S again; tiles of 64 x 64 with 16 bytes each for the queries' gradient",
         f"{_ATEN}/transformers/cuda/attention_backward.cu",
         "measured",
     ),
@@ -350,7 +363,7 @@ ROWS = (
         order=lambda _: (2, 3, 0, 1),
     ),
     Row(
-        ("_scaled_dot_product_cudnn_attention_backward",), _cudnn_attention_backward, "fp32: B H S (D + 1), and 256 bytes", "what cuDNN 9.19 took", "measured"
+        ("_scaled_dot_product_cudnn_attention_backward",), _cudnn_attention_backward, "fp32: B H S (D + 1), and 256 bytes; two expanded gradients where heads are grouped", "what cuDNN 9.19 took", "measured"
     ),
     Row(
         ("native_layer_norm", "avg_pool2d", "_log_softmax", "_softmax"),
@@ -399,8 +412,9 @@ ROWS = (
     Row(
         ("embedding_dense_backward",),
         _embedding_backward,
-        "above 3072 indices N: seven times 8 N, cub's 16 N, and fp32 partial sums of min(N, N/10 + V) rows",
-        f"{_ATEN}/cuda/Embedding.cu and EmbeddingBackwardKernel.cu; all but the partial sums seen on an H200",
+        "copies; above 3072 indices N of V rows, M = min(N, V): five times 8 N, cub's 16 N, 24 M, 8 (N/10 + M), and as many partial sums of a row",
+        f"{_ATEN}/cuda/Embedding.cu and EmbeddingBackwardKernel.cu",
+        "measured",
     ),
     Row(
         ("index_put", "index_put_", "_index_put_impl_"),
@@ -409,6 +423,7 @@ ROWS = (
         f"{_ATEN}/cuda/Indexing.cu",
         "measured",
     ),
+    Row(("embedding",), _copies(1), "a copy of indices that are not contiguous", f"{_ATEN}/Embedding.cpp", "measured"),
     Row(("sort", "topk", "multinomial"), _scan, "the input and 8 bytes an element", "cub: DeviceRadixSort and DeviceScan storage"),
     Row(("cumsum", "cumprod"), _cumulative, "a copy of an input of another type", f"{_ATEN}/cuda/ScanKernels.cpp", "measured"),
     Row(("_foreach_norm",), _norms, "4 bytes for each tensor and each 65,536 elements of the largest", f"{_ATEN}/cuda/ForeachReduceOp.cu", "measured"),
