@@ -46,7 +46,6 @@ JOBS = {
     "gpt2 adam-bf16 2": (1e-4, 3e-3, 0.01),
     "gpt2 adam-bf16+checkpointed 2": (1e-4, 3e-3, 0.01),
     "bert sgd-fp32 8": (1e-4, 3e-3, 0.01),
-    "t5_small adam-bf16 4": (1e-4, 3e-3, 0.01),
     "unet adam-bf16 8": (0.02, 0.02, 0.05),  # which kernels cuDNN chooses is a guess
 }
 
