@@ -144,12 +144,29 @@ def _published(document: dict[str, Any]) -> str:
     return estimate_published.table(document)
 
 
+def _on_a_card(table: str) -> Callable[[dict[str, Any]], str]:
+    """One of `gpu/tables.py`, which reads what else it needs."""
+
+    def make(_: dict[str, Any]) -> str:
+        sys.path.append(str(ROOT / "benchmarks" / "gpu"))
+        import tables
+
+        made: str = getattr(tables, table)(json.loads((RESULTS / "gpu.json").read_text()))
+        return made
+
+    return make
+
+
 # name -> its raw results, what makes the table of them, and the code that they measure
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] = {
     "policy": ("side_by_side.json", policy, (*SEARCHING, "benchmarks/simulated.py", "benchmarks/contestant.py", "benchmarks/work.py", "benchmarks/peers")),
     "real": ("side_by_side.json", real, (*SEARCHING, "benchmarks/networks.py", "benchmarks/contestant.py", "benchmarks/work.py", "benchmarks/peers")),
     "loop": ("loop.json", _loop, ("autoaccum/loop.py", "autoaccum/window.py", "autoaccum/weighting.py", "autoaccum/rewinding.py", "autoaccum/feeding.py")),
     "longest sample": ("longest_sample.json", _longest, ("autoaccum/lengths.py", "autoaccum/integrations/huggingface.py", *SEARCHING)),
+    "peaks on a card": ("gpu_virtual_now.json", _on_a_card("peaks"), ("autoaccum/simulate", "autoaccum/phantom.py")),
+    "boundaries on a card": ("gpu.json", _on_a_card("boundaries"), ("benchmarks/gpu/workloads.py",)),
+    "plans on a card": ("gpu.json", _on_a_card("plans"), (*SEARCHING, "autoaccum/devices/cuda.py")),
+    "peers on a card": ("gpu.json", _on_a_card("peers"), (*SEARCHING, "autoaccum/devices/cuda.py", "benchmarks/work.py", "benchmarks/peers")),
     "published peaks": ("estimate_published.json", _published, ("autoaccum/simulate", "autoaccum/phantom.py")),
 }
 

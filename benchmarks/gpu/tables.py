@@ -1,0 +1,137 @@
+"""The README's tables of what a card measured, from `gpu.json` and the predictions in `benchmarks/results`."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from typing import Any
+
+import virtual
+import workloads
+
+RESULTS = virtual.ROOT / "benchmarks" / "results"
+FIGURES = ("requested", "allocated", "reserved")
+ELASTIC = "+benchmark"
+
+
+def predicted(name: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((RESULTS / f"gpu_virtual_{name}.json").read_text())
+    return found
+
+
+def peaks(document: dict[str, Any]) -> str:
+    """Measured peaks beside predictions, in groups."""
+    measured = {name[2:]: row for name, row in document["rows"].items() if name.startswith("D ") and "reserved" in row}
+    first, before, now = predicted("first"), predicted("predictions"), predicted("now")
+
+    def of(document: dict[str, Any], networks: dict[str, Any], *, elastic: bool = False) -> dict[str, dict[str, int]]:
+        return {key: each for key, each in document["peaks"].items() if key.split()[0] in networks and key in measured and (ELASTIC in key) == elastic}
+
+    groups = {
+        "six networks, predicted before any card was seen": of(first, workloads.LEARNT),
+        "the other six, predicted with what those six had shown": of(before, workloads.JUDGED),
+        "of these all but T5": {key: each for key, each in of(before, workloads.JUDGED).items() if not key.startswith("t5")},
+        "all twelve, with what all have shown": of(now, workloads.BATCHES),
+        "cuDNN's benchmark mode, likewise": of(now, workloads.BATCHES, elastic=True),
+    }
+    lines = ["| | jobs | requested: median error | 90th percentile | reserved: median | 90th percentile | worst | too low |", "| --- |" + " --- |" * 7]
+    for name, rows in groups.items():
+        errors = {what: [each[what] / measured[key][what] - 1 for key, each in rows.items()] for what in FIGURES}
+        requested, reserved = ([abs(error) for error in errors[what]] for what in ("requested", "reserved"))
+        low = sum(error < 0 for error in errors["reserved"]) / len(reserved)
+        cells = [f"{100 * each:.2f}%" for each in (statistics.median(requested), _tenth(requested))]
+        cells += [f"{100 * each:.1f}%" for each in (statistics.median(reserved), _tenth(reserved), max(reserved))]
+        lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} | {low:.0%} |")
+    machine = document["machine"]
+    networks = sorted({key.split()[0] for key in measured})
+    lines += [
+        "",
+        f"{machine['card']}, driver {machine['driver']}, torch {machine['torch']}; {', '.join(networks)}; SGD, AdamW and fused AdamW in fp32 and bf16, with fp16 and a "
+        "scaler, clipping, checkpointing, channels last, chosen kernels of attention. Peaks of the allocator; requested: without rounding and fragments.",
+    ]
+    return "\n".join(lines)
+
+
+def _tenth(values: list[float]) -> float:
+    return sorted(values)[int(0.9 * (len(values) - 1))]
+
+
+def boundaries(document: dict[str, Any]) -> str:
+    """The largest micro-batch under a cap beside the predicted one."""
+    before = predicted("predictions")["boundaries"]
+    rows: dict[str, list[tuple[str, int, int, int]]] = {}
+    for key, each in before.items():
+        measured = document["rows"].get(f"E {key}", {})
+        if "largest" in measured:
+            name, _, cap = key.split()
+            rows.setdefault(name, []).append((cap, measured["largest"], each["hard_largest"], each["largest"]))
+    lines = ["| | largest that trains under 6, 8, 12, 16, 24 GiB | predicted | predicted without retries |", "| --- | --- | --- | --- |"]
+    for name, found in rows.items():
+        columns = [", ".join(f"{each[at]:,}" for each in found) for at in (1, 2, 3)]
+        judged = " (not seen before)" if name in workloads.JUDGED else ""
+        lines.append(f"| {name}{judged} | {' | '.join(columns)} |")
+    every = [each for found in rows.values() for each in found]
+    off = [abs(hard / real - 1) for _, real, hard, _ in every if real]
+    exact = sum(real == hard for _, real, hard, _ in every)
+    lines += [
+        "",
+        f"{len(every)} boundaries, each seen twice in fresh processes: {exact} predicted to the sample, {sum(each <= 0.02 for each in off)} within 2%, the worst {max(off):.0%} off; "
+        f"the size that is recommended, which leaves the cache alone, trained in {sum(soft <= real for _, real, _, soft in every)}.",
+    ]
+    return "\n".join(lines)
+
+
+def plans(document: dict[str, Any]) -> str:
+    """`tune` under a cap, beside the oracle."""
+    lines = [
+        "| 512 samples, 8 GiB | window | peak / budget | oracle: fewest steps | seconds | trials | windows trained | samples a second |",
+        "| --- |" + " --- |" * 7,
+    ]
+    for name, row in document["rows"].items():
+        if not name.startswith("tune ") or "plan" not in row:
+            continue
+        plan = row["plan"]
+        trained = f"{row['windows']}" + (", rescued" if row.get("rescued") else "")
+        lines.append(
+            f"| {name.removeprefix('tune ')} | {plan['micro_batch']} x {plan['accumulation_steps']} | {row['peak_bytes'] / plan['budget_bytes']:.2f} | {row['oracle_steps'] or ''} "
+            f"| {row['tuning_seconds']:.1f} | {len(plan['trials'])} | {trained} | {row['samples_per_second']:,.0f} |"
+        )
+    return "\n".join([*lines, "", _where(document)])
+
+
+def peers(document: dict[str, Any]) -> str:
+    """The systems under the same cap."""
+    largest = {name.removeprefix("oracle "): row["largest"] for name, row in document["rows"].items() if name.startswith("oracle ")}
+    heads = [f"{network}, {most} fit: window | seconds | 10 windows | samples a second" for network, most in largest.items()]
+    lines = [f"| 512 samples, 8 GiB | {' | '.join(heads)} | model unchanged | random numbers unchanged |", "| --- |" + " --- |" * (4 * len(largest) + 2)]
+    systems = dict.fromkeys(name.removeprefix("peers ").rsplit(", ", 1)[0] for name in document["rows"] if name.startswith("peers "))
+    for system in sorted(systems, key=lambda each: (not each.startswith("autoaccum"), each.lower())):
+        cells, ran = [], []
+        for network in largest:
+            row = document["rows"].get(f"peers {system}, {network}", {})
+            if not row.get("sizes"):
+                cells += [row.get("missing") or "not measured", "", "", ""]
+                continue
+            window = f"{row['sizes'][0]} x {row['steps']}" + ("" if row["effective"] == document["target"] else f" = {row['effective']}")
+            rate = f"{row['samples_per_second']:,.0f}" if row["samples_per_second"] else ""
+            cells += [window, f"{row['seconds']:.1f}", "yes" if row["survives"] else "out of memory", rate]
+            ran.append(row)
+        cells += ["yes" if all(row[what] for row in ran) else "no" for what in ("state_unchanged", "random_unchanged")]
+        lines.append(f"| {system} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", _where(document)])
+
+
+def _where(document: dict[str, Any]) -> str:
+    machine = document["machine"]
+    packages = ", ".join(f"{each} {machine[each]}" for each in ("accelerate", "lightning", "transformers") if machine.get(each))
+    return f"{machine['card']}, driver {machine['driver']}, torch {machine['torch']}, {packages}."
+
+
+def main() -> None:
+    document = json.loads((RESULTS / "gpu.json").read_text())
+    for make in (peaks, boundaries, plans, peers):
+        print(f"{make(document)}\n")
+
+
+if __name__ == "__main__":
+    main()
