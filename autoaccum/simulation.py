@@ -21,9 +21,8 @@ from autoaccum.plan import micro_batches as cut
 from autoaccum.profiles import Profile
 from autoaccum.reading import Equivalence, Estimate, Limits, Reading, Say, Subject
 from autoaccum.running_stats import batch_norms
-from autoaccum.simulate import margins
+from autoaccum.simulate import attention, convolutions, margins
 from autoaccum.simulate.allocator import Allocator
-from autoaccum.simulate.attention import backend
 from autoaccum.simulate.kernels import Card
 from autoaccum.simulate.settings import Settings, from_environment
 from autoaccum.simulate.tape import Growth, NotAlike, Replayed, Tape, as_json, held_at, replay, same
@@ -47,11 +46,15 @@ class Traced:
     _looked_at: set[Any] = field(default_factory=set)
 
     def alike(self, card: Card) -> Card:
-        """A card whose tapes are there and must be this one's, too, because attention would take the same kernels; else itself."""
+        """A card whose tapes are there and must be this one's, too, because attention and convolutions would take the same; else itself."""
+        convolves = any("convolution" in tape.operators for tape in self._tapes.values())
         known: dict[Card, None] = dict.fromkeys(key[0] for key in self._growths)
         for other in known:
-            same_kernels = all(backend(card.capability, asked) == backend(other.capability, asked) for asked in self.phantom.attention)
-            if replace(other, capability=card.capability) == card and same_kernels:
+            if replace(other, capability=card.capability) != card:
+                continue
+            if convolves and convolutions.generation(card.capability) != convolutions.generation(other.capability):
+                continue
+            if all(attention.alike(card.capability, other.capability, asked) for asked in self.phantom.attention):
                 return other
         return card
 
@@ -325,6 +328,8 @@ class Simulation:
             said.append(
                 f"{self._jobs[0].wants_closure} steps by values, which a simulated card does not have: its whole history is counted, its line search is not"
             )
+        if torch.backends.cudnn.benchmark and any(isinstance(module, torch.nn.modules.conv._ConvNd) for job in self._jobs for module in job.model.modules()):
+            said.append("cudnn.benchmark is on: while cuDNN tries out kernels it takes up to all that is free, so the peak of a real card may be any")
         if is_compiled(self._jobs):
             said.append("a compiled model was simulated as it is written: what the compiler fuses may take less, and sometimes more")
         return tuple(said)
@@ -343,10 +348,8 @@ class Simulation:
 
 def card_of(profile: Profile) -> Card:
     """What of a card decides on a tape: cards alike in it share their traces."""
-    capability = profile.capability
-    kind = capability if capability < 80 else 90 if capability // 10 in (9, 10) else 80
     # The workspace's size changes nothing else on a tape: it is put in when that is replayed.
-    return Card(75 if kind < 80 else kind, benchmark=bool(torch.backends.cudnn.benchmark))
+    return Card(profile.capability, benchmark=bool(torch.backends.cudnn.benchmark))
 
 
 def _largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int:

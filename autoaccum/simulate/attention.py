@@ -36,6 +36,20 @@ class Asked(NamedTuple):
 
 def backend(capability: int, asked: Asked) -> str:
     """`"cudnn"`, `"flash"`, `"efficient"` or `"math"`. capability: 75 for sm_75. Raises RuntimeError where the switches leave nothing."""
+    chosen = _chosen(capability, asked)
+    if chosen is None:
+        raise RuntimeError("No available kernel. Aborting execution.")  # torch's words
+    return chosen
+
+
+def alike(one: int, other: int, asked: Asked) -> bool:
+    """Whether cards of these capabilities go about it in the same way."""
+    chosen = _chosen(one, asked)
+    by_kernel = chosen == "efficient" and asked.dtype in _HALVES  # which then adds up more itself on all but the oldest
+    return chosen == _chosen(other, asked) and (not by_kernel or (one > 70) == (other > 70))
+
+
+def _chosen(capability: int, asked: Asked) -> str | None:
     fit: dict[str, Callable[[int, Asked], bool]] = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient}
     order = ("cudnn", "flash", "efficient", "math") if capability // 10 in (9, 10) else ("flash", "efficient", "math", "cudnn")
     for name in order:
@@ -43,7 +57,7 @@ def backend(capability: int, asked: Asked) -> str:
             continue
         if name == "math" or (asked.dims == 4 and asked.dense and fit[name](capability, asked)):
             return name
-    raise RuntimeError("No available kernel. Aborting execution.")  # torch's words
+    return None
 
 
 def _cudnn(capability: int, asked: Asked) -> bool:

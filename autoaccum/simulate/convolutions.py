@@ -71,6 +71,11 @@ class Shape:
         return int((self.images + self.weights) * self.padded + self.outputs) * self.size
 
 
+def generation(capability: int) -> int:
+    """Cards of one generation are alike in all of this."""
+    return 6 if capability < 70 else min(capability // 10, 9)
+
+
 def forward(shape: Shape, capability: int) -> int:
     """Bytes that are taken while the output is computed."""
     if not _on_tensor_cores(shape, capability) or not shape.dense:
@@ -127,10 +132,10 @@ def _pointwise(shape: Shape) -> int:
 
 
 def _depthwise(shape: Shape, weights: int, capability: int) -> int:
-    """Channels last, where other kernels than torch's own run; in single precision seen on Hopper alone, and in large planes."""
+    """Channels last, where other kernels than torch's own run; in single precision on Hopper and later, and in large planes."""
     if shape.size == 2:
         return 8 * shape.samples * weights
-    return 8 * shape.images * shape.size + 14 * MIB if capability // 10 == 9 and shape.spatial > 400 else 0
+    return 8 * shape.images * shape.size + 14 * MIB if capability >= 90 and shape.spatial > 400 else 0
 
 
 def _partial(shape: Shape, weights: int) -> int:
