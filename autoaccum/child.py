@@ -123,6 +123,11 @@ class Child:
         """The tape of a window on the card of the last estimate, as `tape.as_json` writes it."""
         return self._simulated("tape", sizes=list(sizes))
 
+    def kill(self) -> None:
+        """From another thread: ends what the child is doing, and whoever waits for it gets `JobFailed`."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
     def _simulated(self, verb: str, **arguments: Any) -> Any:
         try:
             return self._ask(verb, **arguments)

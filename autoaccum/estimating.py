@@ -8,6 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, NoReturn
 
@@ -18,7 +19,7 @@ from autoaccum.errors import JobError, UsageError
 from autoaccum.explaining import notation
 from autoaccum.job import Source, source
 from autoaccum.line import Wish
-from autoaccum.reading import Estimate
+from autoaccum.reading import Estimate, Limits
 from autoaccum.units import in_words, number, parse_headroom, unit_for
 
 _DETAILED = 8  # for up to so many cards the largest micro-batches are searched, too
@@ -145,6 +146,9 @@ def estimate_source(
     started = time.monotonic()
     _known(names, wish)
     origin = where if isinstance(where, Source) else source(where)
+    if timeline is None and len(names) > _DETAILED:
+        many = _side_by_side(origin, wish, names, replace(wish.limits, buckets=buckets), said)
+        return Estimates(origin.label, wish.target_batch, many, round(time.monotonic() - started, 3))
     with Child(origin, f"virtual:{names[0]}", replace(wish.limits, buckets=buckets), said=said) as child:
         found = [child.estimate(name, wish.target_batch, **_wishes(wish, len(names))) for name in names]
         tape = None
@@ -152,6 +156,29 @@ def estimate_source(
             chosen = child.estimate(timeline, wish.target_batch, **_wishes(wish, len(names)))
             tape = child.tape(chosen.micro_batches or (min(wish.target_batch, 1),))
     return Estimates(origin.label, wish.target_batch, tuple(found), round(time.monotonic() - started, 3), tape)
+
+
+def _side_by_side(origin: Source, wish: Wish, names: Sequence[str], limits: Limits, said: Callable[[str], None] | None) -> tuple[Estimate, ...]:
+    """For many cards: two processes at once, each with the cards that have traces in common."""
+    kinds: dict[bool, list[str]] = {}
+    for name in dict.fromkeys(names):
+        kinds.setdefault(profiles.load(name).capability // 10 in (8, 12), []).append(name)
+    children: list[Child] = []
+
+    def of(group: Sequence[str]) -> list[Estimate]:
+        with Child(origin, f"virtual:{group[0]}", limits, said=said) as child:
+            children.append(child)
+            return [child.estimate(name, wish.target_batch, **_wishes(wish, len(names))) for name in group]
+
+    with ThreadPoolExecutor(len(kinds)) as pool:
+        asked = [pool.submit(of, group) for group in kinds.values()]
+        try:
+            found = {name: each for group, answer in zip(kinds.values(), asked) for name, each in zip(group, answer.result())}
+        except BaseException:
+            for child in children:
+                child.kill()
+            raise
+    return tuple(found[name] for name in names)
 
 
 def _known(names: Sequence[str], wish: Wish) -> None:

@@ -28,7 +28,7 @@ from autoaccum.simulate.settings import Settings, from_environment
 from autoaccum.simulate.tape import Growth, NotAlike, Replayed, Tape, as_json, held_at, replay, same
 from autoaccum.units import in_words
 
-_ANCHORS = (8, 12)  # micro-batches that are traced first; fake tensors cost the same at any size
+_ANCHORS = (8, 256)  # between these lies the first micro-batch that is traced; fake tensors cost the same at any size
 _SIZES = 1 << 36  # no larger micro-batch is looked for
 _SOME_CARD = (8519680, 108, 2048)  # to compare tapes on: cuBLAS's workspace, multiprocessors and their threads
 _PIECES = 3  # a window's third micro-batch holds what the tenth does: gradients, and the next piece of the input
@@ -74,7 +74,8 @@ class Traced:
         pieces = min(steps, _PIECES)
         key = (card, pieces)
         if key not in self._growths:
-            low, high = (max(each, self.shortest) for each in _ANCHORS)
+            low = max(min(max(micro_batch, _ANCHORS[0]), _ANCHORS[1]), self.shortest)
+            high = low + max(low // 8, 4)
             try:
                 self._growths[key] = Growth(self.exactly(card, (low,) * pieces), self.exactly(card, (high,) * pieces), low, high)
             except NotAlike as difference:
@@ -203,7 +204,13 @@ class Simulation:
         candidates = search.sizes(target, smallest=smallest, most=most, equal=equal)
         if not candidates:
             raise refusing.nothing_allowed(target, most, self._norms)
-        margin = self._margin(self._traced.about(self._card, max(_ANCHORS[0], smallest), math.ceil(target / candidates[0])))
+        # A window in one piece is measured in two, which hold gradients; for many cards in more, which are traced anyway.
+        pieces_of_all = 2 if both else _PIECES
+
+        def steps_of(size: int) -> int:
+            return pieces_of_all if size == target else math.ceil(target / max(size, 1))
+
+        margin = self._margin(self._traced.about(self._card, candidates[-1], steps_of(candidates[-1])))
         allowed = self.budget().budget_bytes
 
         def high(size: int, steps: int) -> float:
@@ -211,15 +218,15 @@ class Simulation:
 
         found = 0
         for _ in range(4):  # until the line is anchored where the answer lies; for many cards, where the first one's does
-            found = _largest(candidates, lambda size: high(size, 2 if size == target else math.ceil(target / size)) <= allowed)
-            steps = 2 if found == target else math.ceil(target / max(found, 1))
+            found = _largest(candidates, lambda size: high(size, steps_of(size)) <= allowed)
+            steps = steps_of(found)
             if not found or (not both and self._traced.is_anchored(self._card, steps)) or self._traced.anchored(self._card, found, steps):
                 break
-        while found and high(found, 2 if found == target else math.ceil(target / found)) > allowed:  # the line moved under it
+        while found and high(found, steps_of(found)) > allowed:  # the line moved under it
             found = max((size for size in candidates if size < found), default=0)
         whole = candidates[-1] == target
         # In one piece no gradients are held between micro-batches, so it may fit where two halves do not.
-        in_one = whole and high(target, 2) - self._gradient_bytes <= allowed and high(target, 1) <= allowed
+        in_one = whole and high(target, pieces_of_all) - self._gradient_bytes <= allowed and high(target, 1) <= allowed
         if in_one and (both or not self._traced.is_anchored(self._card, 1)):
             self._traced.anchored(self._card, target, 1)
             in_one = high(target, 1) <= allowed
@@ -262,7 +269,7 @@ class Simulation:
 
     def taped(self, sizes: Sequence[int]) -> dict[str, Any]:
         """The tape of a window on the present card, as a plain document."""
-        return as_json(self._on_card(self._traced.exactly(self._card, sizes)))
+        return as_json(self._on_card(self._traced.exactly(self._card, sizes)).without_nothing())
 
     def _peak(self, size: int, steps: int) -> int:
         return self._replayed(size, steps).peak_reserved_bytes
@@ -354,7 +361,9 @@ def card_of(profile: Profile) -> Card:
 
 def _largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int:
     """The largest candidate that fits, 0 for none; the two above the answer are looked at, because memory is not monotone."""
-    low, high = -1, len(candidates)
+    if candidates and fits(candidates[-1]):  # which is often so on a large card, and spares the traces of windows of many pieces
+        return candidates[-1]
+    low, high = -1, len(candidates) - 1
     while high - low > 1:
         middle = (low + high) // 2
         if fits(candidates[middle]):

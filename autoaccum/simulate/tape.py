@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import astuple, dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from autoaccum.simulate.allocator import Allocator, Block
@@ -102,13 +103,21 @@ class Tape:
         return next((mark for mark in reversed(self.marks) if mark.event <= event), Mark(0, "setup", 0, 0))
 
     def on(self, cublas_bytes: int, multiprocessors: int, threads: int) -> Tape:
-        """The same on one card: with cuBLAS's workspace of that size, and with the sums of a card of so many multiprocessors."""
-        sizes = [cublas_bytes if name == "cublas" else size for name, size in zip(self.operators, self.sizes)]
+        """The same on one card: with cuBLAS's workspace of that size, and with the sums of a card of so many multiprocessors.
+
+        What such a card does not take has no bytes.
+        """
+        sizes = self.sizes.copy()
+        at = -1
+        for _ in range(self.operators.count("cublas")):
+            at = self.operators.index("cublas", at + 1)
+            sizes[at] = cublas_bytes
         for number, (rule, which) in self.staged.items():
             sizes[number] = rule.blocks(multiprocessors, threads)[which]
-        absent = {number for number, size in enumerate(sizes) if not size}
-        if not absent:
-            return Tape(self.events, sizes, self.kinds, self.operators, self.marks, self.assumed)
+        return Tape(self.events, sizes, self.kinds, self.operators, self.marks, self.assumed)
+
+    def without_nothing(self) -> Tape:
+        """The same without blocks that have no bytes."""
         events: list[int] = []
         marks: list[Mark] = []
         pending = iter([*self.marks, None])
@@ -117,12 +126,12 @@ class Tape:
             while mark is not None and mark.event <= at:
                 marks.append(Mark(len(events), mark.phase, mark.window, mark.piece))
                 mark = next(pending)
-            if event == EMPTY_CACHE or (event if event >= 0 else ~event) not in absent:
+            if event == EMPTY_CACHE or self.sizes[event if event >= 0 else ~event]:
                 events.append(event)
         while mark is not None:
             marks.append(Mark(len(events), mark.phase, mark.window, mark.piece))
             mark = next(pending)
-        return Tape(events, sizes, self.kinds, self.operators, marks, self.assumed)
+        return Tape(events, self.sizes, self.kinds, self.operators, marks, self.assumed, self.staged)
 
     def requested_peak(self) -> int:
         """The most bytes that were asked for and alive at once, without any allocator."""
@@ -171,14 +180,15 @@ def replay(tape: Tape, allocator: Allocator) -> Replayed:
             lap = allocator.allocated_bytes
             for event in tape.events[start:stop]:
                 if event >= 0:
-                    blocks[event] = malloc(sizes[event])
-                    if allocator.allocated_bytes > lap:
-                        lap = allocator.allocated_bytes
-                        if lap > most:
-                            most, peak_event = lap, at
+                    if sizes[event]:
+                        blocks[event] = malloc(sizes[event])
+                        if allocator.allocated_bytes > lap:
+                            lap = allocator.allocated_bytes
+                            if lap > most:
+                                most, peak_event = lap, at
                 elif event == EMPTY_CACHE:
                     allocator.empty_cache()
-                else:
+                elif sizes[~event]:
                     free(blocks.pop(~event))
                 at += 1
             if phase in ("forward", "backward"):
@@ -247,7 +257,9 @@ class Growth:
     def at(self, micro_batch: int) -> Tape:
         """The tape at another micro-batch."""
         span, beyond = self.high_batch - self.low_batch, micro_batch - self.low_batch
-        sizes = [max(low + (high - low) * beyond // span, 1) if high != low else low for low, high in zip(self.low.sizes, self.high.sizes)]
+        sizes = self.low.sizes.copy()
+        for number, least, more in self._growing:
+            sizes[number] = max(least + more * beyond // span, 1)
         staged = {}
         for number, (low, which) in self.low.staged.items():
             high = self.high.staged[number][0]
@@ -255,6 +267,11 @@ class Growth:
             inputs = max(low.inputs + (high.inputs - low.inputs) * beyond // span, 1)
             staged[number] = replace(high, outputs=outputs, inputs=inputs), which
         return Tape(self.low.events, sizes, self.low.kinds, self.low.operators, self.low.marks, self.low.assumed, staged)
+
+    @cached_property
+    def _growing(self) -> list[tuple[int, int, int]]:
+        """(block, bytes, how many more at the other trace) of those that are not always the same."""
+        return [(number, low, high - low) for number, (low, high) in enumerate(zip(self.low.sizes, self.high.sizes)) if high != low]
 
 
 def _first_difference(low: Tape, high: Tape) -> str:

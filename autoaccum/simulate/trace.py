@@ -76,6 +76,10 @@ class Tracer(TorchDispatchMode):
 
     # -- what torch calls --
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled inside, and keeping the compiler out would take a tenth of a trace's time
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = func._overloadpacket.__name__
@@ -286,7 +290,7 @@ def _where() -> str:
 
 def _asked_by_the_engine() -> bool:
     """True where no Python code but torch's wrappers stands between autograd's engine and this operator."""
-    frame: Any = sys._getframe(3)
+    frame: Any = sys._getframe(1)
     while frame is not None:
         if not frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py", "simulate/trace.py")):
             return False
