@@ -301,7 +301,11 @@ class Fleet:
         """Shares of a window of `samples`, none above the rank's share of a full one. Raises `PlanError` for more than a full window."""
         if samples == self.target:
             return self.shares
-        shares = _solved(self.curves, samples, self.shares)
+        if self.lockstep and len(set(self.shares)) == 1 and samples < self.target:
+            # Where all are to do the same, what was measured of each would only make some of them run more micro-steps.
+            shares = list(_even(samples, len(self.shares)))
+        else:
+            shares = _solved(self.curves, samples, self.shares)
         if self.pairs:
             with suppress(NothingFits):  # then one is left alone, and the loop says what forbids it
                 shares = _in_pairs(self.curves, shares, self.shares)

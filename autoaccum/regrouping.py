@@ -24,11 +24,22 @@ class Window:
     parts: batches, or the pieces of batches, in order. sizes: samples of each. samples: of all.
     told: True where somebody said how many samples a part holds, because its first dimension does not: then parts are
     cut by `split` alone, and never joined. arranged: True where parts are micro-batches of as many samples as their length allows.
+    of_all: samples of this window over all ranks, where that is known to be more.
     """
 
-    def __init__(self, parts: Sequence[Any], sizes: Sequence[int], split: Splitter | None = None, *, told: bool = False, arranged: bool = False) -> None:
+    def __init__(
+        self,
+        parts: Sequence[Any],
+        sizes: Sequence[int],
+        split: Splitter | None = None,
+        *,
+        told: bool = False,
+        arranged: bool = False,
+        of_all: int | None = None,
+    ) -> None:
         self.parts, self.sizes, self.samples = tuple(parts), tuple(sizes), sum(sizes)
         self.split, self.told, self.arranged = split, told, arranged
+        self.of_all = self.samples if of_all is None else of_all
 
     def __repr__(self) -> str:
         return f"Window({self.samples} samples in {len(self.parts)} part{'s' if len(self.parts) != 1 else ''})"
@@ -176,7 +187,11 @@ class Windows:
                 continue
             shares = self._shares(window.samples)
             start = sum(shares[: self._rank])
-            yield window.between(start, start + shares[self._rank])
+            if shares[self._rank]:
+                own, sizes = window.between(start, start + shares[self._rank]), None
+            else:  # it has a sample to run where forward communicates, as with `Plan.batch_sampler`
+                own, sizes = window if window.told and window.split is None else window.between(0, 1), (0,)
+            yield Window(own.parts[: len(sizes or own.sizes)], sizes or own.sizes, own.split, told=own.told, of_all=window.samples)
 
     def state_dict(self) -> dict[str, int]:
         """Where the windows that were yielded end, for `load_state_dict`; of a loader with `Plan.batch_sampler` only.
@@ -206,10 +221,11 @@ class Windows:
             raise PlanError("the loader goes on inside a window, whose first micro-batches are gone: load a state of the end of a window")
         for start, sizes in sampler.windows(self._done) if ahead else ():
             parts = [ahead.pop() if ahead else next(read) for _ in sizes]
-            self._done = start + min(sampler.target, sampler.length - start)
+            of_all = min(sampler.target, sampler.length - start)
+            self._done = start + of_all
             if self._samples is not None and any(sizes):
                 sizes = tuple(int(self._samples(part)) if size else 0 for part, size in zip(parts, sizes))
-            yield Window(parts, sizes, self._split, told=self._samples is not None, arranged=sampler.arrange is not None)
+            yield Window(parts, sizes, self._split, told=self._samples is not None, arranged=sampler.arrange is not None, of_all=of_all)
         self._epoch, self._done = self._epoch + 1, 0
 
     def _regrouped(self) -> Iterator[Window]:

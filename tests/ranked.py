@@ -534,11 +534,11 @@ def ends_early(rank_that_dies, how, careful):
     return None
 
 
-def in_a_framework(name, target, most, folder):
-    """Trains an epoch through a framework, as torchrun would start it. Per window: the gradient's distance from the whole batch's, and this rank's samples."""
+def in_a_framework(name, target, most, folder, left):
+    """Trains two windows and `left` samples through a framework, as torchrun would start it. Per window: the gradient's distance from the whole batch's, and this rank's samples."""
     from tests.integrations import in_ranks
 
-    return in_ranks.PROGRAMS[name](target, most, folder)
+    return in_ranks.PROGRAMS[name](target, most, folder, left)
 
 
 def limit_data(mib):

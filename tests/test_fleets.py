@@ -118,6 +118,9 @@ def test_equal_shares_and_the_targets_that_would_allow_them():
         equal_share(120, 7)
     fleet = Fleet.planned([Affine(12, 0, 1), Affine(7, 0, 2)], 40, equal=True)
     assert fleet.shares == (20, 20) and fleet.sizes(0, 40) == fleet.sizes(1, 40) == (5, 5, 5, 5)
+    for samples in range(1, 40):  # whoever is faster: in a smaller window, too, nobody runs more micro-batches than another
+        shares, sizes = fleet.of(samples), [fleet.sizes(rank, samples) for rank in range(2)]
+        assert shares == (samples - samples // 2, samples // 2) and len(sizes[0]) == len(sizes[1]) and max(map(max, sizes)) <= 5
     with pytest.raises(autoaccum.NothingFits, match="leave equal out"):
         Fleet.planned([Affine(12, 0, 1), Affine(0, 0, 2)], 40, equal=True)
 

@@ -91,8 +91,9 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             raise PlanError(
                 f"the plan is for {plan.world_size} rank{'s' if plan.world_size != 1 else ''}, and the Trainer has {trainer.world_size}: tune again"
             )
-        if plan.world_size > 1:
+        if plan.fleet is not None:
             formats.lightning(plan)
+            plan = replace(plan, fleet=replace(plan.fleet, lockstep=True, steps=plan.accumulation_steps))
         if trainer.fast_dev_run:  # as many windows instead of batches
             self._undo.append(_putting_back(trainer, "limit_train_batches"))
             trainer.limit_train_batches = int(trainer.fast_dev_run) * plan.accumulation_steps
@@ -266,25 +267,32 @@ class _MicroBatches:
 
     def __iter__(self) -> Iterator[Any]:
         self._weights.clear()
-        plan, left = self._plan, getattr(self._loader.batch_sampler, "length", None)
-        for window in plan.windows(self._loader, drop_last=self._drop_last):
-            samples = window.samples
-            if plan.world_size > 1:  # this window over all ranks
-                samples = min(plan.target_batch, left or plan.target_batch)
-                left = None if left is None else left - samples
-            pieces = list(window.cut(plan.sizes(window.samples), most=plan.micro_batch)) if window.samples else [(window.parts[0], 0)]
-            if len(pieces) != plan.accumulation_steps and window.samples == plan.share:
+        for window in self._plan.windows(self._loader, drop_last=self._drop_last):
+            sizes = self._sizes(window.of_all, window.samples)
+            pieces = list(window.cut([size for size in sizes if size], most=self._plan.micro_batch)) if window.samples else []
+            if len(pieces) > len(sizes) and (self._plan.world_size > 1 or window.samples == self._plan.share):
                 raise PlanError(
-                    f"a window came in {len(pieces)} micro-batches instead of {plan.accumulation_steps}, because its batches cannot be joined (padded to "
+                    f"a window came in {len(pieces)} micro-batches instead of {len(sizes)}, because its batches cannot be joined (padded to "
                     "unlike lengths): leave the sampler to EffectiveBatch, with shuffle=True or False"
                 )
+            # Lightning's ranks meet in every micro-batch: one that has fewer samples runs one of them again, for nothing.
+            pieces += [(pieces[-1][0] if pieces else window.parts[0], 0)] * (len(sizes) - len(pieces))
             for piece, size in pieces:
-                self._weights.append(plan.world_size * size / samples)
+                self._weights.append(self._plan.world_size * size / window.of_all)
                 yield piece
 
     def __len__(self) -> int:
-        """Micro-batches in an epoch. Raises `TypeError` for a stream."""
-        if isinstance(self._loader.batch_sampler, WindowSampler):
-            return len(self._loader.batch_sampler)
-        whole, rest = divmod(samples_in(self._loader), self._plan.share)
-        return whole * self._plan.accumulation_steps + (len(self._plan.sizes(rest)) if rest else 0)
+        """Micro-batches in an epoch, of every rank. Raises `TypeError` for a stream."""
+        sampler, target = self._loader.batch_sampler, self._plan.target_batch
+        if isinstance(sampler, WindowSampler):
+            if self._plan.world_size == 1:
+                return len(sampler)
+            return sum(len(self._sizes(min(target, sampler.length - start))) for start, _ in sampler.windows(0))
+        whole, rest = divmod(samples_in(self._loader), target)
+        return whole * self._plan.accumulation_steps + (len(self._sizes(rest)) if rest else 0)
+
+    def _sizes(self, of_all: int, own: int | None = None) -> tuple[int, ...]:
+        """This rank's micro-batches of a window of so many samples over all ranks, as many as every other's; zeros are for nothing."""
+        if self._plan.fleet is None:
+            return self._plan.sizes(of_all if own is None else own)
+        return self._plan.fleet.sizes(self._plan.rank, of_all)

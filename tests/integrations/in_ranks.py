@@ -2,11 +2,9 @@
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from autoaccum.devices.cpu import Cpu
-
-SAMPLES_LEFT = 7  # of the smaller last window
 
 
 def linear():
@@ -17,6 +15,19 @@ def linear():
 def data(samples):
     drawn = torch.Generator().manual_seed(1)
     return TensorDataset(torch.randn(samples, 8, dtype=torch.float64, generator=drawn), torch.randn(samples, 1, dtype=torch.float64, generator=drawn))
+
+
+class InOrder(Sampler):
+    """An order that somebody made: what it gives is regrouped as it comes."""
+
+    def __init__(self, samples):
+        self.samples = samples
+
+    def __len__(self):
+        return self.samples
+
+    def __iter__(self):
+        return iter(range(self.samples))
 
 
 def mse(model, batch):
@@ -37,14 +48,14 @@ def apart(gradients, pairs, target):
     return found
 
 
-def accelerate(target, most, folder):
+def accelerate(target, most, folder, left):
     from accelerate import Accelerator
 
     from autoaccum.integrations import accelerate as ours
 
     accelerator, model = Accelerator(cpu=True), linear()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.0))
-    pairs = data(2 * target + SAMPLES_LEFT)
+    pairs = data(2 * target + left)
     plan = ours.tune(accelerator, model, optimizer, mse, pairs[:8], target_batch=target, max_micro_batch=most)
     loader = DataLoader(pairs, batch_sampler=plan.batch_sampler(pairs, shuffle=False))
     gradients, samples, since = [], [], 0
@@ -60,7 +71,7 @@ def accelerate(target, most, folder):
     return {"apart": apart(gradients, pairs, target), "samples": samples, "sizes": plan.micro_batches}
 
 
-def lightning(target, most, folder):
+def lightning(target, most, folder, left):
     import logging
 
     import lightning as library
@@ -93,12 +104,12 @@ def lightning(target, most, folder):
     callback = EffectiveBatch(target, max_micro_batch=most)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     trainer = library.Trainer(accelerator="cpu", strategy="ddp", devices=2, max_epochs=1, default_root_dir=folder, callbacks=[callback], **quiet)
-    pairs = data(2 * target + SAMPLES_LEFT)
-    trainer.fit(Module(), DataLoader(pairs, batch_size=5))
+    pairs = data(2 * target + left)
+    trainer.fit(Module(), DataLoader(pairs, batch_size=5, sampler=InOrder(len(pairs)) if left % 2 == 0 else None))
     return {"apart": apart(gradients, pairs, target), "samples": samples, "sizes": callback.plan.micro_batches, "steps": trainer.global_step}
 
 
-def huggingface(target, most, folder):
+def huggingface(target, most, folder, left):
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
     from autoaccum.integrations import huggingface as ours
