@@ -98,7 +98,7 @@ TRAPS = st.dictionaries(
 
 
 # Not shrunk: each example trains 100 windows.
-@settings(max_examples=12, deadline=None, phases=[Phase.explicit, Phase.generate])
+@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
 @given(traps=TRAPS, grow_after=st.sampled_from([None, 2, 10]))
 def test_50_windows_with_rescues_anywhere_end_as_if_planned_so_from_the_start(traps, grow_after):
     torch.manual_seed(9)
