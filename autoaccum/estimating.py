@@ -154,7 +154,7 @@ def estimate_source(
         tape = None
         if timeline is not None:
             chosen = child.estimate(timeline, wish.target_batch, **_wishes(wish, len(names)))
-            tape = child.tape(chosen.micro_batches or (min(wish.target_batch, 1),))
+            tape = child.tape(chosen.micro_batches)
     return Estimates(origin.label, wish.target_batch, tuple(found), round(time.monotonic() - started, 3), tape)
 
 

@@ -31,6 +31,7 @@ from autoaccum.units import in_words
 _ANCHORS = (8, 256)  # between these lies the first micro-batch that is traced; fake tensors cost the same at any size
 _SIZES = 1 << 36  # no larger micro-batch is looked for
 _SOME_CARD = (8519680, 108, 2048)  # to compare tapes on: cuBLAS's workspace, multiprocessors and their threads
+_BEYOND = 4  # a line that told one size's peak is believed up to so many times that size
 _PIECES = 3  # a window's third micro-batch holds what the tenth does: gradients, and the next piece of the input
 
 
@@ -41,13 +42,14 @@ class Traced:
     phantom: Phantom
     shortest: int  # the smallest micro-batch that may be traced
     remarks: dict[str, None] = field(default_factory=dict)
-    _growths: dict[Any, Growth | None] = field(default_factory=dict)
+    _growths: dict[Any, list[Growth] | None] = field(default_factory=dict)  # lines, each through two neighbouring sizes; None: every size by itself
     _tapes: dict[Any, Tape] = field(default_factory=dict)
-    _looked_at: set[Any] = field(default_factory=set)
+    _highest: int = _ANCHORS[1]
+    _straight: dict[Any, int] = field(default_factory=dict)  # up to which size the one line may be believed
 
     def alike(self, card: Card) -> Card:
         """A card whose tapes are there and must be this one's, too, because attention and convolutions would take the same; else itself."""
-        convolves = any("convolution" in tape.operators for tape in self._tapes.values())
+        convolves = self._convolves()
         known: dict[Card, None] = dict.fromkeys(key[0] for key in self._growths)
         for other in known:
             if replace(other, capability=card.capability) != card:
@@ -57,6 +59,9 @@ class Traced:
             if all(attention.alike(card.capability, other.capability, asked) for asked in self.phantom.attention):
                 return other
         return card
+
+    def _convolves(self) -> bool:
+        return any("convolution" in tape.operators for tape in self._tapes.values())
 
     def exactly(self, card: Card, sizes: Sequence[int], *, twice: bool = False) -> Tape:
         """The tape of a window of these micro-batches, traced as it is."""
@@ -70,49 +75,67 @@ class Traced:
         return self._tapes[key]
 
     def about(self, card: Card, micro_batch: int, steps: int) -> Tape:
-        """The tape of a window of equal micro-batches, from two traces at other sizes if sizes change nothing else."""
+        """The tape of a window of equal micro-batches, from two traces at other sizes if sizes change nothing else.
+
+        Only the target comes in one piece, so that is traced as it is.
+        """
         pieces = min(steps, _PIECES)
+        if pieces == 1:
+            return self.exactly(card, (micro_batch,))
         key = (card, pieces)
         if key not in self._growths:
-            low = max(min(max(micro_batch, _ANCHORS[0]), _ANCHORS[1]), self.shortest)
-            high = low + max(low // 8, 4)
-            try:
-                self._growths[key] = Growth(self.exactly(card, (low,) * pieces), self.exactly(card, (high,) * pieces), low, high)
-            except NotAlike as difference:
-                self._growths[key] = None
-                self.remarks[f"what the job does changes with the micro-batch ({difference}), so every size was traced by itself"] = None
-        growth = self._growths[key]
+            self._growths[key] = self._drawn(card, micro_batch, pieces)
+        growth = self._line(key, micro_batch)
         return self.exactly(card, (micro_batch,) * pieces) if growth is None else growth.at(micro_batch)
 
-    def anchor(self, card: Card, pieces: int) -> int:
-        """The micro-batch through which the line is drawn; 0 without a line."""
-        growth = self._growths.get((card, pieces))
+    def _drawn(self, card: Card, micro_batch: int, pieces: int) -> list[Growth] | None:
+        """The first line, through two sizes between the anchors; None, with a remark, where what the job does changes between small ones."""
+        while True:
+            low = max(min(max(micro_batch, _ANCHORS[0]), self._highest), self.shortest)
+            high = low + max(low // 8, 4)
+            try:
+                return [Growth(self.exactly(card, (low,) * pieces), self.exactly(card, (high,) * pieces), low, high)]
+            except NotAlike as difference:
+                if low <= _ANCHORS[0]:
+                    self.remarks[f"what the job does changes with the micro-batch ({difference}), so every size was traced by itself"] = None
+                    return None
+                self._highest = _ANCHORS[0]  # large tensors are worked on in parts, from some size on
+
+    def _line(self, key: Any, micro_batch: int) -> Growth | None:
+        """Of the lines that are known, the one that was drawn nearest to that size, in proportion."""
+        growths = self._growths.get(key)
+        return min(growths, key=lambda each: abs(math.log(max(micro_batch, 1) / each.low_batch))) if growths else None
+
+    def anchor(self, card: Card, micro_batch: int, pieces: int) -> int:
+        """The micro-batch through which the line for that size is drawn; 0 without a line."""
+        growth = self._line((card, pieces), micro_batch)
         return 0 if growth is None else growth.low_batch
 
-    def is_anchored(self, card: Card, steps: int) -> bool:
-        """True where that was looked at before."""
-        return (card, min(steps, _PIECES)) in self._looked_at
-
     def anchored(self, card: Card, micro_batch: int, steps: int) -> bool:
-        """Traces this size itself and says whether the line through the anchors had told its peak; if not, the line is
-        drawn through this size from now on. Kernels have thresholds that two small sizes do not show."""
+        """Whether the line tells this size's peak. If that is not known, traces the size; where the line was wrong, another is
+        drawn through it and its neighbour. Kernels have thresholds that two small sizes do not show, and jobs grow otherwise than in a line."""
         pieces = min(steps, _PIECES)
-        self._looked_at.add((card, pieces))
-        growth = self._growths.get((card, pieces))
-        if growth is None or micro_batch in (growth.low_batch, growth.high_batch):
+        key = (card, pieces)
+        growths = self._growths.get(key)
+        if growths is None or any(each.low_batch <= micro_batch <= each.high_batch for each in growths):
             return True
-        traced = self.exactly(card, (micro_batch,) * pieces)
-        if same(growth.at(micro_batch), traced):
+        # What attention takes on one card or another grows alike; convolutions' kernels have thresholds of their own on each.
+        alike = key if self._convolves() else pieces
+        if len(growths) == 1 and micro_batch <= self._straight.get(alike, 0):
             return True
-        told, true = (replay(tape.on(*_SOME_CARD), Allocator()).peak_reserved_bytes for tape in (growth.at(micro_batch), traced))
-        if told == true:
-            return True
-        near = max(micro_batch + max(micro_batch // 8, 1), self.shortest)
-        try:
-            self._growths[(card, pieces)] = Growth(traced, self.exactly(card, (near,) * pieces), micro_batch, near)
-        except NotAlike:
-            self._growths[(card, pieces)] = None
-        return abs(told - true) <= 0.002 * true
+        line, traced = self._line(key, micro_batch), self.exactly(card, (micro_batch,) * pieces)
+        assert line is not None
+        if not same(line.at(micro_batch), traced):
+            told, true = (replay(tape.on(*_SOME_CARD), Allocator()).peak_reserved_bytes for tape in (line.at(micro_batch), traced))
+            if told != true:
+                near = max(micro_batch + max(micro_batch // 8, 1), self.shortest)
+                try:
+                    growths.append(Growth(traced, self.exactly(card, (near,) * pieces), micro_batch, near))
+                except NotAlike:
+                    self._growths[key] = None
+                return abs(told - true) <= 0.002 * true
+        self._straight[alike] = max(_BEYOND * micro_batch, self._straight.get(alike, 0))
+        return True
 
 
 class Simulation:
@@ -160,6 +183,9 @@ class Simulation:
         if self._say is not None:
             self._say("batch", 0)
         largest, steps = micro_batches[0], len(micro_batches)
+        if not full:
+            self._traced.about(self._card, largest, steps)
+            self._traced.anchored(self._card, largest, steps)
         tape = self._on_card(self._traced.exactly(self._card, micro_batches, twice=True) if full else self._traced.about(self._card, largest, steps))
         allowed = self.budget(limited=limited).budget_bytes
         ran = replay(tape, Allocator(self._profile.total_bytes, available_bytes=allowed, settings=self._settings, name=self._profile.name))
@@ -210,26 +236,23 @@ class Simulation:
         def steps_of(size: int) -> int:
             return pieces_of_all if size == target else math.ceil(target / max(size, 1))
 
-        margin = self._margin(self._traced.about(self._card, candidates[-1], steps_of(candidates[-1])))
+        first = candidates[-1] if both else candidates[0]  # the line is drawn through the first that is asked for: a few cards' answer, or many's
+        margin = self._margin(self._traced.about(self._card, first, steps_of(first)))
         allowed = self.budget().budget_bytes
 
         def high(size: int, steps: int) -> float:
             return self._peak(size, steps) * (1 + margin.high)
 
         found = 0
-        for _ in range(4):  # until the line is anchored where the answer lies; for many cards, where the first one's does
+        for _ in range(12):  # until the line is anchored where the answer lies
             found = _largest(candidates, lambda size: high(size, steps_of(size)) <= allowed)
-            steps = steps_of(found)
-            if not found or (not both and self._traced.is_anchored(self._card, steps)) or self._traced.anchored(self._card, found, steps):
+            if not found or self._traced.anchored(self._card, found, steps_of(found)):
                 break
         while found and high(found, steps_of(found)) > allowed:  # the line moved under it
             found = max((size for size in candidates if size < found), default=0)
         whole = candidates[-1] == target
         # In one piece no gradients are held between micro-batches, so it may fit where two halves do not.
         in_one = whole and high(target, pieces_of_all) - self._gradient_bytes <= allowed and high(target, 1) <= allowed
-        if in_one and (both or not self._traced.is_anchored(self._card, 1)):
-            self._traced.anchored(self._card, target, 1)
-            in_one = high(target, 1) <= allowed
         if in_one:
             found = target
         elif found == target:
@@ -240,6 +263,9 @@ class Simulation:
         tape = self._on_card(self._traced.about(self._card, size, steps))
         ran = self._replayed(size, steps)
         held = held_at(tape, ran.peak_event)
+        # What a step takes while it runs is no state: that is still there at the end.
+        passing = max(held["optimizer"] - held_at(tape, len(tape.events) - 1)["optimizer"], 0)
+        held = {**held, "optimizer": held["optimizer"] - passing, "workspace": held["workspace"] + passing}
         return Estimate(
             gpu=self._profile.label,
             name=self._profile.name,
@@ -252,8 +278,8 @@ class Simulation:
             peak_bytes=ran.peak_reserved_bytes,
             peak_interval_bytes=(int(ran.peak_reserved_bytes * (1 - margin.low)), int(ran.peak_reserved_bytes * (1 + margin.high))),
             breakdown={**held, "context": self._profile.context_bytes, "unused": max(ran.peak_reserved_bytes - sum(held.values()), 0)},
-            largest_micro_batch=self._most(lambda each: self._peak(each, 2) <= self._available) if both and self._jobs[0].split is None else None,
-            hard_largest_micro_batch=self._most(self._survives) if both and self._jobs[0].split is None else None,
+            largest_micro_batch=self._anchored_most(lambda each: self._peak(each, 2) <= self._available) if both and self._jobs[0].split is None else None,
+            hard_largest_micro_batch=self._anchored_most(self._survives) if both and self._jobs[0].split is None else None,
             estimated=tuple(name for name, figure in self._profile.figures() if figure.estimated),
             margin=margin.provenance,
             warnings=(*self._remarks, *self._of_the_card(), *self._traced.remarks),
@@ -268,15 +294,23 @@ class Simulation:
         return with_advice(self.estimate(target, **wish), self._jobs).as_dict()
 
     def taped(self, sizes: Sequence[int]) -> dict[str, Any]:
-        """The tape of a window on the present card, as a plain document."""
-        return as_json(self._on_card(self._traced.exactly(self._card, sizes)).without_nothing())
+        """The tape of a window on the present card, as a plain document; where nothing fits, of the smallest micro-batch."""
+        return as_json(self._on_card(self._traced.exactly(self._card, sizes or (self._traced.shortest,))).without_nothing())
 
     def _peak(self, size: int, steps: int) -> int:
         return self._replayed(size, steps).peak_reserved_bytes
 
     def _replayed(self, size: int, steps: int) -> Replayed:
         pieces = min(steps, _PIECES)
-        key = (self._card, self._settings, self._profile.cublas_workspace.value, self._profile.parallel, size, pieces, self._traced.anchor(self._card, pieces))
+        key = (
+            self._card,
+            self._settings,
+            self._profile.cublas_workspace.value,
+            self._profile.parallel,
+            size,
+            pieces,
+            self._traced.anchor(self._card, size, pieces),
+        )
         if key not in self._peaks:
             self._peaks[key] = replay(
                 self._on_card(self._traced.about(self._card, size, steps)), Allocator(settings=replace(self._settings, memory_fraction=None))
@@ -290,6 +324,14 @@ class Simulation:
 
     def _on_card(self, tape: Tape) -> Tape:
         return tape.on(self._profile.cublas_workspace.value, *self._profile.parallel)
+
+    def _anchored_most(self, fits: Callable[[int], bool]) -> int:
+        """As `_most`, until the line is anchored where the answer lies."""
+        for _ in range(12):
+            found = self._most(fits)
+            if not found or self._traced.anchored(self._card, found, 2):
+                break
+        return found
 
     def _most(self, fits: Callable[[int], bool]) -> int:
         """The largest size of all that fits, from a line's guess by growing steps, then by halving; 0 for none.

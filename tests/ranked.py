@@ -60,6 +60,8 @@ def in_ranks(program, *arguments, world=3, timeout=150):
         errors.seek(0)
         said = errors.read()
     assert any(each is not None for each in told.values()), f"nobody told anything: {said[-4000:]}"
+    if None in told.values():
+        print(said[-4000:])  # shown by pytest where a test fails of it
     for each in told.values():
         if isinstance(each, dict) and "raised" in each:
             each["stderr"] = said[-4000:]
@@ -111,8 +113,8 @@ def _be(rank, program, arguments):
     except Exception as error:
         traceback.print_exc()
         told = {"raised": type(error).__name__, "message": str(error), "notes": getattr(error, "__notes__", [])}
-    sys.stdout.write(f"told:{rank}:{json.dumps(told)}\n")
     sys.stdout.flush()
+    os.write(1, f"\ntold:{rank}:{json.dumps(told)}\n".encode())  # at once, on a line of its own, whatever else was printed
     if dist.is_initialized() and not (isinstance(told, dict) and "raised" in told):
         dist.barrier()  # nobody's connections end while another still uses them
     os._exit(0)

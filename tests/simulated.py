@@ -114,6 +114,23 @@ def branching():
     return autoaccum.Job(job.model, job.optimizer, loss, job.batch)
 
 
+def pairwise():
+    """Every sample beside every other."""
+    model = nn.Linear(64, 64)
+
+    def loss(model, batch):
+        made = model(batch[0])
+        return F.cross_entropy(made @ made.t(), torch.arange(len(made), device=made.device))
+
+    return autoaccum.Job(model, torch.optim.AdamW(model.parameters()), loss, (torch.zeros(2, 64),))
+
+
+def normed():
+    """Refuses a micro-batch of one sample."""
+    model = nn.Sequential(nn.Linear(64, 8192), nn.BatchNorm1d(8192), nn.Linear(8192, 2048))
+    return autoaccum.Job(model, torch.optim.AdamW(model.parameters()), lambda model, batch: model(batch[0]).mean(), (torch.zeros(8, 64),))
+
+
 def ragged():
     """A shape that depends on values, which nobody has."""
     job = mlp()

@@ -161,6 +161,33 @@ def test_bad_input_is_one_sentence_and_exit_2(words, says):
     assert says in finished.stderr and len(finished.stderr.splitlines()) == 1
 
 
+def test_a_job_that_grows_otherwise_than_in_a_line_is_right_on_every_card():
+    """Pairs of samples: four times the memory for twice the micro-batch. One step fewer must not fit, either."""
+    code = """
+from autoaccum import profiles, simulation
+from autoaccum.reading import Limits
+fake.enable()
+on = simulation.Simulation([pairwise()], profiles.load("2GiB"), Limits())
+told = []
+for card in ("2GiB", "t4", "8GiB"):
+    found = on.estimated(card, 65536, both=card == "2GiB")
+    larger = -(-65536 // (found["accumulation_steps"] - 1))
+    told.append([on.measure(sizes, full=True).fits for sizes in (found["micro_batches"], (larger,) * 3)])
+    most = found["largest_micro_batch"] or most
+on.use(profiles.load("2GiB"))
+tell([told, [on._traced.exactly(on._card, (size, size)).requested_peak() for size in (most, most * 12 // 10)]])
+"""
+    told, (largest, larger) = simulated.in_a_process(code)
+    assert told == [[True, False]] * 3
+    assert largest < 2**31 < larger
+
+
+def test_what_does_not_fit_has_no_timeline_and_still_an_answer(tmp_path):
+    """BatchNorm would refuse the micro-batch of one sample that is not asked of it."""
+    finished = command_line.autoaccum("estimate", f"{FILE}:normed", "-b", 64, "-g", "400MiB", "--timeline", tmp_path / "window.png")
+    assert finished.returncode == 3 and "no window to draw" in finished.stderr and "does not fit" in finished.stdout
+
+
 def test_what_cannot_be_traced_is_exit_5_with_the_operator():
     finished = command_line.autoaccum("estimate", f"{FILE}:ragged", "-b", 8, "-g", "t4")
     assert finished.returncode == 5

@@ -270,7 +270,9 @@ class _MicroBatches:
         for window in self._plan.windows(self._loader, drop_last=self._drop_last):
             sizes = self._sizes(window.of_all, window.samples)
             pieces = list(window.cut([size for size in sizes if size], most=self._plan.micro_batch)) if window.samples else []
-            if len(pieces) > len(sizes) and (self._plan.world_size > 1 or window.samples == self._plan.share):
+            if len(pieces) > len(sizes):  # parts that cannot be joined: each by itself, where that makes no more
+                pieces = list(window.cut([size for held in window.sizes for size in self._plan.sizes(held)], most=self._plan.micro_batch))
+            if len(pieces) > len(sizes):  # Lightning has counted them: it would leave some out
                 raise PlanError(
                     f"a window came in {len(pieces)} micro-batches instead of {len(sizes)}, because its batches cannot be joined (padded to "
                     "unlike lengths): leave the sampler to EffectiveBatch, with shuffle=True or False"

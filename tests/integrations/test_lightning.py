@@ -172,6 +172,20 @@ def test_a_loader_that_is_made_anew_for_every_epoch_is(tmp_path):
     assert model.samples == [22, 22, 2, 22, 4] and {0, 1, 2} <= set(made_with)
 
 
+def test_a_smaller_last_window_of_batches_that_cannot_be_joined_is_whole(tmp_path):
+    """Padded to unlike lengths, in an order of the user's own: 20 samples in batches of 8, 8 and 4."""
+    texts, seen = Texts(44, 60), []
+
+    class Counting(Module):
+        def training_step(self, batch, batch_idx):
+            seen.append(len(batch[0]))
+            return self.inner(batch[0][:, :1, 0].double().expand(-1, 8)).mean()
+
+    loader = DataLoader(texts, batch_size=8, sampler=torch.utils.data.SubsetRandomSampler(range(44)), collate_fn=padded)
+    trainer(tmp_path, EffectiveBatch(24, max_micro_batch=8)).fit(Counting(), loader)
+    assert seen[-6:] == [8, 8, 8, 8, 8, 4]
+
+
 def test_going_on_from_an_epochs_end_is_exact_and_from_inside_one_is_refused(tmp_path):
     loader = DataLoader(data(46), batch_size=7)
     whole, first, second = Module(lr=0.1), Module(lr=0.1), Module(lr=0.1)
