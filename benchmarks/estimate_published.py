@@ -31,6 +31,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # also where the package is not installed
 MIB = 1 << 20
+# The seed and size of an earlier sample of timm's rows: what cuDNN takes in benchmark mode was chosen by them, so they judge nothing.
+CHOSEN_ON = (20261121, 160)
 CARD_TOTAL = {8318222336: ("rtx-4060", 8318222336)}
 
 
@@ -39,7 +41,7 @@ def main() -> None:
     parser.add_argument("--xmem", type=Path, default=HERE / "data" / "xmem_peaks_dev.csv")
     parser.add_argument("--timm", type=Path, default=HERE / "data" / "timm_peaks_dev.csv")
     parser.add_argument("--sample", type=int, default=160, help="rows of timm's, drawn with a fixed seed; 0 for none")
-    parser.add_argument("--seed", type=int, default=20261121)
+    parser.add_argument("--seed", type=int, default=20261128)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
@@ -64,7 +66,7 @@ def main() -> None:
 
 
 def sampled(path: Path, count: int, seed: int) -> list[dict[str, str]]:
-    """A fixed sample of the rows that can be trusted, spread over models."""
+    """A fixed sample of the rows that can be trusted, none of which a rule was chosen on (`CHOSEN_ON`)."""
     rows = list(csv.DictReader(path.open()))
     by_model: dict[str, list[dict[str, str]]] = {}
     for row in rows:
@@ -76,7 +78,9 @@ def sampled(path: Path, count: int, seed: int) -> list[dict[str, str]]:
         if any(later < earlier for earlier, later in itertools.pairwise(peaks)):
             continue
         good += [row for row in known if float(row["measured_peak_mib"]) <= 36000 and float(row["naive_faketensor_mib"]) <= 40 * 1024]
-    return random.Random(seed).sample(good, min(count, len(good)))
+    seen = random.Random(CHOSEN_ON[0]).sample(range(len(good)), min(CHOSEN_ON[1], len(good)))
+    others = [row for at, row in enumerate(good) if at not in set(seen)]
+    return random.Random(seed).sample(others, min(count, len(others)))
 
 
 # -- in a worker --

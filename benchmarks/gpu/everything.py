@@ -65,7 +65,7 @@ _SURROUNDED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1", "TO
 
 
 def cases(parts: list[str], predicted: dict[str, Any], wanted: Callable[[str], bool]) -> list[Case]:
-    """What is run, in order: what takes memory, then what must be alone; of several kinds one each in turn, so that a short lease has of everything."""
+    """What is run, in order: what takes memory, then what must be alone; of several kinds one each in turn, so that a run that is cut short has of everything."""
     found: list[Case] = []
     if "memory" in parts:
         found += [Case(f"C {name}", ("virtual", name), alone=True, timeout_s=40) for name in ("constants", "profile")]

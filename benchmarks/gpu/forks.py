@@ -1,6 +1,6 @@
 """Many measurements side by side on one card, each in a process of its own, forked from one that has imported everything and touched no card.
 
-A lease of a card is short, and most of a small measurement is importing torch: a fork has that behind it. What takes memory runs beside
+Time on a card is dear, and most of a small measurement is importing torch: a fork has that behind it. What takes memory runs beside
 others as long as all together fit; what takes time runs alone.
 """
 

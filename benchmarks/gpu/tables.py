@@ -28,10 +28,10 @@ def peaks(document: dict[str, Any]) -> str:
         return {key: each for key, each in document["peaks"].items() if key.split()[0] in networks and key in measured and (ELASTIC in key) == elastic}
 
     groups = {
-        "six networks, predicted before any card was seen": of(first, workloads.LEARNT),
-        "the other six, predicted with what those six had shown": of(before, workloads.JUDGED),
+        "{} networks, predicted before any card was seen": of(first, workloads.LEARNT),
+        "{} others, predicted with what those had shown": of(before, workloads.JUDGED),
         "of these all but T5": {key: each for key, each in of(before, workloads.JUDGED).items() if not key.startswith("t5")},
-        "all twelve, with what all have shown": of(now, workloads.BATCHES),
+        "all {}, with what all have shown": of(now, workloads.BATCHES),
         "cuDNN's benchmark mode, likewise": of(now, workloads.BATCHES, elastic=True),
     }
     lines = ["| | jobs | requested: median error | 90th percentile | reserved: median | 90th percentile | worst | too low |", "| --- |" + " --- |" * 7]
@@ -41,7 +41,7 @@ def peaks(document: dict[str, Any]) -> str:
         low = sum(error < 0 for error in errors["reserved"]) / len(reserved)
         cells = [f"{100 * each:.2f}%" for each in (statistics.median(requested), _tenth(requested))]
         cells += [f"{100 * each:.1f}%" for each in (statistics.median(reserved), _tenth(reserved), max(reserved))]
-        lines.append(f"| {name} | {len(rows)} | {' | '.join(cells)} | {low:.0%} |")
+        lines.append(f"| {name.format(len({key.split()[0] for key in rows}))} | {len(rows)} | {' | '.join(cells)} | {low:.0%} |")
     machine = document["machine"]
     networks = sorted({key.split()[0] for key in measured})
     lines += [
@@ -65,18 +65,20 @@ def boundaries(document: dict[str, Any]) -> str:
         if "largest" in measured:
             name, _, cap = key.split()
             rows.setdefault(name, []).append((cap, measured["largest"], each["hard_largest"], each["largest"]))
-    lines = ["| | largest that trains under 6, 8, 12, 16, 24 GiB | predicted | predicted without retries |", "| --- | --- | --- | --- |"]
+    lines = ["| | under, GiB | largest that trains | predicted | predicted without retries |", "| --- | --- | --- | --- | --- |"]
     for name, found in rows.items():
         columns = [", ".join(f"{each[at]:,}" for each in found) for at in (1, 2, 3)]
         judged = " (not seen before)" if name in workloads.JUDGED else ""
-        lines.append(f"| {name}{judged} | {' | '.join(columns)} |")
+        caps = ", ".join(each[0].removesuffix("GiB") for each in found)
+        lines.append(f"| {name}{judged} | {caps} | {' | '.join(columns)} |")
     every = [each for found in rows.values() for each in found]
-    off = [abs(hard / real - 1) for _, real, hard, _ in every if real]
+    off = [abs(hard - real) / max(real, 1) for _, real, hard, _ in every]
     exact = sum(real == hard for _, real, hard, _ in every)
     lines += [
         "",
-        f"{len(every)} boundaries, each seen twice in fresh processes: {exact} predicted to the sample, {sum(each <= 0.02 for each in off)} within 2%, the worst {max(off):.0%} off; "
-        f"the size that is recommended, which leaves the cache alone, trained in {sum(soft <= real for _, real, _, soft in every)}.",
+        f"{len(every)} boundaries of {len(before)} that were predicted, each seen twice in fresh processes: {exact} predicted to the sample, "
+        f"{sum(each <= 0.02 for each in off)} within 2%, the worst {max(off):.0%} off; the size that is recommended, which leaves the cache alone, is no larger than "
+        f"what trained in {sum(soft <= real for _, real, _, soft in every)}.",
     ]
     return "\n".join(lines)
 
@@ -102,7 +104,7 @@ def plans(document: dict[str, Any]) -> str:
 def peers(document: dict[str, Any]) -> str:
     """The systems under the same cap."""
     largest = {name.removeprefix("oracle "): row["largest"] for name, row in document["rows"].items() if name.startswith("oracle ")}
-    heads = [f"{network}, {most} fit: window | seconds | 10 windows | samples a second" for network, most in largest.items()]
+    heads = [f"{network}, {most} fit by bisection: window | seconds | 10 windows | samples a second" for network, most in largest.items()]
     lines = [f"| 512 samples, 8 GiB | {' | '.join(heads)} | model unchanged | random numbers unchanged |", "| --- |" + " --- |" * (4 * len(largest) + 2)]
     systems = dict.fromkeys(name.removeprefix("peers ").rsplit(", ", 1)[0] for name in document["rows"] if name.startswith("peers "))
     for system in sorted(systems, key=lambda each: (not each.startswith("autoaccum"), each.lower())):
