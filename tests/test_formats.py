@@ -35,10 +35,10 @@ def test_ranks_with_shares_of_their_own_are_refused():
 
 
 def test_on_the_command_line_formats_imply_equal_micro_batches():
-    asked = ("tune", "demo", "-b", 127, "--max-micro-batch", 40, "-d", "cpu", "-q")
-    assert document(cli(*asked, "--format", "deepspeed")) == {"train_batch_size": 127, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 127}
-    finished = cli("tune", "demo", "-b", 120, "--max-micro-batch", 50, "-d", "cpu", "-q", "--format", "lightning")
-    assert document(finished) == {"accumulate_grad_batches": 3} and "the DataLoader's batch_size is 40" in finished.stderr
+    asked = ("tune", "demo", "-b", 23, "--max-micro-batch", 8, "-d", "cpu", "-q")
+    assert document(cli(*asked, "--format", "deepspeed")) == {"train_batch_size": 23, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 23}
+    finished = cli("tune", "demo", "-b", 24, "--max-micro-batch", 10, "-d", "cpu", "-q", "--format", "lightning")
+    assert document(finished) == {"accumulate_grad_batches": 3} and "the DataLoader's batch_size is 8" in finished.stderr
     for words, said in (
         (("tune", "-b", 120, "--format", "huggingface"), "say `demo` as JOB"),
         (("tune", "demo", "-b", 120, "--format", "huggingface", "--json"), "both say how to print"),
