@@ -180,11 +180,13 @@ def estimate(
         raise UsageError("Missing option '-b' / '--target-batch': the effective batch")
     if bool(gpus) == all_gpus:
         raise UsageError("name the cards with --gpu NAME, or take --all-gpus" + (", not both" if gpus else "; `autoaccum profiles list` shows them"))
-    if timeline is not None and (len(gpus) != 1 or timeline.suffix not in (".png", ".svg", ".pdf", ".pickle")):
-        raise UsageError(f"--timeline draws one card's window: give one --gpu and a file that ends in .png, .svg, .pdf or .pickle, not {str(timeline)!r}")
-    for path in (output, timeline):
+    if timeline is not None and len(gpus) != 1:
+        raise UsageError(f"--timeline draws one card's window: give one --gpu, not {'--all-gpus' if all_gpus else len(gpus)}")
+    if timeline is not None and timeline.suffix not in (".png", ".svg", ".pdf", ".pickle"):
+        raise UsageError(f"--timeline {str(timeline)!r} must be a file that ends in .png, .svg, .pdf or .pickle")
+    for option, path in (("--output", output), ("--timeline", timeline)):
         if path is not None:
-            writable(path)
+            writable(path, option)
     if timeline is not None and timeline.suffix != ".pickle":
         drawing.ready(timeline)
     names = profiles.names() if all_gpus else list(gpus)
@@ -197,6 +199,8 @@ def estimate(
         output.write_text(report.as_json(found.as_dict()) + "\n")
     if timeline is not None:
         drawing.draw(found, timeline)
+        if not quiet:
+            click.echo(f"drawn: {timeline}", err=True)
     return 3 if gpus and not all(each.fits for each in found.gpus) else 0
 
 

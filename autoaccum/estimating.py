@@ -43,6 +43,7 @@ class Estimates:
         shapes = next((each.measured_at for each in self.gpus if each.measured_at), None) or {}
         of = ", ".join(f"{path} {('n', *shape[1:])}".replace("'", "") for path, shape in list(shapes.items())[:4])
         lines = [f"{self.target_batch} samples a step of {self.job}" + (f", simulated at {of}" if of else "") + "; from weights on what is held at the peak"]
+        lines[0] += ", the rest being workspaces, a step's own, and free between blocks"
         lines.append("".join(f"{title:<{width}}" for title, width in _TABLE).rstrip())
         lines += [_row(each) for each in self.gpus]
         for each in self.gpus:
@@ -51,7 +52,8 @@ class Estimates:
         lines += [f"margin: {margin}" for margin in dict.fromkeys(each.margin for each in self.gpus)]
         guessed = sorted({name for each in self.gpus for name in each.estimated if name in ("total_bytes", "context_bytes", "cublas_workspace_bytes")})
         if guessed:
-            lines.append(f"estimated, not measured, for some of these cards: {', '.join(guessed)} (autoaccum profiles show NAME)")
+            some = ", for some of these cards" if len(self.gpus) > 1 else ""
+            lines.append(f"estimated, not measured{some}: {', '.join(guessed)} (autoaccum profiles show NAME)")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -87,7 +89,7 @@ def _row(each: Estimate) -> str:
         f"{in_words(each.peak_bytes, unit)} ({number(low, unit)} to {number(high, unit)})",
         in_words(each.budget_bytes),
         *(in_words(parts[kind]) for kind in ("parameters", "gradients", "optimizer", "activations")),
-        in_words(parts["workspace"] + parts["unused"]),
+        in_words(parts["workspace"] + parts["step"] + parts["unused"]),
     ]
     return "".join(f"{cell:<{max(width, len(cell) + 1)}}" for cell, (_, width) in zip(cells, _TABLE)).rstrip()
 

@@ -178,8 +178,8 @@ class Estimate:
     fits, micro_batch, accumulation_steps, micro_batches: the plan whose peak stays below the budget even at the upper
     end of its interval; None and empty where not even the smallest micro-batch does, and the figures are then that one's.
     peak_bytes: simulated; peak_interval_bytes: where the real one lies in nine of ten published cases of its family.
-    breakdown: what is held at the peak: parameters, gradients, optimizer, activations, workspace, context (outside of
-    the allocator, so no part of the peak), and unused (reserved, and free between blocks). largest_micro_batch: the largest of all without a
+    breakdown: what is held at the peak: parameters, gradients, optimizer, activations, workspace, step (what an optimizer's step takes while it
+    runs), context (outside of the allocator, so no part of the peak), and unused (reserved, and free between blocks). largest_micro_batch: the largest of all without a
     flush of the cache, with gradients resident and all of the card; hard_largest_micro_batch: the largest that survives
     with flushes. estimated: names of the card's numbers that nobody measured or published. margin: where the interval
     comes from. advice: what would make room.

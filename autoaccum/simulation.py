@@ -265,7 +265,7 @@ class Simulation:
         held = held_at(tape, ran.peak_event)
         # What a step takes while it runs is no state: that is still there at the end.
         passing = max(held["optimizer"] - held_at(tape, len(tape.events) - 1)["optimizer"], 0)
-        held = {**held, "optimizer": held["optimizer"] - passing, "workspace": held["workspace"] + passing}
+        held = {**held, "optimizer": held["optimizer"] - passing, "step": passing}
         return Estimate(
             gpu=self._profile.label,
             name=self._profile.name,
@@ -418,9 +418,10 @@ def _largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int:
     return candidates[low] if low >= 0 else 0
 
 
-def advice(estimate: Estimate, *, autocast: bool, optimizer: str) -> tuple[str, ...]:
-    """What would make room on a card that is too small, from what its memory would hold."""
-    parts, peak = estimate.breakdown, estimate.peak_bytes
+def advice(estimate: Estimate, job: Job) -> tuple[str, ...]:
+    """What would make room on a card that is too small, from what its memory would hold; nothing that the job is seen to do already."""
+    parts, peak, optimizer = estimate.breakdown, estimate.peak_bytes, job.optimizers[0]
+    halved = all(parameter.element_size() <= 2 for parameter in job.model.parameters())
     said = []
 
     def would(saved: int, what: str) -> None:
@@ -429,18 +430,18 @@ def advice(estimate: Estimate, *, autocast: bool, optimizer: str) -> tuple[str, 
             verdict = "fits" if left <= estimate.budget_bytes else "still too much"
             said.append(f"{what}: about {in_words(left)} ({verdict})")
 
+    would(parts["step"], "fused=True, without which a step takes that much for a moment")
     if parts["optimizer"] > 0:
-        would(parts["optimizer"], f"an optimizer without state (SGD) for {optimizer}")
+        would(parts["optimizer"] + parts["step"], f"an optimizer without state (SGD, fused) for {type(optimizer).__name__}")
         would(int(parts["optimizer"] * 0.75), "optimizer state in 8 bits")
-    if not autocast:
-        would(parts["activations"] // 2, "bfloat16 autocast, activations about halved")
-    would(int(parts["activations"] * 0.7), "gradient checkpointing, activations about a third")
-    would((parts["parameters"] + parts["gradients"] + parts["optimizer"]) // 2, "the model in bfloat16, and with it gradients and optimizer state")
+    if job.autocast is None and not halved:
+        would(parts["activations"] // 2, "bfloat16 autocast, if the loss has none of its own: activations down to half")
+    would(int(parts["activations"] * 0.7), "gradient checkpointing, where there is none yet: activations about a third")
+    if not halved:
+        would(sum(parts[kind] for kind in ("parameters", "gradients", "optimizer", "step", "activations")) // 2, "the model in bfloat16, and with it all else")
     return tuple(said)
 
 
 def with_advice(estimate: Estimate, jobs: Sequence[Job]) -> Estimate:
     """The same, with advice where it does not fit."""
-    if estimate.fits:
-        return estimate
-    return replace(estimate, advice=advice(estimate, autocast=jobs[0].autocast is not None, optimizer=type(jobs[0].optimizers[0]).__name__))
+    return estimate if estimate.fits else replace(estimate, advice=advice(estimate, jobs[0]))

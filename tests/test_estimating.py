@@ -49,7 +49,10 @@ def test_the_table_says_it_in_words():
     finished = command_line.autoaccum("estimate", f"{FILE}:conv", "-b", 64, "-g", "t4", "-g", "rtx-3060-12gb")
     assert finished.returncode == 0, finished.stderr
     first, head, t4, *rest = finished.stdout.splitlines()
-    assert first == f"64 samples a step of {FILE}:conv, simulated at batch[0] (n, 3, 32, 32), batch[1] (n,); from weights on what is held at the peak"
+    assert (
+        first
+        == f"64 samples a step of {FILE}:conv, simulated at batch[0] (n, 3, 32, 32), batch[1] (n,); from weights on what is held at the peak, the rest being workspaces, a step's own, and free between blocks"
+    )
     assert head.split()[:3] == ["gpu", "plan", "peak"]
     assert t4.split()[:4] == ["t4", "64", "x", "1"]
     assert any(line.startswith("margin: 151 published runs of convolutional nets") for line in rest)
@@ -151,8 +154,9 @@ def test_7_billion_weights_on_a_laptop():
         ((f"{FILE}:mlp", "-b", 0, "-g", "t4"), "at least 1, not 0"),
         ((f"{FILE}:mlp", "-b", 8, "-g", "3090"), "the nearest are rtx-3090"),
         ((f"{FILE}:mlp", "-b", 8, "-g", "100MiB"), "100MiB leaves nothing beside a headroom of 256 MiB"),
-        ((f"{FILE}:mlp", "-b", 8, "-g", "t4", "--timeline", "x.txt"), "ends in .png, .svg, .pdf or .pickle"),
-        ((f"{FILE}:mlp", "-b", 8, "-g", "t4", "-g", "l4", "--timeline", "x.png"), "one --gpu"),
+        ((f"{FILE}:mlp", "-b", 8, "-g", "t4", "--timeline", "x.txt"), "'x.txt' must be a file that ends in .png, .svg, .pdf or .pickle"),
+        ((f"{FILE}:mlp", "-b", 8, "-g", "t4", "-g", "l4", "--timeline", "x.png"), "give one --gpu, not 2"),
+        ((f"{FILE}:mlp", "-b", 8, "-g", "t4", "--timeline", "nowhere/x.png"), "--timeline 'nowhere/x.png': there is no folder"),
     ],
 )
 def test_bad_input_is_one_sentence_and_exit_2(words, says):
