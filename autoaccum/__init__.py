@@ -1,4 +1,23 @@
-"""You name the effective batch; autoaccum finds how much of it fits and accumulates the rest, exactly."""
+"""You name the effective batch; autoaccum finds how much of it fits and accumulates the rest, exactly.
+
+The house, from the ground up. Each room imports only what stands above it, through its `__init__`:
+
+    errors, units, oom   every failure; bytes in words; what counts as an out-of-memory
+    data                 samples into micro-batches: cutting and joining batches, windows over a loader, samplers, lengths
+    simulate             a GPU's memory without the GPU: trace, replay, timeline; the profiles of cards
+    devices              one file for each kind of device, its memory and its budget; the table of devices
+    distributed          several ranks: torchrun's environment, agreement, DDP and FSDP2, votes on a window, shares
+    window               the job, and one window of it: weights, accumulation, optimizer step, state noted and put back
+    plan                 the arithmetic of accumulation, the Plan, its words, pictures and formats
+    probe                one trial (in place, in a child, of a command), its reading, the search, cache, equivalence, refusals
+    tuner                from a job to its plan, on one device and on all ranks: what `tune` and the command line call
+    loop                 training with a plan: the Accumulator, and the rescue after an out-of-memory
+    virtual              jobs on cards that are not here: estimates, fleets, VirtualGpu
+    integrations         Transformers, Lightning, Accelerate: one file each
+    cli                  commands, options, reports, pictures, the demo
+
+Above all rooms stand the programs: `__main__` (the command line) and `worker` (what a child process runs).
+"""
 
 from __future__ import annotations
 
@@ -24,39 +43,40 @@ from autoaccum.version import __version__
 
 if TYPE_CHECKING:
     from autoaccum import devices
-    from autoaccum.comparing import equivalence
-    from autoaccum.devices.base import Memory
-    from autoaccum.devices.virtual import VirtualGpu
-    from autoaccum.estimating import estimate
-    from autoaccum.forecasting import fleet
-    from autoaccum.job import Job
-    from autoaccum.lengths import worst_case
-    from autoaccum.loop import Accumulator, StepResult
-    from autoaccum.losses import token_mean
-    from autoaccum.plan import MicroBatch, Plan
-    from autoaccum.rates import scale_lr
-    from autoaccum.reading import Reading
-    from autoaccum.regrouping import Window
-    from autoaccum.tuning import tune
+    from autoaccum.data.lengths import worst_case
+    from autoaccum.data.windows import Window
+    from autoaccum.devices.memory import Memory
+    from autoaccum.loop.accumulator import Accumulator, StepResult
+    from autoaccum.plan.learning_rate import scale_lr
+    from autoaccum.plan.micro_batch import MicroBatch
+    from autoaccum.plan.plan import Plan
+    from autoaccum.probe.equivalence import equivalence
+    from autoaccum.probe.readings import Reading
+    from autoaccum.tuner.in_place import tune
+    from autoaccum.virtual.estimator import estimate
+    from autoaccum.virtual.forecaster import fleet
+    from autoaccum.virtual.gpu import VirtualGpu
+    from autoaccum.window.job import Job
+    from autoaccum.window.losses import token_mean
 
 # Imported when they are first asked for: `import autoaccum` loads no torch and touches no device.
-_WHERE = {
-    "tune": "tuning",
-    "Job": "job",
-    "Plan": "plan",
-    "MicroBatch": "plan",
-    "Reading": "reading",
-    "Accumulator": "loop",
-    "StepResult": "loop",
-    "Window": "regrouping",
-    "equivalence": "comparing",
-    "token_mean": "losses",
-    "scale_lr": "rates",
-    "Memory": "devices.base",
-    "VirtualGpu": "devices.virtual",
-    "estimate": "estimating",
-    "fleet": "forecasting",
-    "worst_case": "lengths",
+_FILE_OF = {
+    "Accumulator": "loop.accumulator",
+    "Job": "window.job",
+    "Memory": "devices.memory",
+    "MicroBatch": "plan.micro_batch",
+    "Plan": "plan.plan",
+    "Reading": "probe.readings",
+    "StepResult": "loop.accumulator",
+    "VirtualGpu": "virtual.gpu",
+    "Window": "data.windows",
+    "equivalence": "probe.equivalence",
+    "estimate": "virtual.estimator",
+    "fleet": "virtual.forecaster",
+    "scale_lr": "plan.learning_rate",
+    "token_mean": "window.losses",
+    "tune": "tuner.in_place",
+    "worst_case": "data.lengths",
 }
 
 __all__ = [
@@ -101,6 +121,6 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name == "devices":
         return import_module("autoaccum.devices")
-    if name in _WHERE:
-        return getattr(import_module(f"autoaccum.{_WHERE[name]}"), name)
+    if name in _FILE_OF:
+        return getattr(import_module(f"autoaccum.{_FILE_OF[name]}"), name)
     raise AttributeError(f"module 'autoaccum' has no attribute {name!r}")

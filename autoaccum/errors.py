@@ -136,3 +136,23 @@ def noted(error: Raised, note: str) -> Raised:
     else:
         error.__notes__ = [*getattr(error, "__notes__", ()), note]  # type: ignore[attr-defined]
     return error
+
+
+def from_document(document: dict[str, Any]) -> AutoaccumError:
+    """The error that another process sent with `as_document`: ours by its class, the user's as `JobFailed`."""
+    ours = globals().get(document["type"])
+    if document["ours"] and isinstance(ours, type) and issubclass(ours, AutoaccumError):
+        return ours(document["message"])
+    return JobFailed(document["message"], kind=document["type"], text=document["short"], whole=document["whole"])
+
+
+def as_document(error: Exception) -> dict[str, Any]:
+    """An error in plain values, so that another process can raise it again with `from_document`."""
+    notes = [str(note) for note in getattr(error, "__notes__", ())]
+    return {
+        "type": type(error).__name__,
+        "ours": isinstance(error, AutoaccumError),
+        "message": "\n".join([str(error), *notes]) if not isinstance(error, AutoaccumError) else str(error),
+        "short": in_short(error),
+        "whole": "".join(traceback.format_exception(error)),
+    }

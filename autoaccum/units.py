@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 
 from autoaccum.errors import UsageError
 
@@ -78,3 +79,14 @@ def seconds_in_words(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes, rest = divmod(math.floor(seconds + 0.5), 60)
     return f"{minutes} min {rest} s" if rest else f"{minutes} min"
+
+
+def duration_in_words(seconds: float) -> str:
+    """`"62 ms"`, `"12 s"`: the time of a window."""
+    return f"{seconds * 1000:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
+
+
+def ranks_in_words(ranks: Sequence[int]) -> str:
+    """`"rank 3"`, `"ranks 1, 2 and 5"`."""
+    words = [str(rank) for rank in ranks]
+    return f"rank {words[0]}" if len(words) == 1 else f"ranks {', '.join(words[:-1])} and {words[-1]}"

@@ -27,6 +27,9 @@ import sys
 import time
 from pathlib import Path
 
+from autoaccum.cli.report import profiles
+from autoaccum.virtual import phantom
+
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))  # also where the package is not installed
@@ -128,9 +131,9 @@ TOKENS = 128
 
 
 def of_xmem(row: dict[str, str]) -> dict[str, object]:
-    from autoaccum import phantom, profiles
+    from autoaccum.virtual.empty_weights import without_memory
 
-    with phantom.unfilled():
+    with without_memory():
         job = xmem_job(row["model"], row["optimizer"])
     made = phantom.Phantom([job])
     batch, card = int(row["batch"]), profiles.load("rtx-4060" if row["gpu_total_bytes"] else "rtx-3060-12gb")
@@ -199,7 +202,7 @@ def iterations(made, batch: int, position: str, card, *, limited: bool = True, s
     """
     from autoaccum.simulate import margins
     from autoaccum.simulate.allocator import Allocator
-    from autoaccum.simulate.kernels import Card
+    from autoaccum.simulate.cards import Card
     from autoaccum.simulate.tape import replay
 
     (job,) = made._jobs
@@ -212,7 +215,7 @@ def plain_loop(job, batch, position: str, steps: int, tracer=None) -> None:
     """What both sources ran: `steps` iterations on a batch that is moved to the card each time."""
     import torch
 
-    from autoaccum import batches
+    from autoaccum.data import batches
 
     kept: list[object] = []
     for step in range(steps):
@@ -237,9 +240,10 @@ def plain_loop(job, batch, position: str, steps: int, tracer=None) -> None:
 
 
 def of_timm(row: dict[str, str]) -> dict[str, object]:
-    from autoaccum import phantom, profiles
+    from autoaccum.simulate import profiles
+    from autoaccum.virtual import phantom, without_memory
 
-    with phantom.unfilled():
+    with without_memory():
         job = timm_job(row["timm_model"])
     made = phantom.Phantom([job])
     peak, family = iterations(made, int(row["micro_batch"]), "start", profiles.load("a100-40gb"), limited=False, steps=3, benchmark=True)

@@ -17,13 +17,17 @@ import statistics
 import time
 from pathlib import Path
 
-from autoaccum.fleets import Affine, solve
+from autoaccum.distributed.shares import solve
+from autoaccum.distributed.speed_curves import AffineCurve
 
 
-def fleet(draw: random.Random, ranks: int, kinds: int = 64) -> list[tuple[Affine, int]]:
+def fleet(draw: random.Random, ranks: int, kinds: int = 64) -> list[tuple[AffineCurve, int]]:
     kinds = min(kinds, ranks)
     made = [
-        (Affine(draw.randint(2, 128), draw.uniform(0.005, 0.05), draw.uniform(0.001, 0.04), draw.uniform(0, 0.05)), ranks // kinds + (kind < ranks % kinds))
+        (
+            AffineCurve(draw.randint(2, 128), draw.uniform(0.005, 0.05), draw.uniform(0.001, 0.04), draw.uniform(0, 0.05)),
+            ranks // kinds + (kind < ranks % kinds),
+        )
         for kind in range(kinds)
     ]
     return made
@@ -40,7 +44,7 @@ def timed(ranks: int, repeats: int = 7) -> dict:
     return {"ranks": ranks, "classes": min(64, ranks), "samples": 84 * ranks, "median_seconds": statistics.median(took), "worst_seconds": max(took)}
 
 
-def proportional(curves: list[Affine], samples: int) -> list[int]:
+def proportional(curves: list[AffineCurve], samples: int) -> list[int]:
     speeds = [1 / (curve.step_seconds / curve.most + curve.sample_seconds) for curve in curves]
     raw = [samples * speed / sum(speeds) for speed in speeds]
     shares = [int(each) for each in raw]
@@ -53,7 +57,7 @@ def lost(instances: int = 2000) -> dict:
     draw, ratios = random.Random(1), []
     for _ in range(instances):
         curves = [
-            Affine(draw.choice([1, 2, 4, 8, 16, 40]), draw.choice([0.0, 0.01, 0.05, 0.2]), draw.choice([0.004, 0.01, 0.02, 0.05, 0.1]))
+            AffineCurve(draw.choice([1, 2, 4, 8, 16, 40]), draw.choice([0.0, 0.01, 0.05, 0.2]), draw.choice([0.004, 0.01, 0.02, 0.05, 0.1]))
             for _ in range(draw.randint(2, 8))
         ]
         samples = draw.choice([32, 64, 120, 256])

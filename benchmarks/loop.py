@@ -36,9 +36,11 @@ from gradients import Case, Recorder, errors, mse, network, token_mean
 from torch import nn
 
 import autoaccum
-from autoaccum.devices import cpu
-from autoaccum.plan import Plan, PlannedDevice, micro_batches
-from autoaccum.rewinding import WindowStart
+from autoaccum.devices import malloc
+from autoaccum.plan.arithmetic import micro_batches
+from autoaccum.plan.plan import Plan
+from autoaccum.plan.record import PlannedDevice
+from autoaccum.window.start import WindowStart
 
 STEPS = 8
 MICRO_BATCH = 32
@@ -410,7 +412,7 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     if asked.by_hand:
-        cpu.steady_malloc()
+        malloc.steady_malloc()
         print(overhead(asked.by_hand, 21, ["by hand", "autoaccum"])["by hand"]["microseconds"])
         return
     warnings.simplefilter("ignore")

@@ -21,8 +21,10 @@ from pathlib import Path
 
 import click
 
-from autoaccum import line, plan, search, tuning
-from autoaccum.job import Source
+from autoaccum.plan import arithmetic
+from autoaccum.probe import request
+from autoaccum.tuner import in_place, job_file
+from autoaccum.window.source import Source
 
 HERE = Path(__file__).resolve()
 MIB = 2**20
@@ -64,11 +66,13 @@ def in_fresh_process(kind: str, where: str, settings: dict, limit: int, sizes: t
 def run(kind: str, where: str, settings: dict, limit: int, sizes: list[int]) -> dict:
     import torch
 
-    from autoaccum import batches, devices, job, oom, window
+    from autoaccum import devices, oom
+    from autoaccum.data import batches
+    from autoaccum.window import accumulation, source
 
     device = devices.get("cpu")
     device.prepare()
-    built = job.load(Source(where, settings), device="cpu")
+    built = source.load(Source(where, settings), device="cpu")
     batch = built.batch_of(sum(sizes))
     headroom = limit * 3 // 100 if kind == "try" else 0
     windows = 2 if kind == "try" else 50
@@ -77,7 +81,7 @@ def run(kind: str, where: str, settings: dict, limit: int, sizes: list[int]) -> 
             with device.capped(limit - headroom):
                 for _ in range(windows):
                     pieces = zip(batches.split(batch, sizes), sizes)
-                    window.run(built, built.loss, pieces, samples=sum(sizes), device=torch.device("cpu"))
+                    accumulation.run(built, built.loss, pieces, samples=sum(sizes), device=torch.device("cpu"))
         except Exception as error:
             assert oom.verdict(error) != "not", error
             return {"fits": False, "how": "out of memory"}
@@ -123,8 +127,8 @@ def main(output: Path | None, again: bool, one: str | None) -> None:
 def verdicts(name: str, where: str, settings: dict, limit: int, target: int) -> dict[str, bool]:
     """Does each size worth trying fit? Every one is run."""
     found = {}
-    for size in search.sizes(target, smallest=2 if name == "conv net" else 1):
-        sizes = plan.micro_batches(target, math.ceil(target / size))
+    for size in arithmetic.candidate_sizes(target, smallest=2 if name == "conv net" else 1):
+        sizes = arithmetic.micro_batches(target, math.ceil(target / size))
         found[str(size)] = in_fresh_process("try", where, settings, limit, sizes)["fits"]
     return found
 
@@ -134,8 +138,8 @@ def tuned(where: str, settings: dict, limit: int, target: int, verdicts: dict[st
     best = max((int(size) for size, fits in verdicts.items() if fits), default=0)
     row: dict = {"oracle": best, "oracle_steps": math.ceil(target / best) if best else 0}
     try:
-        found = tuning.tune_source(Source(where, settings), line.Wish(target, memory_limit=limit), device="cpu")
-    except tuning.NothingFits as nothing:
+        found = job_file.tune_source(Source(where, settings), request.Request(target, memory_limit=limit), device="cpu")
+    except in_place.NothingFits as nothing:
         trials = len(nothing.trials)
         return row | {
             "tune": 0,

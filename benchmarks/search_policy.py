@@ -19,7 +19,8 @@ from pathlib import Path
 
 import click
 
-from autoaccum import search
+from autoaccum.plan import arithmetic
+from autoaccum.probe import search
 
 TARGETS = (120, 127, 512, 1000, 4096)
 BUDGET = 16 * 2**30
@@ -76,7 +77,7 @@ class Device:
 
 
 def ours(device: Device, target: int) -> int:
-    found = search.largest(device.fits, target, search.sizes(target), budget_bytes=lambda: BUDGET, gradient_bytes=int(device.gradients))
+    found = search.largest(device.fits, target, arithmetic.candidate_sizes(target), budget_bytes=lambda: BUDGET, gradient_bytes=int(device.gradients))
     return found.accumulation_steps
 
 

@@ -80,15 +80,18 @@ def models():
 
 
 def windows() -> list[tuple[int, ...]]:
-    from autoaccum import plan
+    from autoaccum.plan import arithmetic
 
-    return [plan.micro_batches(TARGET, steps) for steps in range(1, TARGET // 2 + 1)]
+    return [arithmetic.micro_batches(TARGET, steps) for steps in range(1, TARGET // 2 + 1)]
 
 
 def cases(name, way, job) -> list[dict]:
-    from autoaccum import line, profiles, simulation
     from autoaccum.errors import AutoaccumError
-    from autoaccum.reading import Limits
+    from autoaccum.probe import request
+    from autoaccum.probe.readings import Limits
+    from autoaccum.simulate import profiles
+    from autoaccum.tuner import one_device, trial_log
+    from autoaccum.virtual import simulation
 
     simulated = simulation.Simulation([job], profiles.load(SIZES[0]), Limits())
     rows = []
@@ -96,7 +99,7 @@ def cases(name, way, job) -> list[dict]:
         simulated.use(profiles.load(size))
         started = time.perf_counter()
         try:
-            plan = line.found_for(simulated, line.Wish(TARGET, largest=True), line.Teller(None), name, ())
+            plan = one_device.tune_one_device(simulated, request.Request(TARGET, largest=True), trial_log.TrialLog(None), name, ())
             found, trials, steps = plan.micro_batch, len(plan.trials), plan.accumulation_steps
             largest_fit = plan.largest_fit
         except AutoaccumError:

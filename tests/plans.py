@@ -3,16 +3,16 @@
 import math
 from dataclasses import replace
 
-from autoaccum import plan
-from autoaccum.job import fingerprint, in_turn
-from tests.test_plan import T4
+from autoaccum.plan import arithmetic, record
+from autoaccum.window.job import as_jobs, fingerprint
+from tests.plan.test_plan import T4
 
-CPU = plan.PlannedDevice("cpu", "cpu", None, 2**34, 2**34)
+CPU = record.PlannedDevice("cpu", "cpu", None, 2**34, 2**34)
 
 
 def by_hand(jobs, target, micro_batch):
     """A plan for `target` samples in micro-batches of at most `micro_batch`, as if it had been measured on this CPU."""
-    sizes = plan.micro_batches(target, math.ceil(target / micro_batch))
+    sizes = arithmetic.micro_batches(target, math.ceil(target / micro_batch))
     return replace(
         T4,
         target_batch=target,
@@ -22,5 +22,5 @@ def by_hand(jobs, target, micro_batch):
         share=target,
         shares=(target,),
         device=CPU,
-        job_fingerprint=fingerprint(in_turn(jobs)) if jobs is not None else "",
+        job_fingerprint=fingerprint(as_jobs(jobs)) if jobs is not None else "",
     )

@@ -29,7 +29,8 @@ from torch.utils.data import DataLoader, Subset, TensorDataset
 
 import autoaccum
 from autoaccum.devices.cpu import Cpu
-from autoaccum.fleets import Affine, Fleet
+from autoaccum.distributed.fleet import Fleet
+from autoaccum.distributed.speed_curves import AffineCurve
 from tests.plans import by_hand
 
 ROOT = Path(__file__).parent.parent
@@ -183,7 +184,7 @@ LOSSES = {"by_sample": (by_sample, None), "summed": (summed, None), "counted": (
 
 def fleet_plan(rank, world, shares, most, *, lockstep=False, steps=None, seconds=None):
     """A plan as if the ranks had been measured: those shares, in micro-batches of at most `most`."""
-    curves = tuple(Affine(each, 0.0, (seconds or [1.0 / max(share, 1) for share in shares])[of]) for of, (each, share) in enumerate(zip(most, shares)))
+    curves = tuple(AffineCurve(each, 0.0, (seconds or [1.0 / max(share, 1) for share in shares])[of]) for of, (each, share) in enumerate(zip(most, shares)))
     fleet = Fleet(curves, tuple(shares), lockstep, steps)
     sizes = tuple(size for size in fleet.sizes(rank, sum(shares)) if size)
     return replace(
@@ -552,9 +553,9 @@ def limit_data(mib):
 def tuned_and_trained(room_mib, windows, then_mib, wrap_first, settings, sample_mib=2.0):
     """Tunes with a limit on rank 2, trains; then lowers the limit and trains on."""
     rank, world = meet(120)
-    from autoaccum.devices import cpu
+    from autoaccum.devices import malloc
 
-    cpu.steady_malloc()  # as tune will have it
+    malloc.steady_malloc()  # as tune will have it
     data, net = texts(400), words()
     model = wrapped(net, "ddp", world) if wrap_first else net
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)

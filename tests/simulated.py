@@ -21,7 +21,8 @@ def in_a_process(code, *arguments, timeout=200):
     head = (
         "import json, sys, torch; torch.set_num_threads(1)\n"
         "from tests.simulated import *\n"
-        "from autoaccum import phantom\n"
+        "from autoaccum.virtual import phantom\n"
+        "from autoaccum.virtual.empty_weights import without_memory\n"
         "from autoaccum.simulate import fake, kernels, tape\n"
         "from autoaccum.simulate.allocator import Allocator\n"
         "def tell(value): print('\\ntold:' + json.dumps(value))\n"

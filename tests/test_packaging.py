@@ -28,7 +28,7 @@ def test_a_wheel_has_the_whole_package_its_type_marker_and_its_entry_point(tmp_p
     # Unpacked somewhere else, the data files are found beside the package.
     zipfile.ZipFile(wheel).extractall(tmp_path / "elsewhere")
     found = subprocess.run(
-        [sys.executable, "-c", "import autoaccum; from autoaccum import profiles; print(autoaccum.__file__, profiles.load('t4').name)"],
+        [sys.executable, "-c", "import autoaccum; from autoaccum.simulate import profiles; print(autoaccum.__file__, profiles.load('t4').name)"],
         capture_output=True,
         text=True,
         cwd=tmp_path / "elsewhere",

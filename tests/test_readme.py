@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from autoaccum import profiles
+from autoaccum.simulate import profiles
 from tests.command_line import ROOT, autoaccum
 
 TEXT = (ROOT / "README.md").read_text()

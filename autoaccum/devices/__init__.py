@@ -1,87 +1,31 @@
-"""The table of devices, and which of them are here.
+"""The devices: how much memory each has and who holds it, behind one Protocol (`Device`) with a file for each kind.
 
-Backends are files behind one Protocol (`base.Device`). Nothing is imported, and no device is touched,
-before it is asked for: a machine without an accelerator's driver answers without importing torch.
+It hands on `get`, `here`, `list`, the records of memory and budgets, and what the CPU's allocator is set to.
+It imports the doorstep, `data` and `simulate`; a driver or torch is imported only when a device is asked for.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-import builtins
-import glob
-import os
-import re
-import sys
-from collections.abc import Callable
-from importlib import import_module
+from autoaccum.doors import lazily
 
-from autoaccum.devices.base import Budget, Consumer, Device, Facts, Memory, budget
-from autoaccum.errors import NoSuchDevice
-
-__all__ = ["Budget", "Consumer", "Device", "Facts", "Memory", "accelerator_driver", "budget", "get", "here", "list"]
-
-
-def _cuda_driver() -> bool:
-    # NVIDIA on Linux, WSL2 and Jetson; AMD through ROCm, which torch also calls "cuda".
-    paths = ("/dev/nvidiactl", "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd")
-    return os.name == "nt" or any(glob.glob(path) for path in paths)
-
-
-def _xpu_driver() -> bool:
-    return os.name == "nt" or bool(glob.glob("/dev/dri/renderD*"))
-
-
-# kind -> (its module and class, is a driver here), in the order in which "auto" prefers them.
-_TABLE: dict[str, tuple[str, str, Callable[[], bool]]] = {
-    "cuda": ("autoaccum.devices.cuda", "Cuda", _cuda_driver),
-    "xpu": ("autoaccum.devices.xpu", "Xpu", _xpu_driver),
-    "mps": ("autoaccum.devices.mps", "Mps", lambda: sys.platform == "darwin"),
-    "cpu": ("autoaccum.devices.cpu", "Cpu", lambda: True),
-}
-
-
-def here() -> builtins.list[str]:
-    """Labels of the devices that can be used, best first: `["cuda:0", "cuda:1", "cpu"]`."""
-    return [label for kind, (_, _, driver) in _TABLE.items() if driver() for label in _labels(kind)]
-
-
-def accelerator_driver() -> bool:
-    """True if the driver of any accelerator is here; says nothing of cards, and costs nothing."""
-    return any(driver() for kind, (_, _, driver) in _TABLE.items() if kind != "cpu")
-
-
-def get(label: str = "auto") -> Device:
-    """The device of that label: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"xpu"`.
-
-    Raises `NoSuchDevice` with what is here.
-    """
-    label = "mps" if label == "mps:0" else label  # as torch writes the device of a tensor there
-    found = re.fullmatch(r"(auto|cpu|mps|(?:cuda|xpu)(?::\d+)?)", label)
-    if not found:
-        raise NoSuchDevice(f"{label!r} is not a device: use auto, cpu, cuda, cuda:INDEX, mps or xpu; devices here: {', '.join(here())}")
-    if label == "auto":
-        label = here()[0]
-    kind, _, index = label.partition(":")
-    wanted = label if index or kind in ("cpu", "mps") else f"{kind}:0"
-    present = _labels(kind) if _TABLE[kind][2]() else []
-    if wanted not in present:
-        raise NoSuchDevice(f"there is no {label} here; devices: {', '.join(here())}")
-    module, name, _ = _TABLE[kind]
-    make = getattr(import_module(module), name)
-    device: Device = make() if kind in ("cpu", "mps") else make(int(index or 0))
-    return device
-
-
-def list() -> builtins.list[tuple[Facts, Memory]]:
-    """Every device here with a reading of its memory. Raises `MemoryUnknown`."""
-    return [(device.facts, device.memory()) for device in map(get, here())]
-
-
-def _labels(kind: str) -> builtins.list[str]:
-    if kind == "cpu":
-        return ["cpu"]
-    import torch
-
-    if kind == "mps":
-        return ["mps"] if torch.backends.mps.is_available() else []
-    module = torch.cuda if kind == "cuda" else getattr(torch, "xpu", None)
-    return [f"{kind}:{index}" for index in range(module.device_count())] if module is not None and module.is_available() else []
+if TYPE_CHECKING:
+    from autoaccum.devices.budget import ASSUMED_OUTSIDE, LEAST_GPU_HEADROOM, SHARED, Budget, budget_terms, drift, make_budget
+    from autoaccum.devices.calibration import calibrate
+    from autoaccum.devices.cpu import RLIMIT, Cpu
+    from autoaccum.devices.malloc import LINUX, STEADY_MALLOC, steady_malloc, steady_wanted
+    from autoaccum.devices.memory import Facts, Memory
+    from autoaccum.devices.nvml import driver_version
+    from autoaccum.devices.protocol import Device, Watch
+    from autoaccum.devices.table import accelerator_driver, get, here, list
+else:
+    __getattr__ = lazily(
+        __name__,
+        budget="ASSUMED_OUTSIDE LEAST_GPU_HEADROOM SHARED Budget budget_terms drift make_budget",
+        calibration="calibrate",
+        cpu="RLIMIT Cpu",
+        malloc="LINUX STEADY_MALLOC steady_malloc steady_wanted",
+        memory="Facts Memory",
+        nvml="driver_version",
+        protocol="Device Watch",
+        table="accelerator_driver get here list",
+    )

@@ -11,7 +11,6 @@ import ctypes
 import gc
 import os
 import platform
-import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -20,40 +19,16 @@ from types import TracebackType
 import psutil
 
 from autoaccum.devices import cgroup
-from autoaccum.devices.base import Consumer, Facts, Memory, SampledPeak, Watch
+from autoaccum.devices.malloc import LINUX, steady_malloc
+from autoaccum.devices.memory import Consumer, Facts, Memory
+from autoaccum.devices.protocol import Watch
+from autoaccum.devices.sampled_peak import SampledPeak
 from autoaccum.errors import MemoryUnknown
 from autoaccum.units import KIB, MIB
 
-LINUX = sys.platform.startswith("linux")
 RLIMIT = "RLIMIT_DATA"  # as a binding limit: this process's own, which no other shares
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
-
-# glibc keeps freed memory in arenas, which makes peaks depend on what ran before. With these two settings
-# every tensor of 64 KiB and more is mapped and unmapped on its own. Seen on a small GPT under 600 MiB:
-# defaults 100 to 109 samples, fewer after other trials; steady 164, 164, 164.
-# https://www.gnu.org/software/libc/manual/html_node/Malloc-Tunable-Parameters.html
-STEADY_MALLOC = {"MALLOC_MMAP_THRESHOLD_": 64 * KIB, "MALLOC_TRIM_THRESHOLD_": 64 * KIB}
-_MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}  # M_... of malloc.h
-
-
-def steady_wanted() -> bool:
-    """True where the C allocator is glibc's and `AUTOACCUM_MALLOC=default` does not turn it off."""
-    return os.environ.get("AUTOACCUM_MALLOC") != "default" and LINUX and platform.libc_ver()[0] == "glibc"
-
-
-def steady_malloc() -> bool:
-    """Makes the C allocator give freed memory back at once; the one switch for trials and training alike.
-
-    True if it is in force; it stays so for the life of the process. `AUTOACCUM_MALLOC=default` turns it off;
-    only glibc has it.
-    """
-    if not steady_wanted():
-        return False
-    libc = ctypes.CDLL(None)
-    done = [libc.mallopt(_MALLOPT[name], value) for name, value in STEADY_MALLOC.items()]
-    libc.malloc_trim(0)
-    return all(done)
 
 
 def fill_thread_pools() -> None:

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from autoaccum.devices import nvml
-from autoaccum.devices.base import Facts, Memory, Watch
+from autoaccum.devices.memory import Facts, Memory
+from autoaccum.devices.protocol import Watch
 from autoaccum.errors import MemoryUnknown
 
 
@@ -36,7 +37,7 @@ class Cuda:
         self.allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or ""
 
     def memory(self, *, who: bool = True) -> Memory:
-        told = nvml.ask(self._uuid, _pci(self._properties)) if torch.version.hip is None else nvml.Told(why_not="NVML: not an NVIDIA card")
+        told = nvml.ask(self._uuid, _pci(self._properties)) if torch.version.hip is None else nvml.DriverAnswer(why_not="NVML: not an NVIDIA card")
         reserved = torch.cuda.memory_reserved(self._index)
         try:
             free, total = torch.cuda.mem_get_info(self._index)

@@ -13,7 +13,9 @@ from contextlib import AbstractContextManager, contextmanager
 import psutil
 import torch
 
-from autoaccum.devices.base import Facts, Memory, SampledPeak, Watch
+from autoaccum.devices.memory import Facts, Memory
+from autoaccum.devices.protocol import Watch
+from autoaccum.devices.sampled_peak import SampledPeak
 from autoaccum.errors import MemoryUnknown
 
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import psutil
 
-from autoaccum.devices.base import Consumer
+from autoaccum.devices.memory import Consumer
 
 
 @dataclass(frozen=True)
-class Told:
+class DriverAnswer:
     """What NVML told of one device; None for each answer it did not give.
 
     used_bytes: of all processes. ours_bytes: of this process, its context included. uuid: as NVML writes
@@ -34,20 +34,20 @@ class Told:
     why_not: str | None = None
 
 
-def ask(uuid: str | None, pci: str | None) -> Told:
+def ask(uuid: str | None, pci: str | None) -> DriverAnswer:
     """What NVML says of the device with this UUID (without prefix) or this PCI bus id."""
     try:
         import pynvml  # from nvidia-ml-py
     except ImportError:
-        return Told(why_not="NVML: the Python module pynvml is not installed")
+        return DriverAnswer(why_not="NVML: the Python module pynvml is not installed")
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return Told(why_not=f"NVML: {error}")
+        return DriverAnswer(why_not=f"NVML: {error}")
     try:
         handle = _handle(pynvml, uuid, pci)
         if handle is None:
-            return Told(why_not=f"NVML: no device with UUID {uuid} or PCI id {pci}")
+            return DriverAnswer(why_not=f"NVML: no device with UUID {uuid} or PCI id {pci}")
         return _told(pynvml, handle)
     finally:
         with suppress(pynvml.NVMLError):  # a lost card must not lose the answer
@@ -79,13 +79,13 @@ def _handle(nvml: Any, uuid: str | None, pci: str | None) -> Any:
     return None
 
 
-def _told(nvml: Any, handle: Any) -> Told:
+def _told(nvml: Any, handle: Any) -> DriverAnswer:
     memory = _answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
     # Under MIG the processes of a slice are listed with the slice's handle.
     processes = _answer(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
     ours = [each.usedGpuMemory for each in processes if each.pid == os.getpid() and each.usedGpuMemory is not None]
     others = [Consumer(each.pid, each.usedGpuMemory, _name_of(each.pid)) for each in processes if each.pid != os.getpid()]
-    return Told(
+    return DriverAnswer(
         uuid=_text(_answer(nvml, nvml.nvmlDeviceGetUUID, handle)),
         name=_text(_answer(nvml, nvml.nvmlDeviceGetName, handle)),
         total_bytes=memory.total if memory else None,

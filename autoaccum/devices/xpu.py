@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from autoaccum.devices.base import Facts, Memory, Watch
+from autoaccum.devices.memory import Facts, Memory
+from autoaccum.devices.protocol import Watch
 from autoaccum.errors import MemoryUnknown
 
 

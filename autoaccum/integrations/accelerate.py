@@ -15,12 +15,12 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from autoaccum import formats, generators, tuning
+from autoaccum.data import Window
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.integrations import needed, not_remembered
-from autoaccum.job import Job
-from autoaccum.plan import MicroBatch, Plan
-from autoaccum.regrouping import Window
+from autoaccum.plan import MicroBatch, Plan, framework_arguments
+from autoaccum.tuner import tune as tune_in_place
+from autoaccum.window import Job, RngState
 
 
 def tune(accelerator: Any, model: Any, optimizer: Any, loss: Callable[[Any, Any], Any], batch: Any, *, target_batch: int, **given: Any) -> Plan:
@@ -38,13 +38,13 @@ def tune(accelerator: Any, model: Any, optimizer: Any, loss: Callable[[Any, Any]
     if accelerator.num_processes > 1:
         given = {**given, "equal": True}
     plain: list[Any] = [getattr(each, "optimizer", each) for each in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
-    drawn = generators.Generators(accelerator.device)
+    drawn = RngState(accelerator.device)
     drawn.note()
     try:
         job_only = {name: given.pop(name) for name in ("data", "scheduler", "autocast", "max_grad_norm", "count", "split", "keep") if name in given}
         # A prepared model autocasts in its own forward, so the job need not.
         job = Job(model, plain if len(plain) > 1 else plain[0], loss, batch, scaler=accelerator.scaler, **job_only)
-        plan = replace(tuning.tune(job, target_batch=target_batch, **given), hints=())
+        plan = replace(tune_in_place(job, target_batch=target_batch, **given), hints=())
     finally:
         drawn.put_back()
     apply(plan, accelerator)
@@ -58,7 +58,7 @@ def apply(plan: Plan, accelerator: Any) -> None:
             f"the plan is for {plan.world_size} rank{'s' if plan.world_size != 1 else ''}, and the accelerator has {accelerator.num_processes}: tune again"
         )
     if plan.world_size > 1:
-        formats.accelerate(plan)
+        framework_arguments.accelerate(plan)
     accelerator.gradient_accumulation_steps = plan.accumulation_steps
 
 

@@ -16,14 +16,13 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from autoaccum import batches, formats, generators, lengths, losses, tuning
-from autoaccum.batches import count
+from autoaccum.data import batches, lengths
 from autoaccum.errors import JobError, PlanError, UsageError
-from autoaccum.explaining import notation
 from autoaccum.integrations import needed, not_remembered
-from autoaccum.job import Job
-from autoaccum.modules import attributes_kept
-from autoaccum.plan import Plan
+from autoaccum.integrations.module_attributes import attributes_kept
+from autoaccum.plan import Plan, framework_arguments, window_notation
+from autoaccum.tuner import tune as tune_in_place
+from autoaccum.window import IGNORED, Job, RngState, predicts_next
 
 
 def tune(trainer: Any, *, target_batch: int, max_length: int | None = None, length: lengths.Length | None = None, batch: Any = None, **wish: Any) -> Plan:
@@ -40,7 +39,7 @@ def tune(trainer: Any, *, target_batch: int, max_length: int | None = None, leng
     _check(trainer)
     if trainer.args.world_size > 1:
         wish = {**wish, "equal": True}
-    drawn = generators.Generators(trainer.args.device)
+    drawn = RngState(trainer.args.device)
     drawn.note()
     try:
         with _as_it_trains(trainer) as (model, optimizer):
@@ -54,7 +53,7 @@ def tune(trainer: Any, *, target_batch: int, max_length: int | None = None, leng
                 max_grad_norm=trainer.args.max_grad_norm or None,
             )
             # Hints tell those who have to write the numbers down what to do about unequal ones; `apply` runs them.
-            return replace(tuning.tune(job, target_batch=target_batch, **wish), hints=())
+            return replace(tune_in_place(job, target_batch=target_batch, **wish), hints=())
     finally:
         drawn.put_back()
 
@@ -72,7 +71,7 @@ def apply(plan: Plan, trainer: Any) -> None:
     if args.world_size != plan.world_size:
         raise PlanError(f"the plan is for {plan.world_size} rank{'s' if plan.world_size != 1 else ''}, and the Trainer has {args.world_size}: tune again")
     if plan.world_size > 1:
-        formats.huggingface(plan)
+        framework_arguments.huggingface(plan)
     trainer_class = type(trainer)
     ragged = len(set(plan.micro_batches)) > 1
     if ragged:
@@ -125,9 +124,9 @@ def _counted(trainer: Any, batch: Any) -> int:
     """What the model's own mean is taken over: labels that count, where every sample has several, else samples."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, torch.Tensor) or labels.dim() < 2 or labels.is_floating_point():
-        return count(batch)
-    shifted = labels[..., 1:] if losses.predicts_next(trainer.model) else labels
-    return int((shifted != losses.IGNORED).sum())
+        return batches.count(batch)
+    shifted = labels[..., 1:] if predicts_next(trainer.model) else labels
+    return int((shifted != IGNORED).sum())
 
 
 def _ignores_items(trainer: Any, model: Any, batch: Any) -> bool:
@@ -136,13 +135,13 @@ def _ignores_items(trainer: Any, model: Any, batch: Any) -> bool:
     if not trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None or not isinstance(batch, Mapping):
         return False
     try:
-        few = trainer._prepare_inputs(dict(batches.resize(batch, min(count(batch), 2))))
+        few = trainer._prepare_inputs(dict(batches.resize(batch, min(batches.count(batch), 2))))
     except PlanError:
         return False
     items = trainer._get_num_items_in_batch([few], trainer.args.device)
     if items is None:
         return False
-    drawn, training = generators.Generators(trainer.args.device), model.training
+    drawn, training = RngState(trainer.args.device), model.training
     drawn.note()
     model.eval()
     try:
@@ -178,7 +177,7 @@ def _check(trainer: Any) -> None:
 
 
 def _check_ragged(plan: Plan, trainer: Any) -> None:
-    micro_batches = notation(plan.micro_batches)
+    micro_batches = window_notation(plan.micro_batches)
     if isinstance(trainer.train_dataset, IterableDataset) or not hasattr(trainer.train_dataset, "__len__"):
         raise PlanError(f"{micro_batches} need a dataset with a length, and this one is a stream: tune(trainer, ..., equal=True)")
     strategy = getattr(trainer.args, "train_sampling_strategy", "random")

@@ -17,15 +17,15 @@ from typing import Any, cast
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from autoaccum import formats, generators, line, tuning
+from autoaccum.data import WindowSampler, samples_in
 from autoaccum.errors import PlanError, UsageError
-from autoaccum.explaining import notation
 from autoaccum.integrations import needed, not_remembered
-from autoaccum.job import Job
-from autoaccum.modules import attributes_kept
-from autoaccum.plan import Plan
-from autoaccum.regrouping import samples_in
-from autoaccum.sampler import WindowSampler
+from autoaccum.integrations.module_attributes import attributes_kept
+from autoaccum.plan import Plan, framework_arguments, window_notation
+from autoaccum.probe import Request
+from autoaccum.tuner import refuse_unknown_keywords
+from autoaccum.tuner import tune as tune_in_place
+from autoaccum.window import Job, RngState
 
 # Either package has the same classes; the one that is imported already is the user's.
 _pytorch: Any = sys.modules.get("lightning.pytorch") or sys.modules.get("pytorch_lightning") or needed("lightning.pytorch", "lightning")
@@ -47,8 +47,8 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
     """
 
     def __init__(self, target_batch: int, *, batch: Any = None, plan: Plan | None = None, **wish: Any) -> None:
-        line.Wish(target_batch)  # what cannot be used is told before anything is built
-        tuning.known(wish, tuning.tune)
+        Request(target_batch)  # what cannot be used is told before anything is built
+        refuse_unknown_keywords(wish, tune_in_place)
         if plan is not None and plan.target_batch != target_batch:
             raise UsageError(f"the plan is for a target batch of {plan.target_batch}, not {target_batch}")
         self.target_batch, self.plan, self._batch, self._wish, self._given = target_batch, plan, batch, wish, plan
@@ -92,7 +92,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
                 f"the plan is for {plan.world_size} rank{'s' if plan.world_size != 1 else ''}, and the Trainer has {trainer.world_size}: tune again"
             )
         if plan.fleet is not None:
-            formats.lightning(plan)
+            framework_arguments.lightning(plan)
             plan = replace(plan, fleet=replace(plan.fleet, lockstep=True, steps=plan.accumulation_steps))
         if trainer.fast_dev_run:  # as many windows instead of batches
             self._undo.append(_putting_back(trainer, "limit_train_batches"))
@@ -155,7 +155,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
 
     def _tuned(self, trainer: Any, pl_module: Any, loader: DataLoader[Any]) -> Plan:
         wish = {**self._wish, "equal": True} if trainer.world_size > 1 else self._wish
-        drawn = generators.Generators(pl_module.device)
+        drawn = RngState(pl_module.device)
         drawn.note()
         try:
             with attributes_kept(pl_module):
@@ -169,7 +169,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
                     scaler=getattr(trainer.precision_plugin, "scaler", None),
                     max_grad_norm=clips or None,
                 )
-                return replace(tuning.tune(job, target_batch=self.target_batch, **wish), hints=())
+                return replace(tune_in_place(job, target_batch=self.target_batch, **wish), hints=())
         finally:
             drawn.put_back()
 
@@ -211,7 +211,7 @@ def _check_limits(trainer: Any, plan: Plan) -> None:
     if not isinstance(limit, int) or limit % plan.accumulation_steps:
         near = max(limit // plan.accumulation_steps, 1) * plan.accumulation_steps if isinstance(limit, int) else plan.accumulation_steps
         raise UsageError(
-            f"limit_train_batches={limit} counts micro-batches and ends inside a window of {notation(plan.micro_batches)}: "
+            f"limit_train_batches={limit} counts micro-batches and ends inside a window of {window_notation(plan.micro_batches)}: "
             f"give a whole number of windows, {near} for instance, or max_steps"
         )
 

@@ -11,7 +11,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from typing import Any
 
-from autoaccum.simulate.settings import UNLIMITED, Settings
+from autoaccum.simulate.allocator_settings import UNLIMITED, Settings
 from autoaccum.units import MIB, in_words
 
 LEAST = 512  # bytes; every block is a multiple

@@ -16,7 +16,7 @@ aten = torch.ops.aten
 _HALVES = (torch.float16, torch.bfloat16)
 
 
-class Asked(NamedTuple):
+class AttentionCall(NamedTuple):
     """What the choice depends on, beside the card. dims: of the queries, 4 for (batch, heads, length, width).
     width, value_width: of a head. grouped: fewer heads of keys than of queries."""
 
@@ -34,7 +34,7 @@ class Asked(NamedTuple):
     allowed: tuple[str, ...] = ("cudnn", "flash", "efficient", "math")  # by torch.backends.cuda's switches
 
 
-def backend(capability: int, asked: Asked) -> str:
+def backend(capability: int, asked: AttentionCall) -> str:
     """`"cudnn"`, `"flash"`, `"efficient"` or `"math"`. capability: 75 for sm_75. Raises RuntimeError where the switches leave nothing."""
     chosen = _chosen(capability, asked)
     if chosen is None:
@@ -42,15 +42,15 @@ def backend(capability: int, asked: Asked) -> str:
     return chosen
 
 
-def alike(one: int, other: int, asked: Asked) -> bool:
+def alike(one: int, other: int, asked: AttentionCall) -> bool:
     """Whether cards of these capabilities go about it in the same way."""
     chosen = _chosen(one, asked)
     by_kernel = chosen == "efficient" and asked.dtype in _HALVES  # which then adds up more itself on all but the oldest
     return chosen == _chosen(other, asked) and (not by_kernel or (one > 70) == (other > 70))
 
 
-def _chosen(capability: int, asked: Asked) -> str | None:
-    fit: dict[str, Callable[[int, Asked], bool]] = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient}
+def _chosen(capability: int, asked: AttentionCall) -> str | None:
+    fit: dict[str, Callable[[int, AttentionCall], bool]] = {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient}
     order = ("cudnn", "flash", "efficient", "math") if capability // 10 in (9, 10) else ("flash", "efficient", "math", "cudnn")
     for name in order:
         if name not in asked.allowed:
@@ -60,21 +60,21 @@ def _chosen(capability: int, asked: Asked) -> str | None:
     return None
 
 
-def _cudnn(capability: int, asked: Asked) -> bool:
+def _cudnn(capability: int, asked: AttentionCall) -> bool:
     widest = 256 if capability == 90 else 128
     widths = (asked.width, asked.value_width)
     fits = max(widths) <= widest or (capability // 10 == 10 and widths == (192, 128))
     return asked.dtype in _HALVES and capability >= 80 and fits and not any(each % 8 for each in widths) and not asked.biased and not asked.slanted
 
 
-def _flash(capability: int, asked: Asked) -> bool:
+def _flash(capability: int, asked: AttentionCall) -> bool:
     fits = asked.width == asked.value_width <= 256 and asked.dtype in _HALVES and capability >= 80
     if capability in (86, 89, 120, 121) and asked.trained and (192 < asked.width <= 224 or (asked.width > 224 and asked.dropout)):
         return False
     return fits and not asked.masked and not asked.slanted
 
 
-def _efficient(capability: int, asked: Asked) -> bool:
+def _efficient(capability: int, asked: AttentionCall) -> bool:
     # Tensor cores read 16 bytes at a time, before sm_80 only of halves: elsewhere a head may be of any width.
     aligned = 8 if asked.dtype in _HALVES else 4 if capability >= 80 else 1
     if asked.dtype not in (*_HALVES, torch.float32) or (asked.dtype is torch.bfloat16 and capability < 80):
@@ -91,12 +91,12 @@ def _allowed() -> tuple[str, ...]:
 
 
 @contextmanager
-def chosen_for(capability: int) -> Iterator[set[Asked]]:
+def chosen_for(capability: int) -> Iterator[set[AttentionCall]]:
     """Inside, attention on CUDA tensors runs the kernel of such a card; yields what was asked.
 
     Replaced by name: a mode for functions is off inside `backward`, so what checkpointing computes again would miss it.
     """
-    seen: set[Asked] = set()
+    seen: set[AttentionCall] = set()
     original = torch.nn.functional.scaled_dot_product_attention
 
     def attend(
@@ -118,7 +118,7 @@ def chosen_for(capability: int) -> Iterator[set[Asked]]:
             value, key, query = value.to(dtype), key.to(dtype), query.to(dtype)  # in the order in which an H200's process casts them
         grouped = enable_gqa and key.shape[1] != query.shape[1]
         biased = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-        asked = Asked(
+        asked = AttentionCall(
             query.dim(), query.dtype, query.shape[-1], value.shape[-1], attn_mask is not None, grouped, biased,
             slanted=is_causal and query.shape[-2] != key.shape[-2],
             trained=torch.is_grad_enabled() and any(each.requires_grad for each in (query, key, value)), dropout=dropout_p > 0,

@@ -11,6 +11,7 @@ import atexit
 import ctypes
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
@@ -22,6 +23,16 @@ _kept: list[Any] = []  # what C code points to must live as long as the process
 
 class CannotFake(Exception):
     """This torch, or this system, does not let itself be traced on CUDA tensors that are not there."""
+
+
+def fake_cuda() -> str:
+    """`enable` and `self_test`: "" where both succeed, else the reason, in words."""
+    try:
+        enable()
+        self_test()
+    except CannotFake as reason:
+        return str(reason)
+    return ""
 
 
 def enable() -> None:
@@ -148,3 +159,9 @@ def quieten_transformers() -> None:
 
 def _set(module: Any, name: str, value: Callable[..., Any]) -> None:
     setattr(module, name, value)
+
+
+def quieten_torch() -> None:
+    """Hides torch's warnings about the machine that simulates: they say nothing about the card or the job."""
+    for message in ("torch.cuda.amp.GradScaler is enabled, but CUDA", "PyTorch was compiled without cuDNN", "Failed to initialize NumPy"):
+        warnings.filterwarnings("ignore", message=message)

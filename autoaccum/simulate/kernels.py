@@ -15,18 +15,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from autoaccum.simulate import convolutions
+from autoaccum.simulate.cards import Card
+from autoaccum.simulate.reductions import staging
 from autoaccum.simulate.tape import Staging
 from autoaccum.units import MIB
-
-
-@dataclass(frozen=True)
-class Card:
-    """What of a card the rows need. capability: 75 for sm_75. cublas: whether handles have a workspace at all. What else differs between
-    cards is put in when a tape is replayed."""
-
-    capability: int
-    cublas: bool = True
-    benchmark: bool = False
 
 
 class Taken(NamedTuple):
@@ -88,26 +80,6 @@ def _up(value: int, step: int) -> int:
 
 
 # -- sums --
-
-
-def staging(value: torch.Tensor, dims: Sequence[int]) -> Staging | None:
-    """How a card goes about the sum of `value` over `dims` (all of them for none); None for what takes nothing."""
-    over = {dim % max(value.dim(), 1) for dim in dims} or set(range(value.dim()))
-    sizes = [(stride, size, dim in over) for dim, (size, stride) in enumerate(zip(value.shape, value.stride())) if size > 1]
-    outputs = math.prod(size for _, size, summed in sizes if not summed)
-    inputs = math.prod(size for _, size, summed in sizes if summed)
-    if inputs <= 1:
-        return None
-    kept, summed = ([each for each in sizes if each[2] is which] for which in (False, True))
-    nearest = min(kept, default=None)
-    if nearest is None or min(summed)[0] < nearest[0]:
-        return Staging(outputs, inputs, True)
-    vector = 4 if nearest[0] == 1 else 1
-    # What lies at such distances, beginning anywhere, can be read so many at once.
-    for each in (nearest[1], *(stride for stride, _, _ in sizes if (stride != nearest[0]))):
-        while each % vector:
-            vector //= 2
-    return Staging(outputs, inputs, False, vector)
 
 
 def _sum(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:

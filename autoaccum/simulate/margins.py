@@ -33,6 +33,6 @@ def family(operators: Sequence[str]) -> str:
     return "convolutions" if sum(operator == "convolution" for operator in operators) > len(operators) / 100 else "others"
 
 
-def of(operators: Sequence[str], *, approximate: bool = False) -> Margin:
+def margin_of(operators: Sequence[str], *, approximate: bool = False) -> Margin:
     """The margin for a tape with these operators."""
     return APPROXIMATE if approximate else SEEN[family(operators)]

@@ -282,12 +282,12 @@ def _first_difference(low: Tape, high: Tape) -> str:
     return f"{len(low.events)} and {len(high.events)} events"
 
 
-def same(one: Tape, other: Tape) -> bool:
+def same_tape(one: Tape, other: Tape) -> bool:
     """True where both tapes hold the same events and sizes."""
     return one.events == other.events and one.sizes == other.sizes and one.staged == other.staged
 
 
-def from_json(told: dict[str, Any]) -> Tape:
+def tape_from_json(told: dict[str, Any]) -> Tape:
     """A tape from `as_json`."""
     names: Sequence[str] = told["names"]
     return Tape(
@@ -301,7 +301,7 @@ def from_json(told: dict[str, Any]) -> Tape:
     )
 
 
-def as_json(tape: Tape) -> dict[str, Any]:
+def tape_as_json(tape: Tape) -> dict[str, Any]:
     """Plain lists and numbers, for a golden file or another process."""
     names = {name: number for number, name in enumerate(dict.fromkeys(tape.operators))}
     return {

@@ -228,8 +228,11 @@ def tuned(model: str, way: str, tiny: bool, device: str) -> dict[str, Any]:
     import torch
 
     import autoaccum
-    from autoaccum import batches, devices, oom, search, window
-    from autoaccum.plan import micro_batches
+    from autoaccum import devices, oom
+    from autoaccum.data import batches
+    from autoaccum.plan import arithmetic
+    from autoaccum.plan.arithmetic import micro_batches
+    from autoaccum.window import accumulation
 
     backend = devices.get(device)
     backend.prepare()
@@ -257,7 +260,7 @@ def tuned(model: str, way: str, tiny: bool, device: str) -> dict[str, Any]:
     row["oracle"] = {}
     if way == "compiled":  # every size would be compiled anew, longer than a case may take
         return row
-    for size in [each for each in search.sizes(target, smallest=smallest) if each >= plan.micro_batch]:
+    for size in [each for each in arithmetic.candidate_sizes(target, smallest=smallest) if each >= plan.micro_batch]:
         sizes = micro_batches(target, math.ceil(target / size))
         backend.release()
         try:
@@ -265,7 +268,7 @@ def tuned(model: str, way: str, tiny: bool, device: str) -> dict[str, Any]:
                 for _ in range(2):
                     whole = job.batch_of(sizes[0])
                     pieces = [(batches.resize(whole, each), each) for each in sizes[:2]]
-                    window.run(job, job.loss, pieces, samples=sum(each for _, each in pieces), device=torch.device(device), scaler=job.scaler)
+                    accumulation.run(job, job.loss, pieces, samples=sum(each for _, each in pieces), device=torch.device(device), scaler=job.scaler)
             row["oracle"][size] = True
         except Exception as error:
             if oom.verdict(error) == "not":
@@ -321,7 +324,7 @@ def peer(name: str, system: str, network: str, tiny: bool, device: str, sites: s
         torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(0).total_memory)
     if name == "autoaccum" and limit:  # its limit holds what the process takes beside its allocator, the others' cap does not
         from autoaccum import devices
-        from autoaccum.devices.base import ASSUMED_OUTSIDE
+        from autoaccum.devices.budget import ASSUMED_OUTSIDE
 
         outside = devices.get(device).memory().outside_bytes
         limit += ASSUMED_OUTSIDE if outside is None else outside

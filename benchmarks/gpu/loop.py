@@ -22,9 +22,11 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # also where the package is not installed
 
 import autoaccum
-from autoaccum import batches, feeding
-from autoaccum.plan import Plan, PlannedDevice, micro_batches
-from autoaccum.rewinding import WindowStart
+from autoaccum.data import batches, prefetch
+from autoaccum.plan.arithmetic import micro_batches
+from autoaccum.plan.plan import Plan
+from autoaccum.plan.record import PlannedDevice
+from autoaccum.window.start import WindowStart
 
 MIB = 2**20
 
@@ -87,15 +89,15 @@ def overlap(samples: int, side: int, channels: int, rounds: int) -> dict[str, ob
     model = conv(channels)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     loop = autoaccum.Accumulator(model, optimizer, plan(steps * samples, samples))
-    ahead = feeding.feed
+    ahead = prefetch.feed
 
     def with_feed(feed, data):
         def window():
-            feeding.feed = feed
+            prefetch.feed = feed
             try:
                 loop.step(data, loss)
             finally:
-                feeding.feed = ahead
+                prefetch.feed = ahead
 
         return window
 

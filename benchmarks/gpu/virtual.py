@@ -30,6 +30,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from autoaccum.cli.report import profiles
+from autoaccum.data import batches
+from autoaccum.devices import calibration
+from autoaccum.virtual.empty_weights import without_memory
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 sys.path[:0] = [str(HERE.parent), str(ROOT)]
@@ -87,17 +92,17 @@ def _predicted(task: tuple[str, str, str, list[int], bool]) -> dict[str, Any]:
     import torch
     import workloads
 
-    from autoaccum import phantom, profiles, simulation
-    from autoaccum.reading import Limits
+    from autoaccum.probe.readings import Limits
     from autoaccum.simulate import fake
     from autoaccum.simulate.allocator import Allocator
     from autoaccum.simulate.tape import replay
+    from autoaccum.virtual import simulation
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
     card, name, way, batches, bounded = task
     fake.enable()
-    with phantom.unfilled():
+    with without_memory():
         job = workloads.job(name, way)
     profile = profiles.load(card)
     simulated = simulation.Simulation([job], profile, Limits(headroom=0))
@@ -141,7 +146,7 @@ def replayed(events: list[tuple[str, int, int]], allocator: Any) -> dict[str, An
 
     import torch
 
-    from autoaccum.simulate.settings import UNLIMITED
+    from autoaccum.simulate.allocator_settings import UNLIMITED
 
     for at, (action, address, size) in enumerate(events):
         if action == "alloc":
@@ -192,7 +197,7 @@ def constants() -> dict[str, Any]:
     """What lies beside the allocator, after each kind of work; workspaces; the kernels that attention takes."""
     import torch
 
-    from autoaccum import devices, recording
+    from autoaccum import devices
 
     def outside() -> int | None:
         torch.cuda.empty_cache()
@@ -203,7 +208,7 @@ def constants() -> dict[str, Any]:
     a = torch.ones(512, 512, device="cuda")
     (a @ a).sum().item()
     found["outside"]["product"] = outside()
-    recording.warm_up()
+    calibration.warm_up()
     found["outside"]["a training step"] = outside()
     free, total = torch.cuda.mem_get_info()
     properties = torch.cuda.get_device_properties(0)
@@ -213,9 +218,10 @@ def constants() -> dict[str, Any]:
 
 def profile() -> dict[str, Any]:
     """What `autoaccum profiles record` writes."""
-    from autoaccum import profiles, recording
+    from autoaccum.devices import calibration
+    from autoaccum.simulate import profiles
 
-    return profiles.document(recording.record("cuda"))
+    return profiles.document(calibration.calibrate("cuda"))
 
 
 def _workspaces() -> dict[str, int]:
@@ -318,10 +324,10 @@ def random_requests(name: str) -> dict[str, Any]:
 
 def judged(events: list[tuple[str, int, int]], total: int, cap_bytes: int | None = None) -> dict[str, Any]:
     from autoaccum.simulate.allocator import Allocator
-    from autoaccum.simulate.settings import from_environment
+    from autoaccum.simulate.allocator_settings import settings_from_environment
 
     addresses = (address for action, address, _ in events if action == "segment_alloc")
-    settings = from_environment()  # expandable segments lie where they like: of each there is but one
+    settings = settings_from_environment()  # expandable segments lie where they like: of each there is but one
     allocator = Allocator(total, settings=settings, place=None if settings.expandable_segments else lambda _: next(addresses))
     if cap_bytes is not None:
         allocator.set_fraction(cap_bytes / total)
@@ -333,9 +339,9 @@ def on_the_card(name: str, way: str) -> Any:
     import torch
     import workloads
 
-    from autoaccum import phantom
+    from autoaccum.virtual.empty_weights import without_memory
 
-    with phantom.unfilled():
+    with without_memory():
         made = workloads.job(name, way)
     return _filled(made, torch)
 
@@ -352,15 +358,16 @@ def ran(made: Any, batch: int) -> None:
     """The windows of a trial: one micro-batch and a step, then two and a step."""
     import torch
 
-    from autoaccum import batches, rewinding, window
+    from autoaccum.window import accumulation
+    from autoaccum.window.start import WindowStart
 
     device = torch.device("cuda", 0)
     whole = batches.resize(made.batch, batch)
-    start = rewinding.WindowStart([made])
+    state = WindowStart([made])
     scaler = None if made.scaler is None else torch.amp.GradScaler("cuda", init_scale=1.0, growth_interval=10**9)
     for pieces in (1, 2):
-        start.note()
-        window.run(made, made.loss, [(whole, batch)] * pieces, samples=batch * pieces, device=device, scaler=scaler)
+        state.note()
+        accumulation.run(made, made.loss, [(whole, batch)] * pieces, samples=batch * pieces, device=device, scaler=scaler)
     torch.cuda.synchronize()
 
 
@@ -438,12 +445,13 @@ def published(what: str, source: str, model: str, optimizer: str, batch: str) ->
     import estimate_published
     import torch
 
-    from autoaccum import batches, phantom
+    from autoaccum.data import batches
+    from autoaccum.virtual import without_memory
 
     torch.backends.cudnn.benchmark = source == "timm"
 
     def make() -> Any:
-        with phantom.unfilled():
+        with without_memory():
             made = estimate_published.xmem_job(model, optimizer) if source == "xmem" else estimate_published.timm_job(model)
         return _filled(made, torch)
 

@@ -13,7 +13,7 @@ def run(system, work):
     from work import in_pieces
 
     import autoaccum
-    from autoaccum.plan import micro_batches
+    from autoaccum.plan.arithmetic import micro_batches
 
     warnings.simplefilter("ignore")
     if work.device is not None:
@@ -50,7 +50,7 @@ class Simulated:
     allocator, exact_peak, enforces, shared_with_host = "", True, True, False
 
     def __init__(self):
-        from autoaccum.devices.base import Facts
+        from autoaccum.devices.memory import Facts
 
         self.facts = Facts("cpu", None, "simulated", None)
         self._most = self._lap = 0
@@ -58,7 +58,7 @@ class Simulated:
     def memory(self, *, who=True):
         from simulated import BUDGET
 
-        from autoaccum.devices.base import Memory
+        from autoaccum.devices.memory import Memory
 
         return Memory(BUDGET, BUDGET - self.held_bytes(), self.held_bytes(), 0, (), "physical")
 

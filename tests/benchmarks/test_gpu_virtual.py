@@ -4,16 +4,16 @@ import json
 
 from gpu import recorder, virtual
 
-from autoaccum.simulate import tape, timeline
+from autoaccum.simulate import tape, window_timeline
 from autoaccum.simulate.allocator import Allocator
-from autoaccum.simulate.settings import Settings
+from autoaccum.simulate.allocator_settings import Settings
 from tests.command_line import ROOT
 
 GOLDEN = ROOT / "tests/golden/decoder_tape.json"
 
 
 def recording(how):
-    return recorder.events_of(timeline.snapshot(tape.from_json(json.loads(GOLDEN.read_text())), Allocator(settings=how)))
+    return recorder.events_of(window_timeline.memory_snapshot(tape.tape_from_json(json.loads(GOLDEN.read_text())), Allocator(settings=how)))
 
 
 def test_a_recording_of_the_same_rules_is_exact():

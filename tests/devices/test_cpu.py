@@ -12,7 +12,8 @@ from contextlib import contextmanager
 import psutil
 import pytest
 
-from autoaccum.devices.cpu import LINUX, Cpu
+from autoaccum.devices.cpu import Cpu
+from autoaccum.devices.malloc import LINUX
 from autoaccum.units import MIB
 from tests.devices.fresh import fresh
 
@@ -22,7 +23,8 @@ glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="needs glib
 # MIB floats of 4 bytes are 4 MiB.
 START = """
 import json, resource, torch
-from autoaccum.devices.cpu import Cpu, steady_malloc
+from autoaccum.devices.cpu import Cpu
+from autoaccum.devices.malloc import steady_malloc
 torch.set_num_threads(1)
 MIB = 2**20
 def tensor(mib):

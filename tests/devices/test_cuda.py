@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
-from autoaccum.devices.base import Consumer
 from autoaccum.devices.cuda import Cuda
+from autoaccum.devices.memory import Consumer
 from autoaccum.errors import MemoryUnknown
 from autoaccum.units import GIB, MIB
 from tests.devices.nvml_stand_in import answer_with

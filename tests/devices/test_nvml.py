@@ -69,7 +69,7 @@ def test_a_card_is_found_by_pci_id_where_its_uuid_does_not_help(monkeypatch: pyt
 def test_a_card_that_nvml_does_not_have_is_not_taken_for_another(monkeypatch: pytest.MonkeyPatch) -> None:
     answer_with(monkeypatch, "one_t4")
     told = nvml.ask(RTX_3090, RTX_3090_PCI)
-    assert told == nvml.Told(why_not=told.why_not)
+    assert told == nvml.DriverAnswer(why_not=told.why_not)
     assert told.why_not and RTX_3090 in told.why_not and RTX_3090_PCI in told.why_not
 
 
@@ -105,13 +105,13 @@ def test_unified_memory_tells_processes_and_no_memory(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("situation, reason", [("forbidden", "Insufficient Permissions"), ("no_library", "NVML Shared Library Not Found")])
 def test_nvml_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch, situation: str, reason: str) -> None:
     answer_with(monkeypatch, situation)
-    assert nvml.ask(T4, T4_PCI) == nvml.Told(why_not=f"NVML: {reason}")
+    assert nvml.ask(T4, T4_PCI) == nvml.DriverAnswer(why_not=f"NVML: {reason}")
 
 
 def test_without_pynvml_the_answer_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", None)  # what the import system takes for "cannot be imported"
     told = nvml.ask(T4, T4_PCI)
-    assert told == nvml.Told(why_not=told.why_not)
+    assert told == nvml.DriverAnswer(why_not=told.why_not)
     assert told.why_not and "pynvml is not installed" in told.why_not
 
 

@@ -10,11 +10,11 @@ import autoaccum
 from autoaccum.devices.cpu import Cpu
 from autoaccum.integrations import accelerate
 from tests import jobs
+from tests.data.test_lengths import Hungry, Texts, padded
+from tests.data.test_lengths import loss as masked
 from tests.digest import digest
 from tests.plans import by_hand
-from tests.test_lengths import Hungry, Texts, padded
-from tests.test_lengths import loss as masked
-from tests.test_tuning import limit_for
+from tests.tuner.test_in_place import limit_for
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ import json, sys
 import deepspeed, torch
 import autoaccum
 from tests import jobs
-from tests.test_tuning import limit_for
+from tests.tuner.test_in_place import limit_for
 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # it would be compiled first, for half a minute
 deepspeed.init_distributed("gloo", verbose=False)

@@ -14,7 +14,7 @@ from autoaccum.devices.cpu import Cpu
 from autoaccum.integrations import huggingface
 from tests.digest import digest
 from tests.plans import by_hand
-from tests.test_tuning import limit_for
+from tests.tuner.test_in_place import limit_for
 
 transformers.logging.set_verbosity_error()
 

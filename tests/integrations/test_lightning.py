@@ -12,11 +12,11 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 import autoaccum
 from autoaccum.devices.cpu import Cpu
 from autoaccum.integrations.lightning import EffectiveBatch
+from tests.data.test_lengths import Hungry, Texts, padded
+from tests.data.test_lengths import loss as masked
 from tests.digest import digest
 from tests.plans import by_hand
-from tests.test_lengths import Hungry, Texts, padded
-from tests.test_lengths import loss as masked
-from tests.test_tuning import limit_for
+from tests.tuner.test_in_place import limit_for
 
 logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", module="lightning")

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 import autoaccum
-from autoaccum import feeding
-from autoaccum.regrouping import Window
+from autoaccum.data import prefetch
+from autoaccum.data.windows import Window
 from tests.plans import by_hand
 
 pytestmark = pytest.mark.gpu
@@ -20,7 +20,7 @@ CUDA = "cuda"
 def plan(jobs, target, micro_batch):
     import dataclasses
 
-    from autoaccum.plan import PlannedDevice
+    from autoaccum.plan.record import PlannedDevice
 
     return dataclasses.replace(by_hand(jobs, target, micro_batch), device=PlannedDevice("cuda", "card", None, 0, 0, 0), budget_bytes=2**40)
 
@@ -45,7 +45,7 @@ def test_what_is_fed_ahead_arrives_whole_and_in_order(pinned):
     cut = Window.of([batch]).cut((16, 16, 8))
     device = torch.device("cuda:0")
     seen = []
-    for (inputs, texts), samples in feeding.feed(cut, device):
+    for (inputs, texts), samples in prefetch.feed(cut, device):
         assert inputs.device == device and len(texts) == samples
         torch.cuda._sleep(20_000_000)  # the copy of the next one runs meanwhile
         seen.append((inputs * 1).cpu())

@@ -35,7 +35,7 @@ def test_the_peak_is_the_simulated_one_within_the_expected(model, most_off):
 sys.path[:0] = ["benchmarks", "benchmarks/gpu"]
 import workloads
 fake.enable()
-with phantom.unfilled():
+with without_memory():
     job = workloads.job("{model}", "adam-fp32")
 made = phantom.Phantom([job]).tape([[4], [4, 4]], kernels.Card({capability()}))
 tell(tape.replay(made.on({real["cublas"]}, {multiprocessors()}, 2048), Allocator()).peak_allocated_bytes)
@@ -94,7 +94,7 @@ def test_an_estimate_in_python_where_the_card_was_only_looked_for():
 
 
 def test_a_card_can_be_recorded(tmp_path):
-    from autoaccum import profiles
+    from autoaccum.simulate import profiles
 
     path = tmp_path / "here.toml"
     subprocess.run([sys.executable, "-m", "autoaccum", "profiles", "record", "-o", path], check=True, cwd=ROOT)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from autoaccum.simulate.allocator import Allocator
-from autoaccum.simulate.settings import UNLIMITED, Settings
+from autoaccum.simulate.allocator_settings import UNLIMITED, Settings
 
 KIB, MIB = 2**10, 2**20
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from gpu import recorder, virtual
 
-from autoaccum.simulate.attention import Asked, backend
+from autoaccum.simulate.attention import AttentionCall, backend
 from tests.command_line import ROOT
 from tests.simulated import in_a_process
 
@@ -36,7 +36,7 @@ def test_attention_takes_the_kernel_that_the_card_took():
     asked = json.loads((RECORDINGS / "h200_attention.json").read_text())
     assert len(asked) == 600 and {each[-1] for each in asked} == set(names)
     for dtype, width, mask, causal, dropout, grouped, chosen in asked:
-        question = Asked(4, getattr(torch, dtype), width, width, bool(mask), grouped, mask == "trained", dropout=dropout > 0)
+        question = AttentionCall(4, getattr(torch, dtype), width, width, bool(mask), grouped, mask == "trained", dropout=dropout > 0)
         assert backend(90, question) == names[chosen], (dtype, width, mask, causal, dropout, grouped)
 
 
@@ -55,13 +55,15 @@ def test_jobs_peak_where_they_did_on_the_card():
 import sys
 sys.path[:0] = ["benchmarks/gpu"]
 import workloads
-from autoaccum import profiles, simulation
-from autoaccum.reading import Limits
+from autoaccum.virtual.empty_weights import without_memory
+from autoaccum.simulate import profiles
+from autoaccum.virtual import simulation
+from autoaccum.probe.readings import Limits
 fake.enable()
 found = {}
 for each in JOBS:
     name, way, micro_batch = each.split()
-    with phantom.unfilled():
+    with without_memory():
         job = workloads.job(name, way)
     simulated = simulation.Simulation([job], profiles.load("h200"), Limits(headroom=0))
     ran = tape.replay(simulated._on_card(simulated._traced.exactly(simulated._card, (int(micro_batch),) * 2)), Allocator())

@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-from autoaccum.simulate import tape, timeline
+from autoaccum.simulate import tape, window_timeline
 from autoaccum.simulate.allocator import Allocator
-from autoaccum.simulate.settings import Settings
+from autoaccum.simulate.allocator_settings import Settings
 from autoaccum.simulate.tape import Growth, NotAlike, Tape
 
 MIB = 2**20
@@ -58,8 +58,8 @@ def test_emptying_the_cache_is_an_event():
 
 def test_a_line_through_two_tapes_gives_every_other():
     grown = Growth(two_steps(8 * 1000), two_steps(12 * 1000), 8, 12)
-    assert tape.same(grown.at(1), two_steps(1000))
-    assert tape.same(grown.at(37), two_steps(37 * 1000))
+    assert tape.same_tape(grown.at(1), two_steps(1000))
+    assert tape.same_tape(grown.at(37), two_steps(37 * 1000))
 
 
 def test_tapes_that_differ_in_more_than_sizes_make_no_line():
@@ -83,7 +83,7 @@ def test_deaths_in_a_row_have_one_order():
 
 def test_a_tape_survives_json():
     made = two_steps(1234)
-    again = tape.from_json(json.loads(json.dumps(tape.as_json(made))))
+    again = tape.tape_from_json(json.loads(json.dumps(tape.tape_as_json(made))))
     assert again == made
 
 
@@ -100,13 +100,13 @@ def test_a_tape_survives_json():
     ids=["default", "expandable", "rounded up", "max split"],
 )
 def test_the_golden_tape_peaks_where_it_did(how, peak):
-    golden = tape.from_json(json.loads(GOLDEN.read_text()))
+    golden = tape.tape_from_json(json.loads(GOLDEN.read_text()))
     assert tape.replay(golden, Allocator(settings=how)).peak_reserved_bytes == peak
 
 
 def test_a_timeline_holds_what_the_tape_holds():
-    golden = tape.from_json(json.loads(GOLDEN.read_text()))
-    found = timeline.of(golden, Allocator())
+    golden = tape.tape_from_json(json.loads(GOLDEN.read_text()))
+    found = window_timeline.timeline(golden, Allocator())
     ran = tape.replay(golden, Allocator())
     most = max(sum(found.held[kind][at] for kind in tape.KINDS) for at in range(len(found)))
     assert most == golden.requested_peak()
@@ -117,9 +117,9 @@ def test_a_timeline_holds_what_the_tape_holds():
 def test_the_snapshot_is_one_that_pytorchs_own_tools_read():
     from torch.cuda import _memory_viz
 
-    golden = tape.from_json(json.loads(GOLDEN.read_text()))
+    golden = tape.tape_from_json(json.loads(GOLDEN.read_text()))
     allocator = Allocator()
-    found = timeline.snapshot(golden, allocator)
+    found = window_timeline.memory_snapshot(golden, allocator)
     assert sum(segment["total_size"] for segment in found["segments"]) == allocator.reserved_bytes
     assert sum(segment["allocated_size"] for segment in found["segments"]) == allocator.allocated_bytes
     assert "MiB" in _memory_viz.segsum(found)

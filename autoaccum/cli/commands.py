@@ -1,0 +1,364 @@
+"""The command line. Each command parses, calls one function, and prints: stdout is the answer, stderr is talk."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback as traces
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from autoaccum import oom
+from autoaccum.cli import pictures, report
+from autoaccum.cli.options import CallOptions, writable, write_nothing, write_stderr
+from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short
+from autoaccum.plan import framework_arguments
+from autoaccum.probe import Request, cache
+from autoaccum.simulate import profiles
+from autoaccum.version import __version__
+from autoaccum.virtual import estimate_source, forecaster
+from autoaccum.window import parse_source
+
+_EPILOG = "Exit codes: 0 done, 2 wrong usage or bad input, 3 does not fit, 4 device trouble, 5 the job itself failed, 130 interrupted."
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EPILOG)
+@click.version_option(__version__, message="autoaccum %(version)s")
+def cli() -> None:
+    """You name the effective batch; autoaccum finds how much of it fits on the device at hand and accumulates the rest, exactly.
+
+    Try: autoaccum tune --target-batch 120
+    """
+
+
+def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that tune, check and train have in common."""
+    options = [
+        click.argument("job", required=False),
+        click.option("-b", "--target-batch", type=int, help="The effective batch: samples that one optimizer step sees."),
+        click.option("-d", "--device", default="auto", show_default=True, help="auto, cpu, cuda[:INDEX], mps, xpu, or simulated: virtual:NAME, virtual:SIZE."),
+        click.option("--memory-limit", metavar="SIZE", help="Use no more than this (512MiB, 2GiB); enforced while probing, on the CPU too."),
+        click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of the budget free."),
+        click.option("--max-micro-batch", type=int, metavar="M", help="Try no larger micro-batch."),
+        click.option("--equal", is_flag=True, help="Equal micro-batches only, as most frameworks need."),
+        click.option("--largest", is_flag=True, help="Search the exact largest micro-batch, not only those that save a step."),
+        click.option(
+            "--objective",
+            type=click.Choice(["fewest-steps", "throughput"]),
+            default="fewest-steps",
+            show_default=True,
+            help="throughput: time smaller micro-batches, too, and take the fastest.",
+        ),
+        click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated."),
+        click.option("--timeout", type=float, metavar="SECONDS", help="A trial that takes longer counts as not fitting."),
+        click.option(
+            "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw what was tried: .png, .svg, .pdf (needs matplotlib)."
+        ),
+        click.option("--no-cache", is_flag=True, help="Neither use nor keep readings of earlier runs (autoaccum cache list)."),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON document, failures included."),
+        click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Also write the plan as JSON."),
+        click.option(
+            "--format",
+            "form",
+            type=click.Choice(["text", "json", "env", *framework_arguments.FORMATS]),
+            default="text",
+            show_default=True,
+            help="How to print the plan; for frameworks as JSON, of equal micro-batches.",
+        ),
+        click.option("-q", "--quiet", is_flag=True, help="No progress and none of the job's output on stderr."),
+        click.option("--traceback", is_flag=True, help="Show whole tracebacks of the job's failures."),
+    ]
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+@cli.command()
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def devices(as_json: bool) -> None:
+    """Every device here: total, free, held by us and by others, and the limit that binds."""
+    from autoaccum import devices as found
+
+    listed = found.list()
+    click.echo(report.as_json(report.devices_document(listed)) if as_json else report.devices(listed))
+
+
+@cli.command(epilog=_EPILOG)
+@_shared
+@click.pass_obj
+def tune(rest: list[str] | None, /, **given: Any) -> None:
+    """Find the fewest accumulation steps that fit, and print the plan.
+
+    JOB is file.py[:make_job] or package.module[:make_job], a function that returns an autoaccum.Job; left out,
+    it is the built-in demo. What follows -- is the file's own arguments, or, without a JOB, a command:
+
+    autoaccum tune -b 120 -- python train.py --batch-size {micro_batch} --accum {accumulation_steps}
+    """
+    asked = CallOptions(rest, **given)
+    asked.answer(asked.tuned())
+
+
+@cli.command(epilog=_EPILOG)
+@_shared
+@click.option("-m", "--micro-batch", type=int, help="The size to rehearse.")
+@click.option(
+    "--equivalence", is_flag=True, help="Compare a split batch's gradient with the whole one's; needs neither -b nor -m, and exits with 0 whatever it finds."
+)
+@click.pass_obj
+def check(rest: list[str] | None, /, micro_batch: int | None, equivalence: bool, **given: Any) -> None:
+    """Rehearse one given micro-batch; say by how much it fits or not. Or say whether splitting changes the gradient."""
+    if equivalence and micro_batch is None:
+        CallOptions(rest, **{**given, "target_batch": given["target_batch"] or 1}).compared()
+        return
+    if micro_batch is None:
+        raise UsageError("Missing option '-m' / '--micro-batch': the size to rehearse")
+    if given["objective"] == "throughput":
+        raise UsageError("check rehearses one size, so there is nothing to choose from: leave --objective out")
+    asked = CallOptions(rest, **given)
+    asked.answer(asked.checked(micro_batch), asked.equivalence() if equivalence else None)
+
+
+@cli.command(epilog=_EPILOG)
+@_shared
+@click.option("-e", "--epochs", type=click.IntRange(min=1), default=1, show_default=True)
+@click.pass_obj
+def train(rest: list[str] | None, /, epochs: int, **given: Any) -> None:
+    """Tune, then train with the accumulating loop. A demonstration and a smoke test, not a trainer."""
+    asked = CallOptions(rest, **given)
+    if asked.command:
+        raise UsageError("train needs a JOB that builds the model: a command trains by itself")
+    asked.alone("train runs in one process", "in a script of your own, autoaccum.tune and Accumulator run on every rank (examples/ddp.py)")
+    if asked.form not in ("text", "json"):
+        raise UsageError(f"train prints text or json: use tune for --format {asked.form}")
+    planned = asked.tuned()
+    asked.trained(planned, epochs)
+
+
+@cli.command(epilog=_EPILOG)
+@click.argument("job", required=False)
+@click.option("-b", "--target-batch", type=int, help="The effective batch: samples that one optimizer step sees.")
+@click.option(
+    "-g",
+    "--gpu",
+    "gpus",
+    multiple=True,
+    metavar="NAME|SIZE",
+    help="A card (t4, a100-80gb) or a size (24GiB); may be repeated. Up to eight also get their largest micro-batch.",
+)
+@click.option("--all-gpus", is_flag=True, help="Every card that is known: autoaccum profiles list.")
+@click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of the budget free.")
+@click.option("--max-micro-batch", type=int, metavar="M", help="Consider no larger micro-batch.")
+@click.option("--equal", is_flag=True, help="Equal micro-batches only, as most frameworks need.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated.")
+@click.option(
+    "--timeline", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help=".png, .svg, .pdf: a picture. .pickle: for PyTorch's memory viewer."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, failures included.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Also write the document.")
+@click.option("-q", "--quiet", is_flag=True, help="None of the job's output on stderr.")
+@click.option("--traceback", is_flag=True, help="Show whole tracebacks of the job's failures.")
+@click.pass_obj
+def estimate(
+    rest: list[str] | None,
+    /,
+    job: str | None,
+    target_batch: int | None,
+    gpus: tuple[str, ...],
+    all_gpus: bool,
+    headroom: str,
+    max_micro_batch: int | None,
+    equal: bool,
+    settings: tuple[str, ...],
+    timeline: Path | None,
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+    traceback: bool,
+) -> int:
+    """The same plan for GPUs that are not here: simulated, no hardware needed."""
+    if target_batch is None:
+        raise UsageError("Missing option '-b' / '--target-batch': the effective batch")
+    if bool(gpus) == all_gpus:
+        raise UsageError("name the cards with --gpu NAME, or take --all-gpus" + (", not both" if gpus else "; `autoaccum profiles list` shows them"))
+    if timeline is not None and len(gpus) != 1:
+        raise UsageError(f"--timeline draws one card's window: give one --gpu, not {'--all-gpus' if all_gpus else len(gpus)}")
+    if timeline is not None and timeline.suffix not in (".png", ".svg", ".pdf", ".pickle"):
+        raise UsageError(f"--timeline {str(timeline)!r} must be a file that ends in .png, .svg, .pdf or .pickle")
+    for option, path in (("--output", output), ("--timeline", timeline)):
+        if path is not None:
+            writable(path, option)
+    if timeline is not None and timeline.suffix != ".pickle":
+        pictures.ready(timeline)
+    names = profiles.names() if all_gpus else list(gpus)
+    wish = Request(target_batch, None, headroom, max_micro_batch, equal)
+    found = estimate_source(
+        parse_source(job, settings, rest or ()), wish, names, said=write_nothing if quiet else write_stderr, timeline=gpus[0] if timeline is not None else None
+    )
+    click.echo(report.as_json(found.as_dict()) if as_json else found.explain())
+    if output is not None:
+        output.write_text(report.as_json(found.as_dict()) + "\n")
+    if timeline is not None:
+        pictures.draw(found, timeline)
+        if not quiet:
+            click.echo(f"drawn: {timeline}", err=True)
+    return 3 if gpus and not all(each.fits for each in found.gpus) else 0
+
+
+@cli.command(epilog=_EPILOG)
+@click.argument("job", required=False)
+@click.option("-b", "--target-batch", type=int, help="The effective batch: samples that one optimizer step sees, over all ranks.")
+@click.option("-g", "--gpus", metavar="LIST", help='The cards, ranks in that order: "2*a100-80gb,4*t4".')
+@click.option("--fixed", metavar="SIZE", help="Without a JOB: weights, gradients, optimizer's state and DDP's buckets.")
+@click.option("--per-sample", metavar="SIZE", help="Without a JOB: what each sample of a micro-batch adds.")
+@click.option("--parameters", type=float, metavar="N", help="How many there are (124e6).")
+@click.option("--flops-per-sample", type=float, metavar="N", help="Floating point operations of forward and backward (870e9).")
+@click.option("--bytes-per-sample", type=float, metavar="N", help="Bytes that forward and backward move (9e9).")
+@click.option("--link", metavar="SIZE", help="Bytes per second of the slowest link between ranks (6GB).")
+@click.option("--dtype", help="Of the arithmetic: fp32, tf32, fp16, bf16; by default bf16 where all cards have it, else fp16.")
+@click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of each card free.")
+@click.option("--max-micro-batch", type=int, metavar="M", help="Consider no larger micro-batch.")
+@click.option("--equal", is_flag=True, help="The same share and micro-batches on every rank.")
+@click.option("--lockstep", is_flag=True, help="The same number of micro-steps on every rank, as sharded parameters need.")
+@click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated.")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document, failures included.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.json", help="Also write a plan that ranks load: Plan.load.")
+@click.option("-q", "--quiet", is_flag=True, help="None of the job's output on stderr.")
+@click.option("--traceback", is_flag=True, help="Show whole tracebacks of the job's failures.")
+@click.pass_obj
+def fleet(
+    rest: list[str] | None,
+    /,
+    job: str | None,
+    target_batch: int | None,
+    gpus: str | None,
+    settings: tuple[str, ...],
+    as_json: bool,
+    output: Path | None,
+    quiet: bool,
+    traceback: bool,
+    **given: Any,
+) -> None:
+    """One data-parallel job on unlike GPUs that are not here: every rank's share, micro-batches and steps.
+
+    autoaccum fleet -b 480 --gpus "2*a100-80gb,4*t4" --fixed 2.31GiB --per-sample 1.25GiB
+    """
+    if target_batch is None:
+        raise UsageError("Missing option '-b' / '--target-batch': the effective batch")
+    if gpus is None:
+        raise UsageError('name the cards: --gpus "2*a100-80gb,4*t4"; `autoaccum profiles list` shows them')
+    if output is not None:
+        writable(output)
+    by_hand = given["fixed"] is not None or given["per_sample"] is not None
+    if job is None and not by_hand:
+        raise UsageError("fleet needs a JOB whose memory is simulated, or --fixed SIZE and --per-sample SIZE (say `demo` as JOB for the built-in demo)")
+    origin = None if job is None else parse_source(job, settings, rest or ())
+    found = forecaster.fleet(gpus, target_batch=target_batch, job=origin, said=write_nothing if quiet else write_stderr, **given)
+    click.echo(report.as_json(found.as_dict()) if as_json else found.explain())
+    if output is not None:
+        found.plan().save(output)
+
+
+@cli.group(name="profiles")
+def profiles_() -> None:
+    """GPU data files: what is known of cards that are not here."""
+
+
+@profiles_.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def list_(as_json: bool) -> None:
+    """Every card that is known."""
+    found = [profiles.load(name) for name in profiles.names()]
+    click.echo(report.as_json({"schema": "autoaccum.profiles/1", "gpus": [profiles.document(each) for each in found]}) if as_json else report.profiles(found))
+
+
+@profiles_.command()
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def show(name: str, as_json: bool) -> None:
+    """One card, each number with its source. NAME may be a file of your own, NAME.toml."""
+    found = profiles.read(Path(name)) if name.endswith(".toml") else profiles.load(name)
+    click.echo(report.as_json({"schema": "autoaccum.profile/1", **profiles.document(found)}) if as_json else report.profile(found))
+
+
+@profiles_.command()
+@click.option("-d", "--device", default="cuda", show_default=True, help="cuda or cuda:INDEX.")
+@click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.toml", help="Write it there instead of to stdout.")
+def record(device: str, output: Path | None) -> None:
+    """Measure the card that is here and write its data file."""
+    from autoaccum.devices import calibrate  # torch, and a card
+
+    text = profiles.written(calibrate(device))
+    if output is None:
+        click.echo(text, nl=False)
+    else:
+        writable(output)
+        output.write_text(text)
+
+
+@cli.group(name="cache")
+def cache_() -> None:
+    """Readings of earlier runs, which make the next one of the same job on the same device shorter."""
+
+
+@cache_.command(name="list")
+@click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
+def remembered(as_json: bool) -> None:
+    """Every job that is remembered."""
+    click.echo(report.as_json({"schema": "autoaccum.cache/1", "folder": str(cache.folder()), "jobs": cache.documents()}) if as_json else cache.listed())
+
+
+@cache_.command()
+def clear() -> None:
+    """Forget all readings."""
+    click.echo(f"{cache.clear()} forgotten")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one command and ends the process with its exit code."""
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; nobody here needs NumPy
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    # click would swallow the `--`: what follows it is not ours to parse.
+    ours, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, None)
+    wants_json = "--json" in ours or any(a == "--format=json" or (a == "--format" and b == "json") for a, b in zip(ours, [*ours[1:], ""]))
+    sys.exit(_run(ours, rest, wants_json, "--traceback" in ours))
+
+
+def _run(ours: list[str], rest: list[str] | None, wants_json: bool, whole: bool) -> int:
+    try:
+        code = cli.main(args=ours, prog_name="autoaccum", obj=rest, standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except click.exceptions.NoArgsIsHelpError as nothing:
+        click.echo(nothing.format_message(), err=True)
+        return 2
+    except click.ClickException as wrong:
+        return _failed(UsageError(wrong.format_message()), wants_json, whole)
+    except AutoaccumError as error:
+        return _failed(error, wants_json, whole)
+    except (KeyboardInterrupt, click.Abort):
+        if wants_json:
+            click.echo(report.as_json({**report.error(AutoaccumError("interrupted")), "error": "KeyboardInterrupt", "exit_code": 130}))
+        click.echo("interrupted", err=True)
+        return 130
+    except BrokenPipeError:  # the reader of our stdout went away; Python would complain again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    except Exception as error:  # the job's own, raised while it trains in this process
+        if oom.is_oom(error):
+            return _failed(OutOfMemory(f"training ran out of memory: {error}"), wants_json, whole)
+        return _failed(JobFailed(str(error), kind=type(error).__name__, text=in_short(error), whole=traces.format_exc()), wants_json, whole)
+
+
+def _failed(error: AutoaccumError, wants_json: bool, whole: bool) -> int:
+    if wants_json:
+        click.echo(report.as_json(report.error(error)))
+    if isinstance(error, JobFailed) and error.text:
+        click.echo((error.whole if whole else error.text).rstrip(), err=True)
+    kind = f"{error.kind}: " if isinstance(error, JobFailed) and error.kind else ""
+    click.echo(f"autoaccum: {kind}{error}", err=True)
+    return error.exit_code

@@ -1,0 +1,205 @@
+"""What the options of one call say together: checked at once, asked of `tuning`, and answered on stdout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from autoaccum.cli import pictures, report
+from autoaccum.distributed import launched
+from autoaccum.errors import UsageError
+from autoaccum.plan import Plan, chart, framework_arguments
+from autoaccum.probe import Equivalence, Request
+from autoaccum.simulate import profiles
+from autoaccum.tuner import check_command, check_source, compare_source, shown, tune_command, tune_source
+from autoaccum.window import Source, parse_source
+
+_WIDE = 100  # columns of a terminal that has room for a chart
+
+
+class CallOptions:
+    """What the options of one call say together."""
+
+    def __init__(
+        self,
+        rest: list[str] | None,
+        *,
+        job: str | None,
+        target_batch: int | None,
+        device: str,
+        memory_limit: str | None,
+        headroom: str,
+        max_micro_batch: int | None,
+        equal: bool,
+        largest: bool,
+        objective: Literal["fewest-steps", "throughput"],
+        settings: tuple[str, ...],
+        timeout: float | None,
+        plot: Path | None,
+        no_cache: bool,
+        as_json: bool,
+        output: Path | None,
+        form: str,
+        quiet: bool,
+        traceback: bool,
+    ) -> None:
+        if target_batch is None:
+            raise UsageError("Missing option '-b' / '--target-batch': the effective batch")
+        self.form, self.output, self.quiet, self.device = "json" if as_json else form, output, quiet, device
+        if as_json and form not in ("text", "json"):
+            raise UsageError(f"--json and --format {form} both say how to print: give one")
+        self.memory_limit, self.cache, self.plot = memory_limit, not no_cache, plot
+        if plot is not None:
+            pictures.ready(plot)
+            writable(plot, "--plot")
+        self.virtual = device.removeprefix("virtual:") if device.startswith("virtual:") else None
+        self.wish = Request(
+            target_batch, memory_limit, headroom, max_micro_batch, equal or form in framework_arguments.FORMATS, largest, timeout, objective=objective
+        )
+        if output is not None:
+            writable(output)
+        if rest == [] and job is None:
+            raise UsageError("nothing follows `--`: give the command there, or leave `--` out")
+        self.command = rest if job is None and rest else None
+        if self.command and self.virtual is not None:
+            raise UsageError("--device virtual: needs a JOB that builds the model: a command cannot be simulated")
+        if self.virtual is not None:
+            profiles.load(self.virtual)  # an unknown card is told before anything is built
+        if self.virtual is not None and objective == "throughput":
+            raise UsageError("--objective throughput needs a device that is here: a simulated card has no clock")
+        if self.command and (settings or largest):
+            raise UsageError("--set and --largest are for a JOB: a command gets its arguments in its own words, and equal micro-batches")
+        if self.form not in ("text", "json") and job is None and not self.command:
+            raise UsageError(f"--format {form} without a JOB would plan the built-in demo: say `demo` as JOB if that is meant")
+        self.source: Source = parse_source(job, settings, rest or ())
+
+    def alone(self, verb: str, instead: str) -> None:
+        """Raises `UsageError` under torchrun, where every rank would do the same."""
+        if (told := launched()) is not None:
+            raise UsageError(f"{verb}, and torchrun started {told.world_size}: {instead}")
+
+    def tuned(self) -> Plan:
+        if self.form == "env":
+            self.alone("--format env tells the numbers of one process", "write the plan with -o FILE.json, and autoaccum.Plan.load it on every rank")
+        if self.command:
+            self.alone("a command is tried in one process", "run autoaccum without torchrun")
+        with self._talking() as talk:
+            return tune_command(self.command, self.wish, **talk) if self.command else tune_source(self.source, self.wish, cache=self.cache, **talk)
+
+    def checked(self, micro_batch: int) -> Plan:
+        self.alone("check rehearses on one device", "run it without torchrun")
+        if micro_batch < 1:
+            raise UsageError(f"--micro-batch must be at least 1, not {micro_batch}")
+        if self.wish.largest or (self.wish.max_micro_batch or micro_batch) < micro_batch:
+            raise UsageError(f"check rehearses the one size {micro_batch}: leave --largest and a smaller --max-micro-batch out")
+        with self._talking() as talk:
+            if self.command:
+                return check_command(self.command, micro_batch, self.wish, **talk)
+            return check_source(self.source, micro_batch, self.wish, **talk)
+
+    def answer(self, planned: Plan, found: Equivalence | None = None) -> None:
+        if planned.rank:
+            return  # one plan, told once
+        if self.output is not None:
+            planned.save(self.output)
+        if self.plot is not None:
+            planned.plot(self.plot)
+        if self.form == "json":
+            print(report.as_json({**planned.as_dict(), **({"equivalence": found.as_dict()} if found is not None else {})}), flush=True)
+            return
+        if self.form in framework_arguments.FORMATS:
+            print(report.as_json(framework_arguments.FORMATS[self.form](planned)), flush=True)
+            if self.form in framework_arguments.LOADER_SIZED:
+                write_stderr(f"the DataLoader's batch_size is {planned.micro_batch}\n")
+            return
+        print({"text": report.text, "env": report.env}[self.form](planned), flush=True)
+        columns = shutil.get_terminal_size().columns
+        if self.form == "text" and sys.stdout.isatty() and columns >= _WIDE:
+            print("\n".join(chart(planned, columns)), flush=True)
+        if found is not None and self.form == "text":
+            print(f"splitting: {found}", flush=True)
+
+    def equivalence(self) -> Equivalence:
+        if self.virtual is not None:
+            raise UsageError("--equivalence needs values, and a simulated card has none: ask with --device cpu")
+        if self.command:
+            raise UsageError("--equivalence needs a JOB that builds the model: a command's loss is out of reach")
+        return compare_source(self.source, self.wish, device=self.device, said=write_nothing if self.quiet else write_stderr)
+
+    def compared(self) -> None:
+        if self.output is not None or self.plot is not None or self.form not in ("text", "json"):
+            raise UsageError("check --equivalence alone makes no plan: leave --output, --plot and --format out, or give -b and -m")
+        found = self.equivalence()
+        print(report.as_json(found.as_dict()) if self.form == "json" else str(found), flush=True)
+
+    def trained(self, planned: Plan, epochs: int) -> None:
+        from autoaccum.cli.epochs import train  # torch, which only training needs in this process
+
+        if self.output is not None:
+            planned.save(self.output)
+        if self.plot is not None:
+            planned.plot(self.plot)
+        if self.form == "text":
+            print(report.text(planned), flush=True)
+        if self.virtual is not None and not self.quiet:
+            write_stderr("training on the CPU; what its tensors take is charged to the card, in the sizes of CPU kernels\n")
+        run = []
+        with _stdout_for_us() as answer:
+            for epoch in train(
+                self.source, planned, epochs=epochs, memory_limit=self.memory_limit, virtual=self.virtual, say=write_nothing if self.quiet else write_stderr
+            ):
+                run.append(epoch)
+                if self.form == "text":
+                    answer(f"epoch {epoch.number}  loss {epoch.loss:.6f}  {epoch.steps} step{'s' if epoch.steps != 1 else ''} of {planned.target_batch}")
+            if self.form == "json":
+                answer(report.as_json({**planned.as_dict(), "epochs": [vars(epoch) for epoch in run]}))
+
+    @contextmanager
+    def _talking(self) -> Iterator[dict[str, Any]]:
+        quiet = self.quiet or ((told := launched()) is not None and told.rank > 0)
+        with shown(quiet=quiet) as drawn:
+            yield {"device": self.device, "progress": drawn, "said": write_nothing if quiet else write_stderr}
+
+
+def writable(output: Path, option: str = "--output") -> None:
+    """Raises `UsageError` where the file could not be written in the end."""
+    folder = output.resolve().parent
+    if not folder.is_dir():
+        raise UsageError(f"{option} {str(output)!r}: there is no folder {str(folder)!r}")
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise UsageError(f"{option} {str(output)!r} cannot be written: {error.strerror}") from None
+
+
+def write_stderr(text: str) -> None:
+    """Passes on what a job prints, at once."""
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def write_nothing(text: str) -> None:
+    """In the place of `write_stderr` with --quiet."""
+
+
+@contextmanager
+def _stdout_for_us() -> Iterator[Callable[[str], None]]:
+    """While inside, what the job prints goes to stderr, and stdout is left to the answer."""
+    sys.stdout.flush()
+    answer = os.fdopen(os.dup(1), "w")
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield lambda text: print(text, file=answer, flush=True)
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
+        answer.close()

@@ -1,0 +1,124 @@
+"""What the command line prints: reports, tables, JSON documents."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Sequence
+from typing import Any
+
+from autoaccum.devices import STEADY_MALLOC, Facts, Memory, steady_wanted
+from autoaccum.errors import AutoaccumError, JobFailed
+from autoaccum.plan import Plan
+from autoaccum.probe import Reading
+from autoaccum.simulate import Profile
+from autoaccum.units import in_words, number, unit_for
+
+DEMO_INTRO = "demo: the 8-16-1 network of the classic tutorial, 1200 samples, SGD; its learning rate stays as it is"
+
+
+def text(plan: Plan) -> str:
+    """The plan in words; the built-in demo says that it is one."""
+    lines = [plan.explain()]
+    if plan.job == "demo":
+        lines.insert(0, DEMO_INTRO)
+        if plan.accumulation_steps == 1:
+            lines.append(
+                f"hint: all {plan.target_batch} fit at once: try --max-micro-batch 40, or a model of your own: autoaccum tune train.py:make_job -b {plan.target_batch}"
+            )
+    return "\n".join(lines)
+
+
+def as_json(document: Any) -> str:
+    """One document that strict readers take: a figure that is nan or infinite is null."""
+    return json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def env(plan: Plan) -> str:
+    """Shell assignments. On a CPU also the two settings that make glibc's allocator as steady as it was measured."""
+    values = {
+        "AUTOACCUM_TARGET_BATCH": str(plan.target_batch),
+        "AUTOACCUM_MICRO_BATCH": str(plan.micro_batch),
+        "AUTOACCUM_ACCUMULATION_STEPS": str(plan.accumulation_steps),
+        "AUTOACCUM_MICRO_BATCHES": " ".join(map(str, plan.micro_batches)),
+    }
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in values.items()]
+    if plan.device.kind == "cpu" and steady_wanted():
+        lines += [f"export {name}={value}" for name, value in STEADY_MALLOC.items()]
+    return "\n".join(lines)
+
+
+def error(raised: AutoaccumError) -> dict[str, Any]:
+    """The document of a failure, schema autoaccum.error/1."""
+    name = raised.kind if isinstance(raised, JobFailed) and raised.kind else type(raised).__name__
+    trials: Sequence[Any] = getattr(raised, "trials", ())
+    return {
+        "schema": "autoaccum.error/1",
+        "error": name,
+        "message": str(raised),
+        "exit_code": raised.exit_code,
+        "trials": [trial(each) for each in trials],
+    }
+
+
+def trial(reading: Reading) -> dict[str, Any]:
+    """One trial as the documents show it."""
+    told = ("micro_batch", "accumulation_steps", "outcome", "phase", "peak_bytes", "seconds", "cached", "full")
+    return {name: getattr(reading, name) for name in told}
+
+
+def profile(found: Profile) -> str:
+    """One card, each number with where it comes from."""
+    lines = [f"{found.label}: {found.name}, {found.architecture}, {found.backend}"]
+    for name, figure in found.figures():
+        shown = f"{figure.value:,} bytes, {in_words(figure.value)}" if name.endswith("bytes") else f"{figure.value:.4g}"
+        lines.append(f"  {name}: {shown}\n    {'estimated' if figure.estimated else 'source'}: {figure.source}")
+    return "\n".join(lines)
+
+
+def profiles(found: Sequence[Profile]) -> str:
+    """All cards, one a line."""
+    lines = [f"{'name':24}{'total':>10}  {'architecture':14}driver's name"]
+    lines += [f"{each.label:24}{in_words(each.total_bytes):>10}  {each.architecture:14}{each.name}" for each in found]
+    return "\n".join(lines)
+
+
+def devices(found: Sequence[tuple[Facts, Memory]]) -> str:
+    """A table of devices, one a line, with who else is there below each."""
+    lines = [f"{'device':8}{'total':>11}{'free':>11}{'ours':>11}  binds      name"]
+    for facts, memory in found:
+        unit = unit_for(memory.total_bytes)
+        figures = "".join(f"{number(bytes_, unit):>7} {unit}" for bytes_ in (memory.total_bytes, memory.free_bytes, memory.ours_bytes))
+        lines.append(f"{facts.label:8}{figures}  {memory.binding_limit:9}  {facts.name}")
+        lines += [f"{'':8}process {other.pid}, {other.name}: {in_words(other.bytes) if other.bytes else 'holds memory'}" for other in memory.others]
+    return "\n".join(lines)
+
+
+def devices_document(found: Sequence[tuple[Facts, Memory]]) -> dict[str, Any]:
+    """The document of `devices`, schema autoaccum.devices/1."""
+    return {
+        "schema": "autoaccum.devices/1",
+        "devices": [
+            {
+                "kind": facts.kind,
+                "index": facts.index,
+                "name": facts.name,
+                "uuid": facts.uuid,
+                "total_bytes": memory.total_bytes,
+                "free_bytes": memory.free_bytes,
+                "ours_bytes": memory.ours_bytes,
+                "others": [{"pid": other.pid, "bytes": other.bytes, "name": other.name} for other in memory.others],
+                "binding_limit": memory.binding_limit,
+            }
+            for facts, memory in found
+        ],
+    }

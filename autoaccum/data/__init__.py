@@ -1,0 +1,17 @@
+"""Samples become micro-batches here: nested batches are cut and joined, loaders become windows, and samplers draw whole windows.
+
+It hands on `Window`, `Windows`, `WindowSampler`, and the functions of `batches`, `lengths` and `prefetch`.
+It imports the doorstep only: errors, units, oom.
+"""
+
+from typing import TYPE_CHECKING
+
+from autoaccum.doors import lazily
+
+if TYPE_CHECKING:
+    from autoaccum.data import batches, lengths, prefetch
+    from autoaccum.data.lengths import AtLength
+    from autoaccum.data.sampler import WindowSampler
+    from autoaccum.data.windows import Cut, Window, Windows, counted, samples_in
+else:
+    __getattr__ = lazily(__name__, lengths="AtLength", sampler="WindowSampler", windows="Cut Window Windows counted samples_in")

@@ -1,0 +1,125 @@
+"""How long a rank takes for its share of a window."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from autoaccum.errors import PlanError
+
+
+@dataclass(frozen=True)
+class AffineCurve:
+    """A rank whose micro-step of n samples takes `step_seconds + sample_seconds * n`.
+
+    most: samples that a micro-batch may hold; 0 for a rank that cannot hold one. window_seconds: per window, whatever the
+    share (the optimizer's step). gpu: what it runs on, for reports. Raises `PlanError` for negative figures.
+    """
+
+    most: int
+    step_seconds: float
+    sample_seconds: float
+    window_seconds: float = 0.0
+    gpu: str = ""
+
+    def __post_init__(self) -> None:
+        if self.most < 0 or min(self.step_seconds, self.sample_seconds, self.window_seconds) < 0:
+            raise PlanError(f"a rank with {self}: neither sizes nor times can be negative")
+
+    def seconds(self, share: int) -> float:
+        """The least time for that share; infinite where the rank cannot hold a sample."""
+        if share == 0:
+            return self.window_seconds
+        if self.most == 0:
+            return math.inf
+        return self.window_seconds + self.step_seconds * -(-share // self.most) + self.sample_seconds * share
+
+    def within(self, seconds: float, share: int) -> int:
+        """The largest share, up to `share`, that takes no longer; -1 where not even none does."""
+        left = seconds - self.window_seconds
+        if left < 0:
+            return -1
+        if self.most == 0:
+            return 0
+        full = self.step_seconds + self.sample_seconds * self.most
+        if not full > 0 or left / full > share:
+            return share
+        steps = int(left // full)
+        found, rest = steps * self.most, left - steps * full
+        if rest >= self.step_seconds:
+            found += self.most - 1 if self.sample_seconds == 0 else min(self.most - 1, int((rest - self.step_seconds) / self.sample_seconds))
+        found = min(found, share)
+        while found < share and self.seconds(found + 1) <= seconds:  # what rounding took
+            found += 1
+        while found > 0 and self.seconds(found) > seconds:
+            found -= 1
+        return found
+
+    def sizes(self, share: int, steps: int | None = None) -> tuple[int, ...]:
+        """The micro-batches of that share, larger first, so that the last one, in which gradients cross, is the smallest."""
+        if share == 0:
+            return (0,) * (steps or 0)
+        return even(share, steps or -(-share // self.most))
+
+    def micro_seconds(self, micro_batch: int) -> float:
+        """The time of one micro-step; one without samples takes none."""
+        return self.step_seconds + self.sample_seconds * micro_batch if micro_batch else 0.0
+
+
+class TableCurve:
+    """A rank whose micro-step of n samples was measured for every n, 1 first. Noise cannot make times fall: each is at least the one before."""
+
+    def __init__(self, seconds: Sequence[float], window_seconds: float = 0.0, gpu: str = "") -> None:
+        if min((*seconds, window_seconds), default=0.0) < 0:
+            raise PlanError("a rank's times cannot be negative")
+        self._steps = list(accumulate(seconds, max))
+        self.most, self.window_seconds, self.gpu = len(self._steps), window_seconds, gpu
+        self._least, self._last = [0.0], [0]  # by share: the least time, and the size of its last micro-step
+
+    def _grown(self, share: int) -> list[float]:
+        while len(self._least) <= share:
+            of = len(self._least)
+            best = min(range(1, min(self.most, of) + 1), key=lambda size: self._least[of - size] + self._steps[size - 1], default=0)
+            self._least.append(self._least[of - best] + self._steps[best - 1] if best else math.inf)
+            self._last.append(best)
+        return self._least
+
+    def seconds(self, share: int) -> float:
+        """As `Affine.seconds`."""
+        return self.window_seconds + self._grown(share)[share]
+
+    def within(self, seconds: float, share: int) -> int:
+        """As `Affine.within`."""
+        if self.window_seconds > seconds:
+            return -1
+        low, high = 0, share
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.seconds(middle) <= seconds else (low, middle - 1)
+        return low
+
+    def sizes(self, share: int, steps: int | None = None) -> tuple[int, ...]:
+        """As `Affine.sizes`, but the fastest micro-batches, which need not be alike."""
+        if steps is not None:
+            return even(share, steps) if share else (0,) * steps
+        self._grown(share)
+        found = []
+        while share:
+            found.append(self._last[share])
+            share -= found[-1]
+        return tuple(sorted(found, reverse=True))
+
+    def micro_seconds(self, micro_batch: int) -> float:
+        """As `Affine.micro_seconds`."""
+        return self._steps[micro_batch - 1] if micro_batch else 0.0
+
+
+def even(share: int, steps: int) -> tuple[int, ...]:
+    """`share` samples in `steps` micro-batches that differ by at most one, larger first."""
+    size, larger = divmod(share, steps)
+    return (size + 1,) * larger + (size,) * (steps - larger)
+
+
+Curve = AffineCurve | TableCurve

@@ -1,0 +1,14 @@
+"""Training with a plan: exactly one optimizer step per window, also after an out-of-memory.
+
+It hands on `Accumulator` and `StepResult`.
+It imports the doorstep and the rooms from `data` to `tuner`.
+"""
+
+from typing import TYPE_CHECKING
+
+from autoaccum.doors import lazily
+
+if TYPE_CHECKING:
+    from autoaccum.loop.accumulator import Accumulator, StepResult
+else:
+    __getattr__ = lazily(__name__, accumulator="Accumulator StepResult")

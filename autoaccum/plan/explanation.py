@@ -1,0 +1,162 @@
+"""A plan in words: the arithmetic, and the reason. Plain text, no colours."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from html import escape
+
+from autoaccum.distributed import Fleet
+from autoaccum.plan.notation import runs, window_notation
+from autoaccum.plan.record import PlanRecord, TrialRecord
+from autoaccum.units import duration_in_words, in_words, number, seconds_in_words, unit_for
+
+_OUTCOMES = {"oom": "ran out in {phase}", "over-budget": "took {peak}", "killed": "was killed by the system in {phase}", "timeout": "did not finish in time"}
+
+
+def lines(plan: PlanRecord) -> Iterator[str]:
+    """The report, line by line."""
+    yield headline(plan)
+    if plan.fleet is not None:
+        yield from over_ranks(plan.fleet)
+    if plan.micro_batches and plan.trials:
+        yield _why(plan)
+    for length, each in plan.per_length:
+        yield f"up to {length} long: {plan.target_batch} = {window_notation(each.micro_batches)}"
+    if plan.objective == "throughput":
+        yield from _timed(plan)
+    if plan.budget_bytes:
+        yield _budget(plan)
+    for warning in plan.warnings:
+        yield f"warning: {warning}"
+    for hint in plan.hints:
+        yield f"hint: {hint}"
+
+
+def headline(plan: PlanRecord) -> str:
+    """`"512 = 40 x 5 + 39 x 8     13 micro-batches a step on cuda:0, Tesla T4"`."""
+    if plan.fleet is not None:
+        whole = " + ".join(f"{share} x {count}" if count > 1 else str(share) for share, count in runs(plan.shares))
+        return f"{plan.target_batch} = {whole} over {plan.world_size} ranks     this is rank {plan.rank}, on {plan.device.label}, {plan.device.name}"
+    steps = "in one piece" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} micro-batches a step"
+    on = f"a simulated {plan.device.name.removeprefix('virtual ')} (predicted)" if plan.predicted else f"{plan.device.label}, {plan.device.name}"
+    return f"{plan.target_batch} = {window_notation(plan.micro_batches)}     {steps} on {on}"
+
+
+def over_ranks(fleet: Fleet) -> Iterator[str]:
+    """Ranks that run the same on the same GPU, a line each; at most twenty lines."""
+    slowest = fleet.seconds()
+    rows = runs([(curve, share) for curve, share in zip(fleet.curves, fleet.shares)])
+    first = 0
+    for (curve, share), count in rows[:20]:
+        ranks = f"rank {first}" if count == 1 else f"ranks {first} to {first + count - 1}"
+        first += count
+        if not curve.most:
+            yield f"{ranks}, {curve.gpu}: cannot hold one sample"
+            continue
+        sizes = [size for size in fleet.sizes(first - 1, fleet.target) if size]
+        if not sizes:
+            yield f"{ranks}, {curve.gpu}: no share; {curve.most} is the most that fits"
+            continue
+        took = curve.seconds(share)
+        idle = 1 - took / slowest if slowest else 0.0
+        yield f"{ranks}, {curve.gpu}: {window_notation(sizes)}, {duration_in_words(took)} a window, idle {idle:.0%}; {curve.most} is the most that fits"
+    if len(rows) > 20:
+        yield f"and {sum(count for _, count in rows[20:])} more ranks"
+
+
+def _why(plan: PlanRecord) -> str:
+    unit = unit_for(plan.budget_bytes)
+    if plan.peak_bytes is None or plan.spare_bytes is None:
+        parts = [f"{plan.micro_batch} ran within {in_words(plan.budget_bytes, unit)}"]
+    else:
+        parts = [f"{plan.micro_batch} peaks at {number(plan.peak_bytes, unit)} of {in_words(plan.budget_bytes, unit)} ({number(plan.spare_bytes, unit)} spare)"]
+    refused = next((each for each in plan.trials if each.micro_batch == plan.smallest_refused and each.outcome != "fits"), None)
+    if refused is not None:
+        parts.append(f"{refused.micro_batch} {outcome(refused)}")
+    if plan.predicted_refusal is not None:
+        parts.append(f"{plan.predicted_refusal} would not fit (predicted: nothing would have stopped it here)")
+    if between := _between(plan):
+        parts.append(f"{between} would still take {plan.accumulation_steps}")
+    return " · ".join(parts)
+
+
+def _timed(plan: PlanRecord) -> Iterator[str]:
+    """Every plan that was timed, a line each, the largest micro-batch first."""
+    timed = {each.micro_batch: each for each in plan.trials if each.samples_per_second and each.full}
+    for size, each in sorted(timed.items(), reverse=True):
+        rate = each.samples_per_second or 0.0
+        small, larger = divmod(plan.target_batch, each.accumulation_steps)
+        window = (small + 1,) * larger + (small,) * (each.accumulation_steps - larger)
+        peak = "" if each.peak_bytes is None else f", peak {in_words(each.peak_bytes, unit_for(plan.budget_bytes))}"
+        yield f"{window_notation(window)}: {rate:.4g} samples a second{peak}{'  <- chosen' if size == plan.micro_batch else ''}"
+
+
+def chart(plan: PlanRecord, columns: int) -> Iterator[str]:
+    """A bar for every size that was tried, as long as its peak, and where the budget ends; nothing where fewer than three were seen."""
+    tried = {each.micro_batch: each for each in plan.trials if each.peak_bytes or each.outcome != "fits"}
+    if len(tried) < 3 or not plan.budget_bytes:
+        return
+    unit = unit_for(plan.budget_bytes)
+    words = max(len(str(size)) for size in tried)
+    room = columns - words - 32
+    most = max(plan.budget_bytes, *(each.peak_bytes or 0 for each in tried.values()))
+    budget = round(room * plan.budget_bytes / most)
+    for size, each in sorted(tried.items()):
+        seen = each.peak_bytes if each.outcome in ("fits", "over-budget") else None
+        # What ran out saw but a part of its peak: to the budget, and open.
+        length = round(room * seen / most) if seen is not None else budget
+        bar = ("█" if each.outcome == "fits" else "▒") * length
+        bar = f"{bar:<{budget}}" + "│" if length <= budget else f"{bar[:budget]}│{bar[budget:]}"
+        told = in_words(seen, unit) if each.outcome == "fits" and seen is not None else outcome(each)
+        yield f"{size:>{words}} {bar}{' ' * max(room + 1 - len(bar), 0)} {told}{'  <- chosen' if size == plan.micro_batch else ''}"
+    yield f"{'':{words}} {'':{budget - 6}}budget│ {in_words(plan.budget_bytes, unit)}"
+
+
+def outcome(tried: TrialRecord) -> str:
+    """What happened to a size that does not fit: `"ran out in backward"`."""
+    return _OUTCOMES[tried.outcome].format(phase=tried.phase, peak=in_words(tried.peak_bytes or 0))
+
+
+def _between(plan: PlanRecord) -> str:
+    """Sizes above the answer that would save no step: `"41 and 42"`."""
+    refused = plan.smallest_refused or plan.predicted_refusal
+    if refused is None or plan.accumulation_steps < 2 or plan.objective == "throughput":
+        return ""
+    first, last = plan.micro_batch + 1, min(refused, math.ceil(plan.target_batch / (plan.accumulation_steps - 1))) - 1
+    if last < first:
+        return ""
+    return str(first) if first == last else f"{first} {'and' if last == first + 1 else 'to'} {last}"
+
+
+def _budget(plan: PlanRecord) -> str:
+    unit = unit_for(plan.budget_bytes)
+    terms = [f"{number(bytes_, unit)} {word}" for bytes_, word in plan.arithmetic if word != "gradient buckets" or float(number(bytes_, unit))]
+    parts = [f"{number(plan.budget_bytes, unit)} = {' - '.join(terms)}"] if terms else []
+    if plan.shapes:
+        parts.append(("simulated at " if plan.predicted else "measured at ") + ", ".join(f"{path} {shape}" for path, shape in list(plan.shapes.items())[:4]))
+    if plan.allocator:
+        parts.append(plan.allocator)
+    trials = sum(not each.cached for each in plan.trials)
+    remembered = f", {len(plan.trials) - trials} remembered" if trials < len(plan.trials) else ""
+    parts.append(f"{trials} trial{'s' if trials != 1 else ''}{remembered}, {seconds_in_words(plan.seconds)}")
+    return " · ".join(parts)
+
+
+def html(plan: PlanRecord) -> str:
+    """For notebooks: the report, and a table of the trials."""
+    cells = [
+        (
+            f"{each.micro_batch} x {each.accumulation_steps}",
+            each.outcome,
+            each.phase,
+            "" if each.peak_bytes is None else in_words(each.peak_bytes),
+            seconds_in_words(each.seconds),
+            "" if each.samples_per_second is None else f"{each.samples_per_second:.4g}",
+        )
+        for each in plan.trials
+    ]
+    rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
+    head = "".join(f"<th>{word}</th>" for word in ("tried", "outcome", "phase", "peak", "took", "samples/s"))
+    report = escape("\n".join(lines(plan)))
+    return f"<pre>{report}</pre><table><tr>{head}</tr>{rows}</table>"

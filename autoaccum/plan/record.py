@@ -1,0 +1,132 @@
+"""What a plan says, as plain figures: the record that words, formats and pictures are made from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any
+
+from autoaccum.distributed import Fleet
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+SCHEMA = "autoaccum.plan/1"
+
+
+@dataclass(frozen=True)
+class PlannedDevice:
+    """The device that a plan was made on; bytes as they were read before the first trial."""
+
+    kind: str
+    name: str
+    uuid: str | None
+    total_bytes: int
+    free_bytes: int
+    index: int | None = None
+
+    @property
+    def label(self) -> str:
+        """`"cuda:0"`: what `torch.device` takes."""
+        return self.kind if self.index is None else f"{self.kind}:{self.index}"
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial as a plan remembers it; the fields are told at `reading.Reading`. samples_per_second: of a whole window in a
+    `full` run, else of its first two micro-batches and a step."""
+
+    micro_batch: int
+    accumulation_steps: int
+    outcome: str
+    phase: str
+    peak_bytes: int | None
+    seconds: float
+    cached: bool = False
+    full: bool = False
+    samples_per_second: float | None = None
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """How one optimizer step over `target_batch` samples is run on one device, or on this rank's.
+
+    micro_batches: sizes of the window's micro-batches, larger first; they sum to `share`. Empty for a rank without a share.
+    shares: of all ranks; they sum to the target. fleet: the ranks and what is known of their speed, None for one.
+    largest_fit: the largest size that ran and fitted. smallest_refused: the smallest larger one that did not.
+    budget_bytes: what a window may peak at; peak_bytes: what the confirming run peaked at (None for a
+    command on a GPU, whose figure cannot be seen from outside); outside_bytes: held
+    by the process beyond its allocator, None if unknown. shapes: of the largest micro-batch measured.
+    allocator: its settings while measuring, in words, which training must share.
+    arithmetic: what the budget was made of, as (bytes, word), the first positive and the rest subtracted.
+    per_length: a plan for each length that was asked for, ascending; this one is the longest's.
+    """
+
+    target_batch: int
+    micro_batch: int
+    accumulation_steps: int
+    micro_batches: tuple[int, ...]
+    share: int
+    shares: tuple[int, ...]
+    rank: int
+    world_size: int
+    largest_fit: int
+    smallest_refused: int | None
+    device: PlannedDevice
+    shapes: dict[str, tuple[int, ...]]
+    budget_bytes: int
+    peak_bytes: int | None
+    outside_bytes: int | None
+    headroom_bytes: int
+    samples_per_second: float | None
+    trials: tuple[TrialRecord, ...]
+    seconds: float
+    versions: dict[str, str]
+    job_fingerprint: str
+    job: str = ""
+    allocator: str = ""
+    predicted: bool = False
+    predicted_refusal: int | None = None
+    arithmetic: tuple[tuple[int, str], ...] = ()
+    warnings: tuple[str, ...] = ()
+    hints: tuple[str, ...] = field(default=())
+    fleet: Fleet | None = None
+    objective: str = "fewest-steps"
+    per_length: tuple[tuple[int, PlanRecord], ...] = ()
+
+    @property
+    def spare_bytes(self) -> int | None:
+        """Budget minus peak; None where the peak could not be seen."""
+        return None if self.peak_bytes is None else self.budget_bytes - self.peak_bytes
+
+    @property
+    def effective_batch(self) -> int:
+        """What the micro-batches of all ranks sum to: the target."""
+        return sum(self.shares)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document that `--json` prints, schema autoaccum.plan/1."""
+        document: dict[str, Any] = {"schema": SCHEMA}
+        first = ("job", "target_batch", "effective_batch", "micro_batch", "accumulation_steps", "micro_batches", "share", "shares")
+        for name in (*first, *(each.name for each in fields(self))):
+            document.setdefault(name, getattr(self, name))
+        document["per_length"] = [[length, plan.as_dict()] for length, plan in self.per_length]
+        document["fleet"] = None if self.fleet is None else self.fleet.as_dict()
+        document["spare_bytes"] = self.spare_bytes
+        document["device"] = asdict(self.device)
+        document["trials"] = [asdict(each) for each in self.trials]
+        return json.loads(json.dumps(document))  # type: ignore[no-any-return] # tuples as the lists they are read back as
+
+    @classmethod
+    def from_dict(cls, document: dict[str, Any]) -> Self:
+        """The record that `as_dict` wrote. Raises `KeyError` and `TypeError` for a document that is not whole."""
+        values = {each.name: document[each.name] for each in fields(cls) if each.name in document}
+        for name in ("micro_batches", "shares", "warnings", "hints"):
+            values[name] = tuple(values[name])
+        values["device"] = PlannedDevice(**values["device"])
+        values["trials"] = tuple(TrialRecord(**each) for each in values["trials"])
+        values["shapes"] = {path: tuple(shape) for path, shape in values["shapes"].items()}
+        values["fleet"] = Fleet.from_dict(values["fleet"]) if values.get("fleet") else None
+        values["per_length"] = tuple((length, cls.from_dict(told)) for length, told in values.get("per_length", ()))
+        values["arithmetic"] = tuple((bytes_, word) for bytes_, word in values["arithmetic"])
+        return cls(**values)

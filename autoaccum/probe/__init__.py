@@ -1,0 +1,28 @@
+"""One trial of a window (in place, in a child process, or of a command), its reading, and the search over readings.
+
+It hands on the three kinds of `Rehearser`, `Reading` and its records, `search`, `refusals` and the reading cache.
+It imports the doorstep and the rooms from `data` to `plan`.
+"""
+
+from typing import TYPE_CHECKING
+
+from autoaccum.doors import lazily
+
+if TYPE_CHECKING:
+    from autoaccum.probe import cache, refusals, search
+    from autoaccum.probe.cache import ReadingCache
+    from autoaccum.probe.child import Child, die_with_parent
+    from autoaccum.probe.command import Command, Template
+    from autoaccum.probe.readings import COMPARED_SAMPLES, Equivalence, Limits, Progress, Reading, Rehearser, Subject, Trying
+    from autoaccum.probe.rehearsal import rehearsing
+    from autoaccum.probe.request import Objective, Request
+else:
+    __getattr__ = lazily(
+        __name__,
+        cache="ReadingCache",
+        child="Child die_with_parent",
+        command="Command Template",
+        readings="COMPARED_SAMPLES Equivalence Limits Progress Reading Rehearser Subject Trying",
+        rehearsal="rehearsing",
+        request="Objective Request",
+    )

@@ -1,0 +1,45 @@
+"""Runs one command under a cap and tells what it took. A program of its own, started by its path; no imports of ours.
+
+    python under_limit.py REPORT_DESCRIPTOR CAP_BYTES|none WORD...
+
+A process in between, for two reasons. The cap is set between fork and exec, which is not safe in a parent
+with threads. And the kernel's figure of largest resident bytes is inherited from whoever forks: forked from
+this small process it is the command's own, from a parent that holds torch it would be the parent's.
+"""
+
+import ctypes
+import json
+import os
+import resource
+import signal
+import sys
+
+
+def main() -> None:
+    """`capped_process.py REPORT CAP COMMAND...`: REPORT is a descriptor, CAP bytes of RLIMIT_DATA or "none"."""
+    report, cap, words = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
+    _die_with_parent()
+    pid = os.fork()
+    if pid == 0:
+        os.close(report)
+        _die_with_parent()
+        if cap != "none":
+            hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
+            resource.setrlimit(resource.RLIMIT_DATA, (int(cap) if hard == resource.RLIM_INFINITY else min(int(cap), hard), hard))
+        try:
+            os.execvp(words[0], words)
+        except OSError as error:
+            os.write(2, f"{words[0]}: {error.strerror}\n".encode())
+            os._exit(127)
+    _, status, usage = os.wait4(pid, 0)
+    os.write(report, json.dumps({"code": os.waitstatus_to_exitcode(status), "ru_maxrss": usage.ru_maxrss}).encode())
+
+
+def _die_with_parent() -> None:
+    """https://man7.org/linux/man-pages/man2/prctl.2.html"""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+if __name__ == "__main__":
+    main()

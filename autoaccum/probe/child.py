@@ -1,0 +1,261 @@
+"""Trials in a process of their own.
+
+The parent stays small and imports no torch; an out-of-memory kill or a hang is an outcome and not the
+end. JSON lines go over two inherited descriptors, and whatever the job prints goes to stderr. Not
+`multiprocessing`: its spawn imports the caller's `__main__` again and pickles.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from types import TracebackType
+from typing import Any
+
+from autoaccum import errors, oom
+from autoaccum.devices import Budget, Memory
+from autoaccum.errors import from_document
+from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject
+from autoaccum.window import PhaseCallback, Source
+
+
+class _Died(Exception):
+    """The child ended without an answer. `code` as in `Popen.returncode`; None if it was ended for its silence."""
+
+    def __init__(self, code: int | None) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class Child:
+    """A `reading.Rehearser` whose trials run in a child process. A context manager.
+
+    said: called with what the job prints (text). say: as in a trial, for live progress.
+    Raises `JobFailed` for what the job's own code raised, and the errors of `job.load`.
+    """
+
+    def __init__(self, source: Source, device: str, limits: Limits, *, say: PhaseCallback | None = None, said: Callable[[str], None] | None = None) -> None:
+        self._source, self._device, self._limits = source, device, limits
+        self._say, self._said = say, said or _to_stderr
+        self._phase = "build"
+        self._tail = ""
+        self._approximate = ""
+        self.enforces = True
+
+    def __enter__(self) -> Child:
+        self._start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._end()
+
+    def subject(self) -> Subject:
+        return Subject.from_dict(self._subject)
+
+    def budget(self, *, limited: bool = True) -> Budget:
+        try:
+            answer = self._ask("budget", limited=limited)
+        except _Died as death:
+            raise errors.JobFailed(f"the job's process ended between two trials (exit code {death.code})", text=self._tail.strip()) from None
+        return Budget(**{**answer, "memory": Memory.from_dict(answer["memory"])})
+
+    def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
+        started = time.monotonic()
+        self._phase = "batch"
+        try:
+            answer = self._ask(
+                "measure",
+                timeout_s=self._limits.timeout_of(len(micro_batches), full=full, windows=windows),
+                micro_batches=list(micro_batches),
+                full=full,
+                limited=limited,
+                windows=windows,
+            )
+        except _Died as death:
+            reading = self._of_the_dead(death, micro_batches[0], len(micro_batches), time.monotonic() - started, full)
+            self._start()
+            return reading
+        if not answer.pop("clean"):
+            self._end()
+            self._start()
+        return Reading.from_dict(answer)
+
+    def compare(self, samples: int) -> Equivalence | None:
+        self._phase = "compare"
+        try:
+            answer = self._ask("compare", timeout_s=self._limits.timeout_s, samples=samples)
+        except _Died:
+            self._start()
+            return None
+        return None if answer is None else Equivalence.from_dict(answer)
+
+    def conditions(self) -> Conditions | None:
+        if self._subject["predicted"]:
+            return None
+        try:
+            return Conditions(**self._ask("conditions"))
+        except _Died:
+            self._start()
+            return None
+
+    def fresh(self) -> None:
+        if not self._subject["predicted"]:
+            self._end()
+            self._start()
+
+    def simulated(self, verb: str, **arguments: Any) -> Any:
+        """What a child that simulates answers to one of its own verbs, "estimate" or "tape", as plain values.
+
+        Raises `JobFailed` where its process ends.
+        """
+        try:
+            return self._ask(verb, **arguments)
+        except _Died as death:
+            raise errors.JobFailed(f"the job's process ended while it was simulated (exit code {death.code})", text=self._tail.strip()) from None
+
+    def kill(self) -> None:
+        """From another thread: ends what the child is doing, and whoever waits for it gets `JobFailed`."""
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+
+    def _of_the_dead(self, death: _Died, micro_batch: int, steps: int, seconds: float, full: bool) -> Reading:
+        def reading(outcome: Any) -> Reading:
+            return Reading(micro_batch, steps, outcome, self._phase, None, seconds, full=full)
+
+        if death.code is None:
+            return reading("timeout")
+        if death.code == -signal.SIGKILL:
+            return reading("killed")
+        # libgomp and C++ end the process when memory runs out where nothing can catch it.
+        if oom.in_output(self._tail):
+            return reading("oom")
+        how = f"was ended by {signal.Signals(-death.code).name}" if death.code < 0 else f"ended the process (exit code {death.code})"
+        raise errors.JobFailed(f"the job {how} in {self._phase}, at a micro-batch of {micro_batch}", text=self._tail.strip())
+
+    def _start(self) -> None:
+        ours_in, theirs_out = os.pipe()
+        theirs_in, ours_out = os.pipe()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "autoaccum.worker", str(theirs_in), str(theirs_out), str(os.getpid())],
+            pass_fds=(theirs_in, theirs_out),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child's whole group
+            env=self._environment(),
+        )
+        os.close(theirs_in)
+        os.close(theirs_out)
+        self._in, self._out, self._buffer = ours_in, ours_out, b""
+        self._tail = ""
+        self._listener = threading.Thread(target=self._listen, args=(self._process,), name="autoaccum-child-output", daemon=True)
+        self._listener.start()
+        self._phase = "build"
+        try:
+            answer = self._ask(
+                "open", source=asdict(self._source), device=self._device, limits=asdict(self._limits), path=sys.path, approximate=self._approximate
+            )
+        except BaseException as error:
+            self._end()
+            if not isinstance(error, _Died):
+                raise
+            death = error
+            if self._phase == "self-test" and not self._approximate:
+                # torch may end the process where it is not built as expected: then without its inside.
+                self._approximate = f"this torch ended the process when CUDA tensors were faked (exit code {death.code})"
+                self._start()
+                return
+            if death.code == -signal.SIGKILL or oom.in_output(self._tail):
+                raise errors.NothingFits("the job ran out of memory while it was built, before any sample: give it more memory, or a smaller model") from None
+            raise errors.JobFailed(f"the job ended the process while it was built (exit code {death.code})", text=self._tail.strip()) from None
+        self._subject = answer["subject"]
+        self.enforces = answer["enforces"]
+
+    def _environment(self) -> dict[str, str]:
+        # The parent is the rank: a job that met the others from in here would wait for them without end.
+        found = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        if self._device.startswith("virtual:"):
+            found["CUDA_VISIBLE_DEVICES"] = ""  # a job that goes to a card by itself must not take the one that is here for the simulated one
+        return found
+
+    def _end(self) -> None:
+        if self._in < 0:
+            return  # ended before
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._listener.join(timeout=1)  # a grandchild that left the group may hold the pipe open
+        for descriptor in (self._in, self._out):
+            os.close(descriptor)
+        self._in = self._out = -1
+
+    def _ask(self, verb: str, *, timeout_s: float | None = None, **arguments: Any) -> Any:
+        deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        try:
+            os.write(self._out, json.dumps({"do": verb, **arguments}).encode() + b"\n")
+        except BrokenPipeError:
+            raise self._death() from None
+        while True:
+            message = self._line(deadline)
+            if "phase" in message:
+                self._phase = message["phase"]
+                if self._say is not None:
+                    self._say(message["phase"], message["index"])
+            elif "error" in message:
+                raise from_document(message["error"])
+            else:
+                return message["answer"]
+
+    def _line(self, deadline: float | None) -> Any:
+        while b"\n" not in self._buffer:
+            # In slices: a process that the job forked may hold the pipe open after the child is gone.
+            left = 0.5 if deadline is None else min(max(deadline - time.monotonic(), 0), 0.5)
+            if not select.select([self._in], [], [], left)[0]:
+                if self._process.poll() is not None and not select.select([self._in], [], [], 0)[0]:
+                    raise self._death()
+                if deadline is not None and time.monotonic() >= deadline:
+                    self._end()
+                    raise _Died(None)
+                continue
+            chunk = os.read(self._in, 65536)
+            if not chunk:
+                raise self._death()
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def _death(self) -> _Died:
+        code = self._process.wait()
+        self._end()
+        return _Died(code)
+
+    def _listen(self, process: subprocess.Popen[bytes]) -> None:
+        assert process.stdout is not None  # asked for as a pipe
+        with process.stdout as output:
+            while chunk := os.read(output.fileno(), 65536):
+                text = chunk.decode(errors="replace")
+                self._tail = (self._tail + text)[-4000:]
+                self._said(text)
+
+
+def _to_stderr(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def die_with_parent(parent: int) -> None:
+    """Ends this process when its parent ends, however that happens. https://man7.org/linux/man-pages/man2/prctl.2.html"""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os._exit(1)

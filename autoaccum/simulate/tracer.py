@@ -1,0 +1,314 @@
+"""Writes down when every CUDA storage is born and when it dies, while a job runs on tensors that are not there."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoaccum.errors import JobError
+from autoaccum.simulate import kernels
+from autoaccum.simulate.attention import AttentionCall, chosen_for
+from autoaccum.simulate.cards import Card
+from autoaccum.simulate.tape import Tape, canonical
+
+aten = torch.ops.aten
+_INDEXED = frozenset(("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"))
+_MASKS = (torch.bool, torch.uint8)
+_IN_TORCH = "an optimizer or another part of torch"
+
+
+@contextmanager
+def trace(card: Card, kind: str, mode: FakeTensorMode) -> Iterator[Tracer]:
+    """Inside, what runs on phantom tensors is written down as it would go on such a card; `finished()` has the tape.
+
+    kind: the type of device, "cuda", or "cpu" for an approximation. mode: in which the phantom tensors were made.
+    """
+    tracer = Tracer(card, kind)
+    with torch.compiler.set_stance("force_eager"), chosen_for(card.capability) as tracer.attention, mode, tracer:
+        yield tracer
+
+
+class Tracer(TorchDispatchMode):
+    """Made by `trace`. Inside, storages on `kind` ("cuda", or "cpu" for an approximation) are written to `tape`.
+
+    Operators whose result depends on values that nobody has are answered by rule, and every such answer is counted:
+    a number is 1, a comparison False, `all()` True; `nonzero` and masks select everything.
+    attention: the calls of attention that were seen.
+    """
+
+    def __init__(self, card: Card, kind: str = "cuda") -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.tape = Tape()
+        self.attention: set[AttentionCall] = set()
+        self.phase, self.window, self.piece = "setup", 0, 0
+        self.late: set[int] = set()  # storages that are counted when they are first used
+        self._card, self._kind = card, kind
+        self._live: dict[int, int] = {}
+        self._handles: set[tuple[int, str]] = set()
+        self._main = threading.get_ident()
+        self._assumed: Counter[str] = Counter()
+        self._done = False
+        self._benchmarked: set[Any] = set()
+
+    # -- what the caller tells --
+
+    def say(self, phase: str, index: int) -> None:
+        """A `reading.Say`: the window's phases."""
+        self.phase, self.piece = phase, index
+        self.tape.mark(phase, self.window, index)
+
+    def ended(self) -> None:
+        """A window is over."""
+        self.tape.mark("end", self.window, 0)
+        self.window += 1
+        self.phase = "forward"
+
+    def named(self, tensors: Sequence[torch.Tensor], kind: str) -> None:
+        """These tensors' blocks are of that kind, whenever they were born."""
+        for tensor in tensors:
+            number = self._live.get(tensor.untyped_storage()._cdata)
+            if number is not None:
+                self.tape.kinds[number] = kind
+
+    def finished(self) -> Tape:
+        """The tape; what dies from now on is no part of it."""
+        self._done = True
+        self.tape.assumed = self.assumed()
+        return canonical(self.tape)
+
+    def assumed(self) -> tuple[str, ...]:
+        """What was taken for granted so far, in words."""
+        return tuple(self._assumed)
+
+    # -- what torch calls --
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled inside, and keeping the compiler out would take a tenth of a trace's time
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = func._overloadpacket.__name__
+        if func is aten._local_scalar_dense.default:
+            return self._number(func, args)
+        if func is aten.nonzero.default and args[0].device.type != "cpu":
+            return self._everywhere(args[0])
+        if self.late:
+            self._use_late(args)
+        if name in _INDEXED and any(isinstance(each, torch.Tensor) and each.dtype in _MASKS and self._here(each) for each in args[1] or ()):
+            args = (args[0], self._selecting_all(args[1]), *args[2:])
+        try:
+            out = func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            out = self._all_of(func, args, kwargs)
+        if func is aten.add.Tensor and self._summed_in_place(args, out):
+            return out
+        _follow_truth(name, args, out)
+        here = any(self._here(each) for each in args) or bool(args and isinstance(args[0], (list, tuple)) and any(self._here(each) for each in args[0]))
+        self._made(name, args, _flat(out), here)
+        if here:
+            self._handle(name)
+        if self._card.benchmark and kernels.is_benchmarked(name) and any(self._here(each) for each in args):
+            self._benchmark(name, args, out)
+        return out
+
+    def _made(self, name: str, args: Sequence[Any], results: list[torch.Tensor], here: bool) -> None:
+        """Writes down a call: its results in the order in which a card makes them, and what its kernels take beside them, when they do."""
+        order = kernels.order(name, args) if here else None
+        taken = sorted(kernels.taken(name, args, results, self._card), key=lambda each: each.begin) if here else []
+        made = [results[number] for number in order if number < len(results)] if order is not None else results
+        alive: list[tuple[float, list[int]]] = []
+        for done in range(len(made) + 1):
+            for each in [each for each in taken if done <= each.begin < done + 1 or (done == len(made) and each.begin >= done)]:
+                alive = self._given_back(alive, each.begin)
+                alive.append((each.end if each.end is not None else math.inf, self._workspace(name, each)))
+            if done < len(made):
+                alive = self._given_back(alive, done + 0.99)
+                self.track(made[done], name)
+        self._given_back(alive, math.inf)
+
+    def _given_back(self, alive: list[tuple[float, list[int]]], by: float) -> list[tuple[float, list[int]]]:
+        for end, numbers in alive:
+            if end <= by:
+                for number in numbers:
+                    self.tape.died(number)
+        return [each for each in alive if each[0] > by]
+
+    def _workspace(self, name: str, taken: kernels.Taken) -> list[int]:
+        if taken.staging is None:
+            return [self.tape.born(taken.nbytes, "workspace", name)]
+        numbers = [self.tape.born(1, "workspace", name) for _ in range(2)]
+        self.tape.staged |= {number: (taken.staging, which) for which, number in enumerate(numbers)}
+        return numbers
+
+    def _use_late(self, args: Any) -> None:
+        for each in args:
+            if isinstance(each, (tuple, list)):
+                self._use_late(each)
+            elif self._here(each) and each.untyped_storage()._cdata in self.late:
+                self.late.discard(each.untyped_storage()._cdata)
+                self.track(each, "tensor of the loss")
+                self.named([each], "parameters")
+
+    def _here(self, value: Any) -> bool:
+        return isinstance(value, torch.Tensor) and value.device.type == self._kind
+
+    def track(self, tensor: torch.Tensor, operator: str) -> None:
+        """Counts a tensor's storage from now on, if it is not counted yet."""
+        if tensor.device.type != self._kind or self._done:
+            return
+        if tensor.layout != torch.strided:
+            raise JobError(
+                f"{operator} makes a tensor of layout {tensor.layout}, which cannot be simulated: use dense ones (sparse=False), or tune on a real card"
+            )
+        storage = tensor.untyped_storage()
+        key, nbytes = storage._cdata, storage.nbytes()
+        if not nbytes or (key in self._live and self.tape.sizes[self._live[key]] >= nbytes):
+            return
+        if key in self._live:  # it was resized
+            self.tape.died(self._live.pop(key))
+        kind = "parameters" if self.phase == "setup" else "optimizer" if self.phase == "step" else "activations"
+        self._live[key] = number = self.tape.born(nbytes, kind, operator)
+        weakref.finalize(storage, self._dropped, key, number).atexit = False
+
+    def _dropped(self, key: int, number: int) -> None:
+        if self._live.get(key) == number:
+            del self._live[key]
+            if not self._done:
+                self.tape.died(number)
+
+    def _handle(self, operator: str) -> None:
+        """One handle a thread and library, with a workspace for good: the main thread's and autograd's."""
+        for library in kernels.handles(operator):
+            handle = threading.get_ident(), library
+            if handle not in self._handles and self._card.cublas:
+                self._handles.add(handle)
+                self.tape.born(kernels.LT_BYTES, "workspace", library)  # cuBLAS's own size is the card's, and put in later
+
+    def _benchmark(self, name: str, args: Sequence[Any], out: Any) -> None:
+        """cuDNN's benchmark mode tries every algorithm of a new convolution with its workspace, then empties the cache."""
+        signature = (name, *(tuple(each.shape) if isinstance(each, torch.Tensor) else str(each) for each in args))
+        if signature in self._benchmarked:
+            return
+        self._benchmarked.add(signature)
+        self.tape.died(self.tape.born(kernels.benchmark_bytes(name, args, out), "workspace", "cudnn benchmark"))
+        self.tape.emptied()
+
+    def _summed_in_place(self, args: Sequence[Any], out: torch.Tensor) -> bool:
+        """Autograd adds up gradients that meet in place, but for tensors of a subclass, as fakes are: so the sum takes
+        over the block of the first, if nobody else holds that. (torch/csrc/autograd/input_buffer.cpp)"""
+        if threading.get_ident() == self._main or torch.is_grad_enabled() or not _asked_by_the_engine():
+            return False
+        first, second = args[0], args[1]
+        if not isinstance(second, torch.Tensor) or first.shape != second.shape or not self._here(first):
+            return False
+        storage = first.untyped_storage()
+        key = storage._cdata
+        if 0 in first.stride() or first.numel() * first.element_size() != storage.nbytes():
+            return False  # an expanded gradient, or a part of something, is not written to
+        if key not in self._live or torch._C._storage_Use_Count(key) > 2:
+            return False
+        made = out.untyped_storage()
+        self._live[made._cdata] = number = self._live.pop(key)
+        weakref.finalize(made, self._dropped, made._cdata, number).atexit = False
+        return True
+
+    # -- values that nobody has --
+
+    def _number(self, func: Any, args: Sequence[Any]) -> Any:
+        try:
+            return func(*args)  # a constant is known
+        except DataDependentOutputException:
+            told = getattr(args[0], "_autoaccum_truth", None)
+            if told is not None:
+                return told
+            where = _where()
+            if self.phase != "step" or where != _IN_TORCH:  # an optimizer's count of its own steps is no assumption
+                self._assumed[f"a value that is read from the device was taken to be {'False' if args[0].dtype is torch.bool else 1}, at {where}"] += 1
+            if args[0].dtype is torch.bool:
+                return False
+            return 1.0 if args[0].is_floating_point() else 1
+
+    def _everywhere(self, mask: torch.Tensor) -> torch.Tensor:
+        self._assumed[f"nonzero() was taken to find every element, at {_where()}"] += 1
+        out = mask.new_empty((mask.dim(), mask.numel()), dtype=torch.int64).t()
+        self.track(out, "nonzero")
+        return out
+
+    def _selecting_all(self, indices: Sequence[Any]) -> list[Any]:
+        """Masks among the indices as the indices of every element."""
+        self._assumed[f"a mask was taken to select every element, at {_where()}: an upper bound"] += 1
+        found: list[Any] = []
+        for each in indices:
+            if isinstance(each, torch.Tensor) and each.dtype in _MASKS:
+                found += [each.new_empty(each.numel(), dtype=torch.int64) for _ in range(each.dim())]
+            else:
+                found.append(each)
+        return found
+
+    def _all_of(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        name = func._overloadpacket.__name__
+        if name == "masked_select":
+            self._assumed[f"masked_select() was taken to select every element, at {_where()}"] += 1
+            return args[0].new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
+        if name in ("_unique2", "unique_dim", "unique_consecutive"):
+            self._assumed[f"unique() was taken to find no duplicates, at {_where()}"] += 1
+            flat = args[0].new_empty(args[0].numel())
+            counts = args[0].new_empty(args[0].numel(), dtype=torch.int64)
+            return flat, counts, counts.clone()
+        raise JobError(
+            f"{name} (at {_where()}) makes a tensor whose shape depends on values, which a simulated card does not have: "
+            "give it a fixed size for this estimate, or tune on a real card"
+        )
+
+
+def _flat(out: Any) -> list[torch.Tensor]:
+    if isinstance(out, torch.Tensor):
+        return [out]
+    return [tensor for each in out for tensor in _flat(each)] if isinstance(out, (tuple, list)) else []
+
+
+def _follow_truth(name: str, args: Sequence[Any], out: Any) -> None:
+    """Answers that are known without values: nothing overflowed, and what is asked of everything holds."""
+    if name == "_amp_foreach_non_finite_check_and_unscale_":
+        args[1]._autoaccum_truth = 0.0
+    elif name in ("any", "is_nonzero") and isinstance(out, torch.Tensor):
+        out._autoaccum_truth = False  # type: ignore[attr-defined]
+    elif name == "all" and isinstance(out, torch.Tensor):
+        out._autoaccum_truth = True  # type: ignore[attr-defined]
+    elif name in ("gt", "lt", "ne") and isinstance(out, torch.Tensor) and getattr(args[0], "_autoaccum_truth", None) == 0.0:
+        out._autoaccum_truth = False  # type: ignore[attr-defined]
+
+
+def _where() -> str:
+    """The line of the user's that asks: the innermost one outside torch and of ours."""
+    frame: Any = sys._getframe(2)
+    here = __file__.rsplit("/", 2)[0]
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if path.startswith(here) and not path.endswith("simulate/trace.py"):
+            return _IN_TORCH  # what called is ours: nobody's line stands between
+        if "/torch/" not in path and not path.startswith(here) and "<" not in path:
+            return f"{path.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        frame = frame.f_back
+    return _IN_TORCH
+
+
+def _asked_by_the_engine() -> bool:
+    """True where no Python code but torch's wrappers stands between autograd's engine and this operator."""
+    frame: Any = sys._getframe(1)
+    while frame is not None:
+        if not frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py", "simulate/trace.py")):
+            return False
+        frame = frame.f_back
+    return True

@@ -1,0 +1,25 @@
+"""From a job to its plan: trials, search and plan are put together here, on one device and on all ranks.
+
+It hands on the three doors: `tune` for objects at hand, `tune_source` for a job that a file builds, `tune_command` for a command.
+It imports the doorstep and the rooms from `data` to `probe`.
+"""
+
+from typing import TYPE_CHECKING
+
+from autoaccum.doors import lazily
+
+if TYPE_CHECKING:
+    from autoaccum.tuner.assembly import versions
+    from autoaccum.tuner.foreign_command import check_command, tune_command
+    from autoaccum.tuner.in_place import refuse_unknown_keywords, tune
+    from autoaccum.tuner.job_file import check_source, compare_source, tune_source
+    from autoaccum.tuner.progress import shown
+else:
+    __getattr__ = lazily(
+        __name__,
+        assembly="versions",
+        foreign_command="check_command tune_command",
+        in_place="refuse_unknown_keywords tune",
+        job_file="check_source compare_source tune_source",
+        progress="shown",
+    )

@@ -1,0 +1,46 @@
+"""Sentences below a plan: what would be easier."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from autoaccum.devices import STEADY_MALLOC
+from autoaccum.plan import arithmetic, easier_targets, equal_split, why_unequal, window_notation
+from autoaccum.probe import search
+
+
+def hints(
+    found: search.SearchResult,
+    sizes: tuple[int, ...],
+    *,
+    equal: bool,
+    most_allowed: int | None,
+    smallest: int,
+    for_command: bool,
+    steady: bool,
+    equal_is: str = "--equal",
+) -> Iterator[str]:
+    """Sentences for the report of a plan.
+
+    found: what the search found. sizes: the plan's micro-batches. equal: whether only equal ones were asked
+    for. most_allowed: the largest that was allowed. smallest: the smallest that the job's layers allow.
+    equal_is: how the caller says that. for_command: a foreign script, whose micro-batches are equal always; steady: it ran with a steady malloc.
+    """
+    target, most = sum(sizes), found.largest_fit
+    if for_command and steady and len(sizes) > 1:
+        settings = " ".join(f"{name}={value}" for name, value in STEADY_MALLOC.items())
+        yield f"measured with {settings} in the environment, which makes freed memory go back at once: set them for training too"
+    if equal:
+        # How much fits between the answer and the next divisor is known only where something predicts it.
+        above = (found.smallest_refused or target + 1) - 1
+        most = min(max(most, found.predicted_largest or above), most_allowed or target)
+        fewest = math.ceil(target / most)
+        if len(sizes) > fewest and (better := easier_targets(target, most, smallest)):
+            uneven = "" if for_command else f" without {equal_is} {target} is {window_notation(arithmetic.micro_batches(target, fewest))}, and"
+            yield f"{why_unequal(target)}: equal micro-batches cost {len(sizes)} steps; as far as it fits,{uneven} easier targets are {better}"
+    elif sizes[0] != sizes[-1]:
+        split = equal_split(target, most, smallest)
+        if split is not None:
+            better = easier_targets(target, most, smallest) if split[1] > 2 * len(sizes) else ""
+            yield f"frameworks need equal micro-batches: {equal_is} gives {split[0]} x {split[1]}" + (f"; easier targets are {better}" if better else "")

@@ -1,0 +1,185 @@
+"""The forecast of one data-parallel job on unlike GPUs that are not here, and its table."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+from autoaccum.distributed import AffineCurve, Fleet
+from autoaccum.plan import Plan, PlannedDevice, window_notation
+from autoaccum.simulate import Profile
+from autoaccum.tuner import versions
+from autoaccum.units import duration_in_words
+
+
+@dataclass(frozen=True)
+class FleetCard:
+    """A kind of card in the fleet: how many, the most samples it holds at once, and what a window of a share takes on it."""
+
+    profile: Profile
+    count: int
+    most: int
+    curves: tuple[AffineCurve, AffineCurve, AffineCurve]  # slow, middle, fast
+
+    @property
+    def label(self) -> str:
+        return self.profile.label
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """One plan for a fleet that is not here. Times in seconds, predicted; `interval` is where a window's should lie.
+
+    fleet: the plan itself. cards: kinds of card in the order of their ranks. link_seconds: of the all-reduce. equal_split_seconds: with the
+    same share on every rank, None where that does not fit. without: by card's name, the window if all cards of that
+    name were left out, None where the others cannot do it. lockstep_seconds: if all ranks ran the same number of micro-steps.
+    """
+
+    job: str
+    target_batch: int
+    fleet: Fleet
+    cards: tuple[FleetCard, ...]
+    window_seconds: float
+    interval: tuple[float, float]
+    link_seconds: float
+    equal_split_seconds: float | None
+    lockstep_seconds: float | None
+    without: dict[str, float | None]
+    assumed: tuple[str, ...]
+    notes: tuple[str, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.explain()
+
+    def explain(self) -> str:
+        """The table and what is to be said of it."""
+        return "\n".join(_lines(self))
+
+    def as_dict(self) -> dict[str, Any]:
+        """The document that `fleet --json` prints, schema autoaccum.fleet/1."""
+        ranks = []
+        for rank, (curve, share) in enumerate(zip(self.fleet.curves, self.fleet.shares)):
+            sizes = self._sizes(rank)
+            ranks.append(
+                {
+                    "rank": rank,
+                    "gpu": self._label(rank),
+                    "share": share,
+                    "micro_batch": max(sizes, default=0),
+                    "accumulation_steps": len(sizes),
+                    "micro_batches": list(sizes),
+                    "largest_micro_batch": curve.most,
+                    "predicted_seconds": curve.seconds(share),
+                }
+            )
+        return {
+            "schema": "autoaccum.fleet/1",
+            "job": self.job,
+            "target_batch": self.target_batch,
+            "lockstep": self.fleet.lockstep,
+            "ranks": ranks,
+            "predicted_window_seconds": self.window_seconds,
+            "predicted_window_seconds_interval": list(self.interval),
+            "all_reduce_seconds": self.link_seconds,
+            "equal_split_seconds": self.equal_split_seconds,
+            "lockstep_seconds": self.lockstep_seconds,
+            "without_seconds": self.without,
+            "assumed": list(self.assumed),
+            "notes": list(self.notes),
+            "seconds": self.seconds,
+        }
+
+    def plan(self, rank: int = 0) -> Plan:
+        """The plan that ranks load: `forecast.plan().save(path)`, then `Plan.load(path)` under torchrun, ranks in the order of the cards."""
+        card = self._card(rank).profile
+        sizes = self._sizes(rank)
+        return Plan(
+            target_batch=self.target_batch,
+            micro_batch=max(sizes, default=0),
+            accumulation_steps=len(sizes),
+            micro_batches=sizes,
+            share=self.fleet.shares[rank],
+            shares=self.fleet.shares,
+            rank=rank,
+            world_size=len(self.fleet.shares),
+            largest_fit=self.fleet.curves[rank].most,
+            smallest_refused=None,
+            device=PlannedDevice("cuda", card.name, None, card.total_bytes, card.available_bytes, 0),
+            shapes={},
+            budget_bytes=0,
+            peak_bytes=None,
+            outside_bytes=None,
+            headroom_bytes=0,
+            samples_per_second=self.target_batch / self.window_seconds,
+            trials=(),
+            seconds=self.seconds,
+            versions=versions(),
+            job_fingerprint="",
+            job=self.job,
+            predicted=True,
+            warnings=("nothing of this plan was run: sizes are estimated and times are a roofline; tune under torchrun measures both",),
+            fleet=self.fleet,
+        )
+
+    def _sizes(self, rank: int) -> tuple[int, ...]:
+        return tuple(size for size in self.fleet.sizes(rank, self.target_batch) if size)
+
+    def _card(self, rank: int) -> FleetCard:
+        for card in self.cards:
+            if rank < card.count:
+                return card
+            rank -= card.count
+        raise IndexError(rank)
+
+    def _label(self, rank: int) -> str:
+        return self._card(rank).label
+
+
+_TABLE = (("gpu", 18), ("ranks", 7), ("share", 7), ("micro-batches", 22), ("most", 6), ("window", 26), ("idle", 6))
+
+
+def _lines(told: Forecast) -> Iterator[str]:
+    fleet = told.fleet
+    where = f" of {told.job}" if told.job != "by hand" else ""
+    yield f"{told.target_batch} samples a step{where} over {len(fleet.shares)} rank{'s' if len(fleet.shares) > 1 else ''}; times are estimates"
+    yield "".join(f"{title:<{width}}" for title, width in _TABLE).rstrip()
+    slowest, first = fleet.seconds(), 0
+    for card in told.cards:
+        shares = fleet.shares[first : first + card.count]
+        for share, alike in groupby(enumerate(shares, first), key=lambda each: each[1]):
+            ranks = [rank for rank, _ in alike]
+            sizes = told._sizes(ranks[0])
+            low, middle, high = (curve.seconds(share) if card.most else 0.0 for curve in card.curves[::-1])
+            cells = (
+                card.label,
+                str(len(ranks)),
+                str(share),
+                window_notation(sizes) if sizes else "cannot hold one sample" if not card.most else "none",
+                str(card.most),
+                f"{duration_in_words(middle)} ({duration_in_words(low)} to {duration_in_words(high)})" if share else "",
+                f"{1 - middle / slowest:.1%}" if share and not fleet.lockstep else "",
+            )
+            yield "".join(f"{cell:<{max(width, len(cell) + 1)}}" for cell, (_, width) in zip(cells, _TABLE)).rstrip()
+        first += card.count
+    low, high = told.interval
+    per_second = told.target_batch / told.window_seconds
+    yield f"window {duration_in_words(told.window_seconds)} ({duration_in_words(low)} to {duration_in_words(high)}), of it all-reduce {duration_in_words(told.link_seconds)}: {per_second:.0f} samples a second"
+    if told.equal_split_seconds is None:
+        yield "an even split does not fit: a card that would have to hold a sample cannot"
+    elif len(set(fleet.shares)) > 1 and not math.isclose(told.equal_split_seconds, told.window_seconds):
+        yield f"an even split would take {duration_in_words(told.equal_split_seconds)}, {told.equal_split_seconds / told.window_seconds:.2f} times as long"
+    if told.lockstep_seconds is not None and not fleet.lockstep and len(fleet.shares) > 1:
+        yield f"with the same number of micro-steps on every rank (sharded parameters): {duration_in_words(told.lockstep_seconds)}"
+    for name, seconds in told.without.items():
+        if seconds is None:
+            continue
+        gain = seconds / told.window_seconds
+        yield f"without {name}: {duration_in_words(seconds)}, " + (
+            f"so keeping it gives {gain:.2f} times the speed" if gain > 1.005 else "faster: leave it out" if gain < 0.995 else "no slower: leave it out"
+        )
+    yield from (f"note: {note}" for note in told.notes)
+    yield from (f"assumed: {each}" for each in told.assumed)

@@ -1,0 +1,213 @@
+"""One data-parallel job on unlike GPUs that are not here: who carries what, and how long a window should take.
+
+What fits comes from `estimate`, or from two figures given by hand; times come from `roofline`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator, Sequence
+
+from autoaccum.devices import LEAST_GPU_HEADROOM
+from autoaccum.distributed import AffineCurve, Fleet, equal_share, solve
+from autoaccum.errors import NothingFits, UsageError
+from autoaccum.probe import Request
+from autoaccum.simulate import Profile, profiles
+from autoaccum.units import in_words, parse_headroom, parse_size
+from autoaccum.virtual import estimator
+from autoaccum.virtual.forecast import FleetCard, Forecast
+from autoaccum.virtual.roofline import BYTES_MOVED_PER_KEPT_BYTE, Work, time_curves
+from autoaccum.window import Source, parse_source
+
+_LINK_BYTES_PER_SECOND = 6e9  # what an all-reduce over PCIe without peer access reaches
+_FIXED_PER_PARAMETER = 20  # fp32 weight, gradient, two moments, DDP's bucket
+
+
+def fleet(
+    gpus: str | Sequence[str],
+    *,
+    target_batch: int,
+    job: str | Source | None = None,
+    fixed: int | str | None = None,
+    per_sample: int | str | None = None,
+    parameters: float | None = None,
+    flops_per_sample: float | None = None,
+    bytes_per_sample: float | None = None,
+    link: float | str | None = None,
+    dtype: str | None = None,
+    headroom: int | str = "3%",
+    max_micro_batch: int | None = None,
+    equal: bool = False,
+    lockstep: bool = False,
+    said: Callable[[str], None] | None = None,
+) -> Forecast:
+    """Shares, micro-batches and steps for every rank of one data-parallel job on unlike GPUs; no hardware needed.
+
+    gpus: `"2*a100-80gb,4*t4"`, ranks in that order. job: `"train.py:make_job"`, whose memory is simulated on each card; without one,
+    fixed: bytes of weights, gradients and optimizer, and per_sample: bytes that each sample of a micro-batch adds.
+    parameters: their number. flops_per_sample, bytes_per_sample: of forward and backward; without either, traffic is
+    taken as three times `per_sample`. link: bytes per second of the slowest link between ranks, or `"10GB"`. dtype: of the arithmetic, "fp32", "tf32", "fp16"
+    or "bf16"; by default bf16 where all cards have it, else fp16. equal: the same on every rank. lockstep: the same number of micro-steps.
+
+    Raises `UsageError` for an unknown card or a missing figure, `PlanError` for a target that `equal` cannot share out, and `NothingFits`
+    where no card holds one sample, or one cannot even hold what is fixed.
+    """
+    started = time.monotonic()
+    wish = Request(target_batch, None, headroom, max_micro_batch, equal, lockstep=lockstep)
+    counted = _parsed(gpus)
+    world = sum(count for _, count in counted)
+    if equal:
+        equal_share(target_batch, world)
+    figures = {"parameters": parameters, "flops_per_sample": flops_per_sample, "bytes_per_sample": bytes_per_sample, "link": link}
+    for name, value in figures.items():
+        if value is not None and not isinstance(value, str) and not (math.isfinite(value) and value > 0):
+            raise UsageError(f"{name} must be a number above 0, not {value!r}")
+    by_hand = fixed is not None or per_sample is not None
+    if by_hand and (job is not None or fixed is None or per_sample is None):
+        raise UsageError("give either a JOB, or both of --fixed and --per-sample" if job is not None else "--fixed and --per-sample belong together: give both")
+    assumed: list[str] = []
+    if by_hand:
+        assert fixed is not None and per_sample is not None
+        work = Work(parse_size(fixed), parse_size(per_sample), 0)
+        label, most = "by hand", [_most_by_hand(card, work, wish) for card, _ in counted]
+    else:
+        origin = job if isinstance(job, Source) else parse_source(job)
+        label = origin.label
+        work, most = _simulated(origin, wish, [card.label for card, _ in counted], said)
+    if parameters is None:
+        parameters = work.parameters or work.fixed / _FIXED_PER_PARAMETER
+        if not work.parameters:
+            assumed.append(f"{parameters / 1e6:.0f} million parameters, {_FIXED_PER_PARAMETER} bytes of the fixed ones each (--parameters)")
+    if 2 * parameters > work.fixed:
+        raise UsageError(f"{parameters:.3g} parameters cannot lie in {in_words(work.fixed)} of fixed bytes, with two bytes each: give a larger --fixed")
+    work = Work(work.fixed, work.per_sample, int(parameters), flops_per_sample, bytes_per_sample)
+    if flops_per_sample is None and bytes_per_sample is None:
+        assumed.append(f"times go as 1/bandwidth: a sample moves {BYTES_MOVED_PER_KEPT_BYTE} times what it keeps (--flops-per-sample, --bytes-per-sample)")
+    precision = _dtype(dtype, [card for card, _ in counted], flops_per_sample)
+    cards = tuple(FleetCard(card, count, size, time_curves(card, size, work, precision)) for (card, count), size in zip(counted, most))
+    moves = _LINK_BYTES_PER_SECOND if link is None else float(parse_size(link)) if isinstance(link, str) else link
+    if link is None:
+        assumed.append(f"the slowest link moves {moves / 1e9:.0f} GB/s (--link)")
+    return _forecast(label, wish, cards, work, moves, tuple(assumed), tuple(_notes(cards, precision, dtype)), started)
+
+
+def _forecast(
+    label: str, wish: Request, cards: tuple[FleetCard, ...], work: Work, link: float, assumed: tuple[str, ...], notes: tuple[str, ...], started: float
+) -> Forecast:
+    target, world = wish.target_batch, sum(card.count for card in cards)
+
+    def planned(pace: int, lockstep: bool = wish.lockstep) -> Fleet:
+        curves = [card.curves[pace] for card in cards for _ in range(card.count)]
+        return Fleet.planned(curves, target, equal=wish.equal, lockstep=lockstep)
+
+    def crossing(ranks: int) -> float:
+        # A ring: every rank sends and receives 2 (W - 1) / W of the gradients (Patarasu and Yuan, 2009); fp32.
+        return 2 * (ranks - 1) / ranks * 4 * work.parameters / link if ranks > 1 else 0.0
+
+    found = planned(1)
+    # The same shares at the slow and at the fast end: that is what would be run.
+    ends = [
+        Fleet(tuple(card.curves[pace] for card in cards for _ in range(card.count)), found.shares, found.lockstep, found.steps).seconds() for pace in (0, 2)
+    ]
+    window = found.seconds() + crossing(world)
+    without: dict[str, float | None] = {}
+    for name in dict.fromkeys(card.label for card in cards) if not wish.equal else ():
+        rest = [(card.curves[1], card.count) for card in cards if card.label != name]
+        left = sum(count for _, count in rest)
+        if left:
+            without[name] = _seconds_of(rest, target, left, crossing)
+    even = [target // world + (rank < target % world) for rank in range(world)]
+    all_fit = all(curve.most for curve, share in zip(found.curves, even) if share)
+    split = max(curve.seconds(share) for curve, share in zip(found.curves, even)) + crossing(world) if all_fit else None
+    step = None
+    if not wish.equal and all(card.most for card in cards):
+        step = planned(1, lockstep=True).seconds() + crossing(world)
+    return Forecast(
+        label, target, found, cards, window, (ends[1] + crossing(world), ends[0] + crossing(world)), crossing(world), split, step, without, assumed, notes,
+        round(time.monotonic() - started, 4),
+    )  # fmt: skip
+
+
+def _seconds_of(rest: Sequence[tuple[AffineCurve, int]], target: int, world: int, crossing: Callable[[int], float]) -> float | None:
+    if not any(curve.most for curve, _ in rest):
+        return None
+    shares = solve(rest, target)
+    curves = [curve for curve, count in rest for _ in range(count)]
+    return max(curve.seconds(share) for curve, share in zip(curves, shares)) + crossing(world)
+
+
+def _parsed(gpus: str | Sequence[str]) -> list[tuple[Profile, int]]:
+    """`"2*a100-80gb,4*t4"` as cards and how many. Raises `UsageError` for what is no card."""
+    texts = gpus.split(",") if isinstance(gpus, str) else list(gpus)
+    found = []
+    for text in texts:
+        told = re.fullmatch(r"\s*(?:(-?[\d.]+)\s*[*x×]\s*)?(\S.*?)\s*", text)
+        if told is None:
+            raise UsageError(f"{text!r} in --gpus names no card: write for instance 2*a100-80gb,4*t4")
+        if told[1] is not None and (not told[1].isdigit() or not int(told[1])):
+            raise UsageError(f"{text.strip()!r} in --gpus: how many must be a whole number, at least 1")
+        try:
+            card = profiles.load(told[2])
+        except UsageError as unknown:
+            raise UsageError(str(unknown).partition("; or give a size")[0]) from None
+        if card.bandwidth is None:
+            raise UsageError(f"nobody says how fast {card.label} is, so it cannot be given a share: name a card (autoaccum profiles list)")
+        found.append((card, int(told[1] or 1)))
+    return found
+
+
+def _most_by_hand(card: Profile, work: Work, wish: Request) -> int:
+    kept = parse_headroom(wish.headroom, card.available_bytes)
+    if "%" in str(wish.headroom):
+        kept = max(kept, LEAST_GPU_HEADROOM)
+    left = card.available_bytes - kept - work.fixed
+    if left < 0:
+        raise NothingFits(
+            f"{card.label} cannot hold what is fixed: {in_words(work.fixed)} of {in_words(max(card.available_bytes - kept, 0))}. Every rank of a "
+            "data-parallel job holds all of it: leave the card out, or shard the optimizer's state (ZeRO-1) or the model (FSDP)",
+            budget_bytes=card.available_bytes - kept,
+        )
+    return min(left // work.per_sample, wish.max_micro_batch or left, wish.target_batch)
+
+
+def _simulated(origin: Source, wish: Request, labels: Sequence[str], said: Callable[[str], None] | None) -> tuple[Work, list[int]]:
+    """What a job takes, and the most that each card holds, both simulated, with room for DDP's buckets."""
+    names = list(dict.fromkeys(labels))
+    found = estimator.estimate_source(origin, Request(wish.target_batch, None, wish.headroom, wish.max_micro_batch), names, said=said, buckets=True)
+    by_name = dict(zip(names, found.gpus))
+    for name, each in by_name.items():
+        held = sum(each.breakdown[kind] for kind in ("parameters", "gradients", "optimizer"))
+        if not each.fits and held + each.breakdown["gradients"] > each.budget_bytes:
+            raise NothingFits(
+                f"{name} cannot hold what is fixed: {in_words(held)} and as much again as the gradients, of {in_words(each.budget_bytes)}: leave the card out"
+            )
+    any_one = found.gpus[0]
+    fixed = sum(any_one.breakdown[kind] for kind in ("parameters", "gradients", "optimizer"))
+    samples = any_one.micro_batch or 1
+    work = Work(fixed + any_one.breakdown["gradients"], max((any_one.peak_bytes - fixed) // samples, 1), any_one.breakdown["gradients"] // 4)
+    return work, [(by_name[label].micro_batch or 0) if by_name[label].fits else 0 for label in labels]
+
+
+def _dtype(asked: str | None, cards: Sequence[Profile], flops: float | None) -> str:
+    if asked is not None and asked not in profiles.DTYPES:
+        raise UsageError(f"--dtype {asked!r}: it must be one of {', '.join(profiles.DTYPES)}")
+    found = asked or ("bf16" if all("bf16" in card.flops for card in cards) else "fp16")
+    unknown = [card.label for card in cards if found not in card.flops]
+    if unknown and flops is not None:
+        raise UsageError(f"nobody says how fast {', '.join(dict.fromkeys(unknown))} is in {found}: give another --dtype, or leave --flops-per-sample out")
+    return found
+
+
+def _notes(cards: Sequence[FleetCard], dtype: str, asked: str | None) -> Iterator[str]:
+    plain = list(dict.fromkeys(card.label for card in cards if "bf16" not in card.profile.flops and card.profile.flops))
+    if plain:
+        those = f"{', '.join(plain)} {'has' if len(plain) == 1 else 'have'} no native bf16"
+        if asked == "bf16" or len(plain) < len({card.label for card in cards}):
+            yield f"{those}: one dtype for the whole job, fp16 with a GradScaler or fp32" + (", not the bf16 that was asked for" if asked == "bf16" else "")
+        else:
+            yield f"{those}: fp16 with a GradScaler, or fp32"
+    for card in cards:
+        if not card.most:
+            yield f"{card.label} cannot hold one sample: it gets none and only slows the job down, leave it out"

@@ -1,0 +1,36 @@
+"""The job, and one window of it: the weight of each micro-batch, the order of things, one optimizer step, and the state that is noted and put back.
+
+It hands on `Job`, `Source`, `accumulation.run` and the snapshots; trials and training both run a window through it.
+It imports the doorstep and the rooms from `data` to `distributed`.
+"""
+
+from typing import TYPE_CHECKING
+
+from autoaccum.doors import lazily
+
+if TYPE_CHECKING:
+    from autoaccum.window import accumulation, optimizer_step
+    from autoaccum.window.batch_norm import RunningStats, batch_norms
+    from autoaccum.window.interrupts import Interrupts
+    from autoaccum.window.job import Job, as_jobs, fingerprint, is_compiled
+    from autoaccum.window.losses import IGNORED, predicts_next, token_mean
+    from autoaccum.window.phases import PhaseCallback
+    from autoaccum.window.result import WindowResult
+    from autoaccum.window.rng_state import RngState
+    from autoaccum.window.snapshot import Snapshot, preserved
+    from autoaccum.window.source import Source, load, parse_source
+    from autoaccum.window.start import WindowStart, forget
+else:
+    __getattr__ = lazily(
+        __name__,
+        batch_norm="RunningStats batch_norms",
+        interrupts="Interrupts",
+        job="Job as_jobs fingerprint is_compiled",
+        losses="IGNORED predicts_next token_mean",
+        phases="PhaseCallback",
+        result="WindowResult",
+        rng_state="RngState",
+        snapshot="Snapshot preserved",
+        source="Source load parse_source",
+        start="WindowStart forget",
+    )

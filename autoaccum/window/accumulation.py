@@ -1,0 +1,164 @@
+"""One window, in the order things happen.
+
+Trials and training both run this, so that what was rehearsed is what is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+
+from autoaccum.data import batches, prefetch
+from autoaccum.distributed import WindowVote
+from autoaccum.errors import JobError
+from autoaccum.window import weights
+from autoaccum.window.batch_norm import RunningStats
+from autoaccum.window.job import Job
+from autoaccum.window.optimizer_step import clip, scaled_step, step_with_closure, unmark
+from autoaccum.window.phases import PhaseCallback, silent
+from autoaccum.window.result import WindowGradients, WindowLoss, WindowResult
+
+
+def run(
+    job: Job,
+    loss: Callable[[Any, Any], Any],
+    pieces: Iterable[prefetch.Piece],
+    *,
+    samples: int,
+    device: torch.device,
+    scaler: Any = None,
+    stats: RunningStats | None = None,
+    crossing: WindowVote | None = None,
+    say: PhaseCallback = silent,
+) -> WindowResult:
+    """Forward and backward for every piece, then one optimizer step.
+
+    loss: `loss(model, batch)`, as in `Job`. pieces: (micro-batch, its samples), on the host; each is moved when
+    its turn comes and dropped after. With a closure or a `count`, they are gone through more than once.
+    samples: of the pieces together.
+    scaler: a GradScaler, or None. stats: corrects BatchNorm's running statistics, where that was asked for.
+    crossing: where the window has other ranks, too. say: told of each phase: forward, backward, sync (gradients cross), clip (all between
+    that and the first optimizer's step), step.
+    Raises `JobError` for a loss of the wrong kind; what the job's own code raises comes through.
+    """
+
+    def evaluated(say: PhaseCallback) -> WindowGradients:
+        with stats.corrected() if stats is not None else nullcontext():
+            return gradients(job, loss, pieces, samples=samples, device=device, scaler=scaler, stats=stats, crossing=crossing, say=say)
+
+    try:
+        return _stepped(job, evaluated, samples if crossing is None else crossing.samples, scaler, say)
+    except BaseException:
+        unmark(job, scaler)
+        raise
+
+
+def _stepped(job: Job, evaluated: Callable[[PhaseCallback], WindowGradients], samples: int, scaler: Any, say: PhaseCallback) -> WindowResult:
+    made = evaluated(say)
+    grad_norm = clip(job, scaler, made.micro_batches, say)
+    say("step", made.micro_batches - 1)
+    infs: tuple[torch.Tensor, ...] = ()
+    if scaler is not None:
+        infs = scaled_step(job, scaler)
+    elif job.wants_closure:
+        step_with_closure(job, made, evaluated, say)
+    else:
+        for optimizer in job.optimizers:
+            optimizer.step()
+    for optimizer in job.optimizers:
+        optimizer.zero_grad(set_to_none=True)
+    return WindowResult(made.terms, samples, made.micro_batches, made.counted, grad_norm, infs)
+
+
+def gradients(
+    job: Job,
+    loss: Callable[[Any, Any], Any],
+    pieces: Iterable[prefetch.Piece],
+    *,
+    samples: int,
+    device: torch.device,
+    scaler: Any = None,
+    stats: RunningStats | None = None,
+    crossing: WindowVote | None = None,
+    say: PhaseCallback = silent,
+) -> WindowGradients:
+    """The first part of `run`, with the same arguments: forward and backward for every piece, and what crosses ranks."""
+    autocast = torch.autocast(device.type, dtype=job.autocast) if job.autocast is not None else None
+    # On the host, beforehand: weights by count need the whole window's.
+    counted = [float(job.count(piece)) if size else 0.0 for piece, size in pieces] if job.count is not None else []
+    of_samples, of_count = (float(samples), sum(counted)) if crossing is None else crossing.owed(counted)
+    for parameter in _graded(job):  # gradients that someone left would be added; `zero_grad` itself costs more
+        parameter.grad = None
+    if crossing is not None:
+        crossing.gather()
+    terms: list[torch.Tensor] = []
+    counts: list[torch.Tensor | float] = []
+    backwards = 0
+    index, crosses = -1, -1 if crossing is None else crossing.crosses_at(pieces, counted)
+    for piece, size in prefetch.feed(pieces, device):
+        index += 1
+        say("forward", index)
+        if stats is not None:
+            stats.share(size / samples)
+        batch = batches.move(piece, device, non_blocking=True)
+        with _ALONE if crossing is None else crossing.around(last=index == crosses):
+            if autocast is None:
+                returned = loss(job.model, batch)
+            else:
+                with autocast:
+                    returned = loss(job.model, batch)
+            term, count = weights.contribution(
+                returned, samples=size, of_samples=of_samples, count=counted[index] if counted else None, of_count=of_count if counted else None
+            )
+            say("backward", index)
+            if counted and counted[index] == 0:  # owes nothing; a mean over nothing is nan, and so is its gradient
+                if crossing is not None and crossing.in_step:
+                    term.nan_to_num().backward()
+                term = torch.zeros_like(term)
+            else:
+                backwards += 1
+                (term if scaler is None else scaler.scale(term)).backward()
+        terms.append(term.detach())
+        if count is not None:
+            counts.append(count)
+        del returned, term, batch, piece  # no graph and no activation outlives its micro-batch
+    if crossing is not None:
+        say("sync", max(index, 0))
+        crossing.settle(backwards)
+        total, total_count = crossing.totals(WindowLoss(terms, None).sum() if terms else None, counts, device)
+        # What crossed is divided by the window's samples; so is the loss.
+        factor = None if total_count is None else weights.late_factor([total_count], crossing.samples)
+        made = WindowGradients(WindowLoss([total], factor), of_count * crossing.averaged if job.count is not None else total_count, index + 1)
+    elif not terms:
+        raise JobError("a window of no micro-batches: give at least one")
+    else:
+        factor = weights.late_factor(counts, samples) if counts else None
+        made = WindowGradients(WindowLoss(terms, factor), sum(counts) if counts else of_count if counted else None, index + 1)
+    if factor is not None:
+        # Under a scaler the gradients are still scaled, which a factor keeps.
+        _scale([parameter.grad for parameter in _graded(job) if parameter.grad is not None], factor)
+    return made
+
+
+_ALONE: AbstractContextManager[object] = nullcontext()
+
+
+def _graded(job: Job) -> Iterator[torch.Tensor]:
+    """Every tensor that backward may give a gradient."""
+    yield from job.idle
+    for optimizer in job.optimizers:
+        for group in optimizer.param_groups:
+            yield from group["params"]
+
+
+def _scale(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
+    """One call per dtype and device, and a factor of that dtype: mixed ones are multiplied one by one."""
+    alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for grad in grads:
+        own = grad.to_local() if hasattr(grad, "to_local") else grad  # of a sharded one, this rank's part
+        alike.setdefault((own.dtype, own.device), []).append(own)
+    for (dtype, device), group in alike.items():
+        torch._foreach_mul_(group, factor.to(device, dtype))

@@ -1,0 +1,170 @@
+"""Where a job comes from: JOB as the command line gives it, read and imported."""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from autoaccum.errors import JobError, UsageError
+from autoaccum.window.job import Job, as_jobs
+
+DEMO = "autoaccum.cli.demo:make_job"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a job comes from: `file.py[:make_job]` or `package.module[:make_job]`, and its arguments.
+
+    settings are keyword arguments of the function; argv is what the file sees as `sys.argv[1:]`.
+    """
+
+    where: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    argv: tuple[str, ...] = ()
+
+    @property
+    def label(self) -> str:
+        """How reports call it: `"demo"` for the built-in job."""
+        return "demo" if self.where == DEMO else self.where
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The file or module, and the name of the function in it."""
+        place, _, function = self.where.rpartition(":") if ":" in self.where else (self.where, "", "")
+        return place, function or "make_job"
+
+    def digest(self) -> str:
+        """Of the file's text; "" for a module, whose file is not known before it is imported."""
+        place, _ = self.parts
+        return hashlib.sha256(Path(place).read_bytes()).hexdigest()[:16] if place.endswith(".py") else ""
+
+
+def parse_source(where: str | None, settings: Iterable[str] = (), argv: Iterable[str] = ()) -> Source:
+    """Reads JOB and the `name=value` texts of `--set` as the command line gives them.
+
+    Values are Python literals where they can be read as one, else text. None is the built-in demo.
+    Raises `UsageError` for an empty or missing file and for a setting without a name.
+    """
+    if where is not None and not where.strip():
+        raise UsageError("JOB is empty: give file.py:make_job or package.module:make_job, or leave it out for the built-in demo")
+    values: dict[str, Any] = {}
+    for text in settings:
+        name, equals, value = text.partition("=")
+        if not equals or not name.isidentifier():
+            raise UsageError(f"--set {text!r} is not name=value: write for instance --set layers=4")
+        try:
+            values[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            values[name] = value
+    found = Source(DEMO if where in (None, "demo") else where, values, tuple(argv))
+    place, function = found.parts
+    if not function.isidentifier():
+        raise UsageError(f"{function!r} in JOB {where!r} is not the name of a function: write file.py:make_job")
+    if place.endswith(".py"):
+        if not Path(place).is_file():
+            raise UsageError(f"there is no file {place!r}: JOB is file.py:make_job or package.module:make_job")
+    elif "/" in place or not all(part.isidentifier() for part in place.split(".")):
+        raise UsageError(f"JOB {place!r} is neither a .py file nor a module's dotted name: write file.py:make_job or package.module:make_job")
+    return found
+
+
+def load(where: Source | str, *, device: str | None = None) -> Job | Sequence[Job]:
+    """Imports the file, calls its function and returns the `Job` (or the list of jobs that run in turn), on `device` if one is given.
+
+    A function with a parameter `device` gets it; else model and optimizer are moved.
+    Raises `UsageError` where there is no such module or function, `JobError` where importing the file trains
+    or ends the process, and where something else than a `Job` comes back. What the user's own code raises comes
+    through as it is.
+    """
+    origin = parse_source(where) if isinstance(where, str) else where
+    place, name = origin.parts
+    module = _imported(place, origin)
+    make = getattr(module, name, None)
+    if not callable(make):
+        near = [each for each in vars(module) if callable(getattr(module, each)) and each.startswith("make")]
+        hint = f"; it has {', '.join(near[:5])}" if near else f": add `def {name}(): return autoaccum.Job(model, optimizer, loss, batch)`"
+        raise UsageError(f"{place} has no function {name}(){hint}")
+    arguments = _arguments(make, name, origin, device)
+    made: Job | Sequence[Job] = make(**arguments)
+    if not isinstance(made, (Job, list, tuple)):
+        raise JobError(f"{place}:{name}() returned {type(made).__name__}: return autoaccum.Job(model, optimizer, loss, batch)")
+    for job in as_jobs(made):
+        if device is not None and str(job.device) != device:
+            job.moved(device)
+    return made
+
+
+def _arguments(make: Callable[..., Any], name: str, origin: Source, device: str | None) -> dict[str, Any]:
+    parameters = inspect.signature(make).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    for setting in origin.settings:
+        if setting not in parameters and not takes_any:
+            known = ", ".join(each for each in parameters if each != "device") or "none"
+            raise UsageError(f"--set {setting}=...: {name}() has no parameter {setting!r}; its parameters are: {known}")
+    for each in parameters.values():
+        if each.default is each.empty and each.name not in (*origin.settings, "device") and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
+            raise UsageError(f"{name}() needs a value for {each.name!r}: give --set {each.name}=VALUE")
+    arguments = dict(origin.settings)
+    if "device" in parameters and "device" not in arguments and device is not None:
+        arguments["device"] = device
+    return arguments
+
+
+def _imported(place: str, origin: Source) -> ModuleType:
+    before = sys.argv
+    sys.argv = [place, *origin.argv]
+    try:
+        with _training_refused(place):
+            if not place.endswith(".py"):
+                sys.path.insert(0, "")
+                return importlib.import_module(place)
+            path = Path(place).resolve()
+            sys.path.insert(0, str(path.parent))  # as `python file.py` does
+            # Not under a name that is taken: a file called random.py must not replace the library.
+            name = path.stem if path.stem not in sys.modules else f"autoaccum_job_{path.stem}"
+            spec = importlib.util.spec_from_file_location(name, path)
+            assert spec is not None and spec.loader is not None  # a .py path always has both
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[name] = module
+            spec.loader.exec_module(module)
+            return module
+    except ModuleNotFoundError as error:
+        if error.name and (place == error.name or place.startswith(error.name + ".")):
+            raise UsageError(f"there is no module {error.name!r} here: JOB is file.py:make_job or package.module:make_job") from error
+        raise
+    except SystemExit as ended:
+        raise JobError(
+            f"{place} ended the process while it was imported (exit code {ended.code}), probably by reading the command line: "
+            f'put that under `if __name__ == "__main__":`, give its arguments after `--`, '
+            f"or let autoaccum run it as a command: autoaccum tune -b N -- python {place} ..."
+        ) from ended
+    finally:
+        sys.argv = before
+
+
+@contextmanager
+def _training_refused(place: str) -> Any:
+    """Turns an optimizer step at import into an error: such a file would train once per trial."""
+    from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+    def refuse(*_: Any) -> None:
+        raise JobError(
+            f'{place} trains when it is imported: put the training under `if __name__ == "__main__":`, '
+            f"or let autoaccum run it as a command: autoaccum tune -b N -- python {place} --batch-size {{micro_batch}} ..."
+        )
+
+    hook = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        hook.remove()

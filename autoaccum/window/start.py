@@ -1,0 +1,180 @@
+"""What a window changes before its optimizer steps, noted when it starts and put back if it has to run again.
+
+That is little: gradients, buffers (BatchNorm's statistics), random number generators, the scaler's marks, and
+what the job's own `keep` holds.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+import warnings
+from collections.abc import Iterable, Sequence
+
+import torch
+
+from autoaccum import oom
+from autoaccum.errors import DeviceError
+from autoaccum.units import MIB
+from autoaccum.window import optimizer_step, snapshot
+from autoaccum.window.job import Job
+from autoaccum.window.rng_state import RngState
+
+_SMALL_BYTES = MIB
+
+
+class WindowStart:
+    """The state of jobs when a window starts, as far as forward and backward change it.
+
+    Contiguous buffers up to 1 MiB are copied on their own device before every window. Others (tables, masks, queues)
+    are copied on the host, and again only after their version changed. BatchNorm's statistics change without
+    their version being counted, so versions are trusted only where they proved right. Of `keep`, modules and
+    tensors are treated as buffers are; anything else is copied whole before every window.
+    """
+
+    def __init__(self, jobs: Sequence[Job]) -> None:
+        self._jobs = jobs
+        kept = [each for job in jobs for each in job.keep]
+        self._generators = RngState(jobs[0].device, [each for each in kept if isinstance(each, torch.Generator)])
+        self._others = [each for each in kept if not isinstance(each, (torch.nn.Module, torch.Tensor, torch.Generator))]
+        self._modules = [
+            module for root in (*(job.model for job in jobs), *(each for each in kept if isinstance(each, torch.nn.Module))) for module in root.modules()
+        ]
+        self._loose = [each for each in kept if isinstance(each, torch.Tensor)]
+        self._loose += [parameter for each in kept if isinstance(each, torch.nn.Module) for parameter in each.parameters()]
+        self._snapshot: snapshot.Snapshot | None = None
+        self._find()
+
+    def note(self) -> None:
+        """Called before a window's first forward."""
+        if self._moved():
+            self._find()
+        with torch.no_grad():
+            for live, flat in self._small:
+                torch.cat(live, out=flat)
+            for large in self._large:
+                large.note()
+        self._generators.note()
+        self._snapshot = None  # not two at once
+        if self._others:
+            try:
+                self._snapshot = snapshot.Snapshot((), keep=self._others)
+            except DeviceError as short:
+                warnings.warn(f"what is in keep=[...] is not put back if a window has to run again: {short}", stacklevel=2)
+                self._others = []
+
+    def put_back(self) -> None:
+        """Makes everything as it was at `note`, and gradients empty."""
+        for job in self._jobs:
+            forget_gradients(job)
+            optimizer_step.unmark(job, job.scaler)  # the scale itself changes only in update()
+        for owner, names, tensors in self._slots:
+            if list(owner) != list(names) or any(owner[name] is not tensor for name, tensor in zip(names, tensors)):
+                owner.clear()
+                owner.update(zip(names, tensors))
+        with torch.no_grad():
+            for tensor, alias in self._aliases:
+                if tensor.data_ptr() != alias.data_ptr():
+                    tensor.data = alias
+            for live, flat in self._small:
+                torch._foreach_copy_(live, flat.split([tensor.numel() for tensor in live]))
+            for large in self._large:
+                large.put_back()
+        if self._snapshot is not None:
+            self._snapshot.put_back()
+        self._generators.put_back()
+
+    def _moved(self) -> bool:
+        """Whether a buffer was added, taken away, or given another tensor or other memory since."""
+        for owner, _, tensors in self._slots:
+            if len(owner) != len(tensors):
+                return True
+            for now, then in zip(owner.values(), tensors):
+                if now is not then:
+                    return True
+        return [tensor.data_ptr() for tensor, _ in self._aliases] != self._addresses
+
+    def _find(self) -> None:
+        # A scripted module keeps its buffers elsewhere, and they stay the same tensors.
+        owners = [module._buffers for module in self._modules]
+        self._slots = [(owner, tuple(owner), tuple(owner.values())) for owner in owners if isinstance(owner, dict)]
+        found = {id(each): each for each in (*(buffer for module in self._modules for buffer in module._buffers.values()), *self._loose) if each is not None}
+        self._large: list[_Large | _Unwritable] = []
+        self._aliases: list[tuple[torch.Tensor, torch.Tensor]] = []
+        alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+        for tensor in found.values():
+            if tensor.is_meta or tensor.is_inference():
+                continue
+            if tensor.layout != torch.strided or hasattr(tensor, "__tensor_flatten__"):
+                self._large.append(_Unwritable(tensor))
+                continue
+            self._aliases.append((tensor, tensor.detach()))
+            if tensor.nbytes <= _SMALL_BYTES and tensor.is_contiguous():
+                alike.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach().view(-1))
+            else:
+                self._large.append(_Large(tensor))
+        self._addresses = [tensor.data_ptr() for tensor, _ in self._aliases]
+        # One copy for all of a kind: `cat` takes a third of the time of copying one by one.
+        self._small = [(live, torch.cat(live)) for live in alike.values()]
+
+
+class _Large:
+    """The memory of a tensor too large to be copied before every window: copied when its version changed."""
+
+    _PROOFS, _AGAIN = 3, 64
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._version = tensor.detach(), -1
+        self._content: torch.UntypedStorage | None = None
+        self._counted = True  # whether its version tells of every change, as far as seen
+        self._notes = 0
+
+    def note(self) -> None:
+        self._notes += 1
+        version = self._tensor._version
+        if self._content is not None and version == self._version and self._counted:
+            if self._notes > self._PROOFS and self._notes % self._AGAIN:
+                return
+            self._counted = snapshot.same_content(self._tensor.untyped_storage(), self._content)
+            if self._counted:
+                return
+        self._content, self._version = snapshot.host_copy(self._tensor.untyped_storage()), version
+
+    def put_back(self) -> None:
+        if self._content is not None:
+            snapshot.write_content(self._tensor.untyped_storage(), self._content)
+
+
+class _Unwritable:
+    """A sparse or wrapped tensor: cloned when its version changed, and written as a whole."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._version = tensor, -1
+
+    def note(self) -> None:
+        if self._tensor._version != self._version:
+            self._clone, self._version = self._tensor.detach().clone(), self._tensor._version
+
+    def put_back(self) -> None:
+        if self._tensor._version != self._version:
+            self._tensor.detach().copy_(self._clone)
+            self._version = self._tensor._version
+
+
+def forget(error: BaseException, jobs: Iterable[Job], outside: BaseException | None = None) -> None:
+    """Lets go of what a failed window still holds: frames of the exceptions, gradients, cycles.
+
+    outside: an exception that was being handled already when the window began; it and what led to it stay whole.
+    """
+    for link in oom.chain(error, outside):
+        traceback.clear_frames(link.__traceback__)
+        link.__traceback__ = None
+    for job in jobs:
+        forget_gradients(job)
+    gc.collect()
+
+
+def forget_gradients(job: Job) -> None:
+    """Makes every gradient of the job empty."""
+    for parameter in job.trained():
+        parameter.grad = None

@@ -1,0 +1,131 @@
+"""A script nobody edited, tuned from outside under an enforced budget."""
+
+import shlex
+import sys
+
+import pytest
+
+import autoaccum
+from autoaccum.probe import request
+from autoaccum.probe.command import Template
+from autoaccum.tuner import foreign_command
+from tests.command_line import ROOT, document
+from tests.command_line import autoaccum as run
+
+SCRIPT = ROOT / "examples/unmodified_script.py"
+FLAGS = ("--batch-size", "{micro_batch}", "--accum", "{accumulation_steps}", "--max-steps", "1")
+MIB = 2**20
+
+# Pretends to train: `needs` MiB per sample, in a process of a size that is known.
+PRETEND = """
+import sys, time
+size, steps = int(sys.argv[1]), int(sys.argv[2])
+{before}
+held = bytearray({mib} * 2**20 * size)
+for at in range(0, len(held), 4096):
+    held[at] = 1
+{after}
+"""
+
+
+@pytest.fixture
+def pretend(tmp_path):
+    def write(before="", after="", mib=2):
+        path = tmp_path / "pretend.py"
+        path.write_text(PRETEND.format(before=before, after=after, mib=mib))
+        return [sys.executable, str(path), "{micro_batch}", "{accumulation_steps}"]
+
+    return write
+
+
+def tune(words, target=120, **given):
+    said = []
+    return foreign_command.tune_command(words, request.Request(target, **given), device="cpu", said=said.append)
+
+
+def test_the_equal_plan_with_fewest_steps_is_found_for_a_real_script_in_at_most_five_runs():
+    peak = document(run("check", "-b", 120, "-m", 40, "--json", "--", sys.executable, SCRIPT, *FLAGS))["peak_bytes"]
+    # 10 samples more than 40: 50 would fit, 60 does not.
+    finished = run("tune", "-b", 120, "--memory-limit", int((peak + 10 * MIB) / 0.97), "--json", "--", sys.executable, SCRIPT, *FLAGS)
+    plan = document(finished)
+    assert (plan["micro_batch"], plan["accumulation_steps"]) == (40, 3), finished.stderr
+    assert plan["micro_batches"] == [40, 40, 40] and plan["smallest_refused"] == 60
+    assert len(plan["trials"]) <= 5
+    assert plan["job"] == shlex.join([sys.executable, str(SCRIPT), *FLAGS])
+
+
+@pytest.mark.parametrize(("most", "answer"), [(50, (40, 3)), (39, (30, 4)), (200, (120, 1)), (1, (1, 120))])
+def test_the_largest_divisor_that_fits_is_found(pretend, most, answer):
+    bare = foreign_command.check_command(pretend(), 1, request.Request(1), device="cpu", said=print).peak_bytes - 2 * MIB
+    plan = tune(pretend(), memory_limit=bare + (2 * most + 1) * MIB, headroom=0)
+    assert (plan.micro_batch, plan.accumulation_steps) == answer
+    assert len(plan.trials) <= 5
+
+
+def test_a_prime_target_is_said_to_be_one_and_others_are_offered(pretend):
+    plan = tune(pretend(), target=127, memory_limit=114 * MIB, headroom=0)
+    assert plan.micro_batches == (1,) * 127
+    assert any("127 is prime" in hint and "128 = " in hint for hint in plan.hints)
+
+
+def test_nothing_fits_is_exit_3_with_the_figures(pretend):
+    finished = run("tune", "-b", 12, "--memory-limit", "40MiB", "--", *pretend(mib=200))
+    assert finished.returncode == 3 and "one sample does not fit" in finished.stderr and "MiB" in finished.stderr
+
+
+def test_a_failure_for_another_reason_is_exit_5_with_the_last_lines(pretend):
+    finished = run("tune", "-b", 12, "--", *pretend(before="raise ValueError('no such dataset')"))
+    assert finished.returncode == 5
+    assert "ValueError: no such dataset" in finished.stderr and "not an out-of-memory" in finished.stderr
+
+
+def test_an_out_of_memory_text_refuses_also_with_exit_code_0(pretend):
+    """Some scripts catch it and go on with less, which is not what was asked."""
+    caught = "if size > 30: print('RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB'); sys.exit(0)"
+    plan = tune(pretend(before=caught, mib=1))
+    assert plan.micro_batch == 30
+    assert any("ended with exit code 0: taken as not fitting" in warning for warning in plan.warnings)
+
+
+def test_a_run_that_hangs_is_ended_with_all_its_children(pretend):
+    plan = tune(pretend(before="while size > 30: time.sleep(0.1)", mib=1), target=60, timeout_s=1.0)
+    assert plan.micro_batch == 30
+    assert next(each for each in plan.trials if each.micro_batch == plan.smallest_refused).outcome == "timeout"
+
+
+def test_a_run_that_is_killed_counts_as_not_fitting(pretend):
+    plan = tune(pretend(before="import os, signal\nif size > 30: os.kill(os.getpid(), signal.SIGKILL)", mib=1), target=60)
+    assert plan.micro_batch == 30 and "was killed by the system" in plan.explain()
+
+
+def test_a_script_that_ignores_its_flags_is_noticed(pretend):
+    plan = tune(pretend(before="size = 50"))
+    assert plan.accumulation_steps == 1
+    assert any("check that it reads the flags" in warning for warning in plan.warnings)
+
+
+def test_a_script_that_reads_its_flags_is_not_suspected(pretend):
+    assert not any("flags" in warning for warning in tune(pretend()).warnings)
+
+
+def test_a_command_without_the_placeholder_or_the_program_is_exit_2(pretend):
+    finished = run("tune", "-b", 12, "--", sys.executable, SCRIPT)
+    assert finished.returncode == 2 and "{micro_batch}" in finished.stderr
+    finished = run("tune", "-b", 12, "--", "no-such-program", "{micro_batch}")
+    assert finished.returncode in (2, 5) and "no-such-program" in finished.stderr
+
+
+def test_check_says_by_how_much_a_size_does_not_fit(pretend):
+    fits = run("check", "-b", 12, "-m", 4, "--memory-limit", "100MiB", "--", *pretend())
+    assert fits.returncode == 0 and "12 = 4 x 3" in fits.stdout
+    too_big = run("check", "-b", 120, "-m", 60, "--memory-limit", "100MiB", "--", *pretend())
+    assert too_big.returncode == 3 and "60 x 2 does not fit" in too_big.stderr and "needs" in too_big.stderr
+    uneven = run("check", "-b", 12, "-m", 5, "--", *pretend())
+    assert uneven.returncode == 2 and "5 does not divide" in uneven.stderr
+
+
+def test_other_braces_stay_as_they_are():
+    template = Template(("train", "--config={'a': {x}}", "{micro_batch}x{accumulation_steps}"))
+    assert template.filled(40, 3) == ["train", "--config={'a': {x}}", "40x3"]
+    with pytest.raises(autoaccum.UsageError, match="micro_batch"):
+        Template(("train", "--accum", "{accumulation_steps}"))

@@ -1,0 +1,151 @@
+"""One rehearsal, measured, undone."""
+
+import gc
+
+import pytest
+import torch
+
+import autoaccum
+from autoaccum import oom
+from autoaccum.devices.cpu import Cpu
+from autoaccum.probe.readings import Limits
+from autoaccum.probe.rehearsal import rehearsing
+from tests import jobs
+
+MIB = 2**20
+
+
+@pytest.fixture
+def rehearse():
+    """Runs trials of a job in place, under a limit of so many MiB above what is held."""
+
+    def run(job, *windows, above=None, full=False, **given):
+        limit = None if above is None else int((Cpu().held_bytes() + above * MIB) / 0.97)
+        with rehearsing(job, Cpu(), Limits(limit), **given) as rehearsal:
+            return [rehearsal.measure(window, full=full) for window in windows]
+
+    return run
+
+
+def test_the_peak_grows_by_what_a_sample_keeps(rehearse):
+    low, high = rehearse(jobs.hungry(mib=2), (10, 10), (40, 40))
+    per_sample = (high.peak_bytes - low.peak_bytes) / 30 / MIB
+    assert low.fits and high.fits and 3.8 < per_sample < 9  # its values, those before `exp`, and gradients on the way back
+    assert low.activation_bytes <= low.peak_bytes and low.base_bytes < low.peak_bytes
+
+
+def test_the_same_trial_shows_the_same_peak_whatever_ran_before(rehearse):
+    first, _, _, again = rehearse(jobs.hungry(mib=2), (20, 20), (50, 50), (3, 3), (20, 20))
+    assert abs(first.peak_bytes - again.peak_bytes) < 4 * MIB
+
+
+def test_gradients_are_resident_with_two_micro_batches_and_not_with_one(rehearse):
+    """A model of 100 MiB whose activations are nothing: one micro-batch peaks at its gradients, as two do; only held longer."""
+    model = torch.nn.Sequential(torch.nn.Linear(8, 3_000_000, bias=False))
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), lambda m, b: m(b).mean(), torch.ones(4, 8))
+    alone, split = rehearse(job, (4,), (4, 4))
+    assert split.base_bytes - alone.base_bytes == pytest.approx(job.gradient_bytes(), rel=0.05)
+    assert split.activation_bytes - alone.activation_bytes > 0.8 * job.gradient_bytes()
+
+
+def test_a_real_out_of_memory_is_an_outcome_and_its_memory_comes_back(rehearse):
+    gc.collect()
+    before = Cpu().held_bytes()
+    (reading,) = rehearse(jobs.hungry(mib=4), (100, 20), above=100)
+    assert reading.outcome == "oom" and reading.phase == "forward" and not reading.fits
+    assert Cpu().held_bytes() < before + 10 * MIB
+
+
+def test_the_limit_of_the_process_is_what_it_was(rehearse):
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    rehearse(jobs.hungry(mib=4), (100, 20), (2, 2), above=100)
+    with pytest.raises(ValueError):
+        rehearse(jobs.fails_above(1), (2, 2), above=100)
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
+
+
+def test_what_is_not_enforced_is_still_over_budget(rehearse):
+    (reading,) = rehearse(jobs.hungry(mib=4), (40, 40), above=100, enforce=False)
+    assert reading.outcome == "over-budget" and reading.phase == "step"
+
+
+def test_a_confirming_run_is_the_whole_window_twice(rehearse):
+    steps, sizes = [], []
+
+    def loss(model, batch):
+        sizes.append(len(batch[0]))
+        return jobs.mse(model, batch)
+
+    job = jobs.small(loss)
+    job.optimizer.register_step_post_hook(lambda *_: steps.append(len(sizes)))
+    rehearse(job, (4, 3, 3), full=True)
+    assert sizes == [4, 3, 3, 4, 3, 3] and steps == [3, 6]
+    sizes.clear(), steps.clear()
+    rehearse(job, (4, 3, 3))
+    assert sizes == [4, 4, 3] and steps == [1, 3]
+
+
+def test_a_snapshot_in_the_measured_memory_is_not_counted(rehearse):
+    """In place on a CPU the copy of the weights sits beside them: 120 MiB that training will not have."""
+    model = torch.nn.Linear(1000, 30_000)
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), lambda m, b: m(b).mean(), torch.ones(4, 1000))
+    (with_copy,) = rehearse(job, (4, 4))
+    (without,) = rehearse(job, (4, 4), parameters=False)
+    assert abs(with_copy.peak_bytes - without.peak_bytes) < 8 * MIB
+
+
+def test_other_errors_come_through_with_where_they_happened(rehearse):
+    with pytest.raises(ValueError) as raised:
+        rehearse(jobs.fails_above(3), (2, 2), (4, 4))
+    assert raised.value.__notes__ == ["autoaccum: raised in forward, at a micro-batch of 4"]
+
+
+def test_the_weight_of_the_whole_window_is_in_the_peak_of_a_cpu(rehearse):
+    """The loop holds the effective batch on the host, which on a CPU is the memory that is measured."""
+    model = torch.nn.Linear(MIB // 4, 1)
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), lambda m, b: m(b).mean(), torch.ones(4, MIB // 4))
+    small, large = rehearse(job, (4, 4), (4,) * 25)
+    assert large.peak_bytes - small.peak_bytes == pytest.approx(92 * MIB, rel=0.1)
+
+
+def test_doubtful_words_are_told_apart_by_what_the_budget_had_left():
+    error = RuntimeError("could not create a primitive")
+    assert oom.is_oom(error, left_bytes=10 * MIB, taken_bytes=200 * MIB)
+    assert not oom.is_oom(error, left_bytes=8000 * MIB, taken_bytes=200 * MIB)
+
+
+@pytest.mark.parametrize("mib, told", [(100, "oom"), (8, "raised")])
+def test_a_doubtful_failure_is_judged_by_the_peak_not_by_what_is_left_afterwards(rehearse, mib, told):
+    """A backward has freed what it held when its exception arrives."""
+
+    def loss(model, batch):
+        torch.ones(mib, MIB, dtype=torch.uint8)  # and let go of
+        raise RuntimeError("could not create a primitive")
+
+    if told == "raised":
+        with pytest.raises(RuntimeError, match="primitive"):
+            rehearse(jobs.small(loss), (4, 4), above=130)
+    else:
+        (reading,) = rehearse(jobs.small(loss), (4, 4), above=130)
+        assert reading.outcome == "oom" and reading.doubtful
+
+
+def test_the_collector_is_as_it_was_before_and_after(rehearse):
+    """Inside, it looks at what trials left alone; who had frozen objects keeps them frozen."""
+    frozen = []
+
+    def loss(model, batch):
+        frozen.append(gc.get_freeze_count())
+        return jobs.mse(model, batch)
+
+    rehearse(jobs.small(loss), (4, 4))
+    assert min(frozen) > 10_000 > 1000 > gc.get_freeze_count()
+    gc.freeze()
+    try:
+        theirs = gc.get_freeze_count()
+        rehearse(jobs.small(), (4, 4))
+        assert gc.get_freeze_count() > 0.9 * theirs  # some were freed
+    finally:
+        gc.unfreeze()

@@ -1,0 +1,134 @@
+"""`autoaccum fleet`: shares, words and failures for cards that are not here."""
+
+import json
+
+import pytest
+
+import autoaccum
+from autoaccum.distributed.speed_curves import AffineCurve
+from autoaccum.plan.plan import Plan
+from tests.command_line import autoaccum as command
+from tests.command_line import document
+
+BY_HAND = {"fixed": "2.31GiB", "per_sample": "1.25GiB"}
+THREE_KINDS = ("fleet", "--gpus", "2*a100-80gb,4*t4,1*rtx-4090", "--target-batch", 480, "--fixed", "2.31GiB", "--per-sample", "1.25GiB")
+
+
+def test_the_table_and_the_document_say_the_same():
+    text = command(*THREE_KINDS).stdout
+    told = document(command(*THREE_KINDS, "--json"))
+    assert told["schema"] == "autoaccum.fleet/1" and sum(each["share"] for each in told["ranks"]) == 480
+    assert [each["gpu"] for each in told["ranks"]] == ["a100-80gb"] * 2 + ["t4"] * 4 + ["rtx-4090"]
+    for each in told["ranks"]:
+        assert sum(each["micro_batches"]) == each["share"] and max(each["micro_batches"]) <= each["largest_micro_batch"]
+        assert len(each["micro_batches"]) == each["accumulation_steps"] and each["predicted_seconds"] <= told["predicted_window_seconds"]
+    low, high = told["predicted_window_seconds_interval"]
+    assert low < told["predicted_window_seconds"] < high and told["equal_split_seconds"] > 2 * told["predicted_window_seconds"]
+    assert text.startswith("480 samples a step over 7 ranks; times are estimates\n")
+    assert f"an even split would take {told['equal_split_seconds'] * 1000:.0f} ms" in text
+    assert "note: t4 has no native bf16" in text and "without t4: " in text and "assumed: times go as 1/bandwidth" in text
+
+
+def test_more_memory_or_speed_is_more_share():
+    found = autoaccum.fleet("a100-80gb,t4", target_batch=100, **BY_HAND)
+    assert found.fleet.shares[0] > 4 * found.fleet.shares[1] > 0
+    faster = autoaccum.fleet("a100-80gb,t4", target_batch=100, **BY_HAND, flops_per_sample=1e15)
+    assert faster.fleet.shares[1] < found.fleet.shares[1] or faster.window_seconds > found.window_seconds
+
+
+def test_figures_by_hand_are_what_the_roofline_says():
+    found = autoaccum.fleet("t4", target_batch=10, **BY_HAND, parameters=100e6, flops_per_sample=1e12, bytes_per_sample=1e9, link=1e9)
+    curve = found.fleet.curves[0]
+    assert isinstance(curve, AffineCurve)
+    # fp16: 65e12 operations a second at 42 %, 320e9 bytes a second at 70 %; README of the formula: autoaccum/forecasting.py.
+    assert curve.sample_seconds == pytest.approx(1e12 / (65e12 * 0.42))
+    assert curve.step_seconds == pytest.approx(0.012 + 1e9 / (320e9 * 0.7))
+    assert curve.window_seconds == pytest.approx(2.8e9 / (320e9 * 0.7))
+    assert found.link_seconds == 0.0  # one rank
+    assert autoaccum.fleet("2*t4", target_batch=10, **BY_HAND, parameters=100e6, link=1e9).link_seconds == pytest.approx(0.4)
+
+
+def test_a_card_that_cannot_hold_one_sample_gets_none():
+    done = command("fleet", "-b", 12, "--gpus", "a100-80gb,t4", "--fixed", "1GiB", "--per-sample", "20GiB")
+    assert done.returncode == 0 and "t4 cannot hold one sample: it gets none" in done.stdout and "without t4: 592 ms, faster: leave it out" in done.stdout
+    assert "an even split does not fit" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (("-b", 12, "--gpus", "t4", "--fixed", "1GiB", "--per-sample", "20GiB"), 3, "no rank can hold one sample"),
+        (("-b", 12, "--gpus", "a100-80gb,t4", "--fixed", "16GiB", "--per-sample", "1GiB"), 3, "t4 cannot hold what is fixed: 16.0 GiB of"),
+        (("-b", 120, "--gpus", "7*t4", "--fixed", "1GiB", "--per-sample", "1GiB", "--equal"), 2, "119 and 126 do"),
+        (("-b", 120, "--gpus", "2*a100,t5", "--fixed", "1GiB", "--per-sample", "1GiB"), 2, "the nearest are a100-40gb, a100-80gb"),
+        (("-b", 120, "--gpus", "0*t4", "--fixed", "1GiB", "--per-sample", "1GiB"), 2, "how many must be a whole number, at least 1"),
+        (("-b", 120, "--gpus", "t4,,t4", "--fixed", "1GiB", "--per-sample", "1GiB"), 2, "names no card"),
+        (("-b", 120, "--gpus", "t4", "--fixed", "1GiB"), 2, "belong together"),
+        (("-b", 120, "--gpus", "t4"), 2, "fleet needs a JOB"),
+        (("-b", 120, "--gpus", "t4", "demo", "--fixed", "1GiB", "--per-sample", "1GiB"), 2, "either a JOB, or both"),
+        (
+            (
+                "-b",
+                120,
+            ),
+            2,
+            "name the cards",
+        ),
+        (("--gpus", "t4"), 2, "--target-batch"),
+        (("-b", 120, "--gpus", "-1*t4", "--fixed", "1GiB", "--per-sample", "1GiB"), 2, "how many must be a whole number"),
+        (("-b", 120, "--gpus", "t4", "--fixed", "1GiB", "--per-sample", "1GiB", "--flops-per-sample", "nan"), 2, "flops_per_sample must be a number above 0"),
+        (("-b", 120, "--gpus", "t4", "--fixed", "1GiB", "--per-sample", "1GiB", "--link", "0"), 2, "a size must be more than nothing"),
+        (("-b", 120, "--gpus", "t4", "--fixed", "1GiB", "--per-sample", "1GiB", "--parameters", "7e9"), 2, "cannot lie in 1.0 GiB of fixed bytes"),
+        (("-b", 120, "--gpus", "t4", "--fixed", "1GiB", "--per-sample", "1GiB", "--dtype", "fp8"), 2, "'fp8': it must be one of"),
+        (("-b", 120, "--gpus", "24GiB", "--fixed", "1GiB", "--per-sample", "1GiB"), 2, "nobody says how fast 24GiB is"),
+        (
+            ("-b", 120, "--gpus", "t4", "--fixed", "1GiB", "--per-sample", "1GiB", "--dtype", "bf16", "--flops-per-sample", 1e9),
+            2,
+            "nobody says how fast t4 is in bf16",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(words, code, said):
+    done = command("fleet", *words)
+    assert done.returncode == code and said in done.stderr and "Traceback" not in done.stderr and not done.stdout
+    assert document(command("fleet", *words, "--json"))["exit_code"] == code
+
+
+def test_lockstep_and_equal_plans():
+    found = autoaccum.fleet("a100-80gb,2*t4", target_batch=96, **BY_HAND, lockstep=True)
+    steps = {len(found.fleet.sizes(rank, 96)) for rank in range(3)}
+    assert len(steps) == 1 and sum(found.fleet.shares) == 96
+    free = autoaccum.fleet("a100-80gb,2*t4", target_batch=96, **BY_HAND)
+    assert free.window_seconds <= found.window_seconds and free.lockstep_seconds == pytest.approx(found.window_seconds)
+    assert autoaccum.fleet("a100-80gb,2*t4", target_batch=96, **BY_HAND, equal=True).fleet.shares == (32, 32, 32)
+
+
+def test_a_job_is_simulated_on_every_card():
+    done = command("fleet", "examples/tiny_gpt.py:make_job", "-b", 4096, "--gpus", "2*t4,a100-40gb", "-q", "--json")
+    assert done.returncode == 0, done.stderr
+    told = document(done)
+    assert sum(each["share"] for each in told["ranks"]) == 4096 and told["job"] == "examples/tiny_gpt.py:make_job"
+    assert told["ranks"][2]["largest_micro_batch"] > told["ranks"][0]["largest_micro_batch"] > 0
+
+
+def test_ranks_load_the_plan_that_was_written(tmp_path, monkeypatch):
+    path = tmp_path / "plan.json"
+    done = command(*THREE_KINDS, "-o", path)
+    assert done.returncode == 0
+    whole = Plan.load(path)  # without torchrun: to look at
+    assert whole.world_size == 7 and whole.predicted and "480 = " in str(whole)
+    json.loads(path.read_text())
+    monkeypatch.setenv("WORLD_SIZE", "7")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    parts = []
+    for rank in range(7):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.warns(UserWarning, match="the plan was made on "):
+            plan = Plan.load(path)
+        assert (plan.rank, plan.share, plan.shares) == (rank, sum(plan.micro_batches), whole.shares)
+        parts.append(plan.share)
+        assert plan.explain().startswith("480 = ")
+    assert tuple(parts) == whole.shares
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(autoaccum.PlanError, match="for 7 ranks, and torchrun started 6"):
+        Plan.load(path)
