@@ -30,7 +30,7 @@ def main(receive: int, send: int, parent: int) -> None:
     os.set_inheritable(receive, False)
     os.set_inheritable(send, False)
 
-    def tell(message: dict[str, Any]) -> None:
+    def reply(message: dict[str, Any]) -> None:
         data = json.dumps(message).encode() + b"\n"
         with lock:
             while data:
@@ -38,12 +38,12 @@ def main(receive: int, send: int, parent: int) -> None:
 
     opened = json.loads(requests.readline())
     try:
-        _serve(opened, requests, tell)
+        _serve(opened, requests, reply)
     except Exception as error:
-        tell({"error": as_document(error)})
+        reply({"error": as_document(error)})
 
 
-def _serve(opened: dict[str, Any], requests: Any, tell: Callable[[dict[str, Any]], None]) -> None:
+def _serve(opened: dict[str, Any], requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
     sys.path[:] = [*sys.path, *(each for each in opened["path"] if each not in sys.path)]
     source = Source(**{**opened["source"], "argv": tuple(opened["source"]["argv"])})
     sys.argv = [source.parts[0], *source.argv]
@@ -52,20 +52,20 @@ def _serve(opened: dict[str, Any], requests: Any, tell: Callable[[dict[str, Any]
 
     limits = Limits(**{**opened["limits"], "timeout_s": None})  # the parent holds the clock, also over a hung kernel
 
-    def say(phase: str, index: int) -> None:
-        tell({"phase": phase, "index": index})
+    def on_phase(phase: str, index: int) -> None:
+        reply({"phase": phase, "index": index})
 
     if opened["device"].startswith("virtual:"):
-        _answer(_simulation(source, opened, limits, say), requests, tell, lambda: 0)
+        _answer(_simulation(source, opened, limits, on_phase), requests, reply, lambda: 0)
         return
     device = devices.get(opened["device"])
     jobs = load(source, device=device.facts.label)
     # Nobody needs this process's weights afterwards, so trials may train them.
-    with rehearsing(jobs, device, limits, parameters=False, say=say) as rehearsal:
-        _answer(rehearsal, requests, tell, device.live_bytes)
+    with rehearsing(jobs, device, limits, parameters=False, on_phase=on_phase) as rehearsal:
+        _answer(rehearsal, requests, reply, device.live_bytes)
 
 
-def _simulation(source: Source, opened: dict[str, Any], limits: Limits, say: PhaseCallback) -> Any:
+def _simulation(source: Source, opened: dict[str, Any], limits: Limits, on_phase: PhaseCallback) -> Any:
     from autoaccum.simulate import fake_cuda, profiles, quieten_torch
     from autoaccum.virtual import simulation, without_memory
 
@@ -75,34 +75,34 @@ def _simulation(source: Source, opened: dict[str, Any], limits: Limits, say: Pha
         jobs = as_jobs(load(source, device="cpu"))
     approximate = opened["approximate"]
     if not approximate:
-        say("self-test", 0)
+        on_phase("self-test", 0)
         approximate = fake_cuda()
         if "device.index()" in approximate:
             approximate = "the job runs backward while it is built, and then CUDA tensors cannot be faked any more: leave that out of its function"
-        say("build", 0)
-    return simulation.Simulation(jobs, card, limits, approximate=approximate, say=say)
+        on_phase("build", 0)
+    return simulation.Simulation(jobs, card, limits, approximate=approximate, on_phase=on_phase)
 
 
-def _answer(rehearsal: Any, requests: Any, tell: Callable[[dict[str, Any]], None], live_bytes: Callable[[], int]) -> None:
-    tell({"answer": {"subject": rehearsal.subject().as_dict(), "enforces": rehearsal.enforces}})
+def _answer(rehearsal: Any, requests: Any, reply: Callable[[dict[str, Any]], None], live_bytes: Callable[[], int]) -> None:
+    reply({"answer": {"subject": rehearsal.subject().as_dict(), "enforces": rehearsal.enforces}})
     for line in requests:
         asked = json.loads(line)
         verb = asked.pop("do")
         if verb == "budget":
-            tell({"answer": asdict(rehearsal.budget(**asked))})
+            reply({"answer": asdict(rehearsal.budget(**asked))})
         elif verb == "compare":
             found = rehearsal.compare(**asked)
-            tell({"answer": found and found.as_dict()})
+            reply({"answer": found and found.as_dict()})
         elif verb == "conditions":
-            tell({"answer": asdict(rehearsal.conditions())})
+            reply({"answer": asdict(rehearsal.conditions())})
         elif verb in ("estimate", "tape"):
-            tell({"answer": getattr(rehearsal, verb + "d")(**asked)})
+            reply({"answer": getattr(rehearsal, verb + "d")(**asked)})
         else:
             held_before = live_bytes()
             reading = rehearsal.measure(**asked)
             # After an out-of-memory, proof that it all came back; the parent replaces a process that kept some.
             clean = reading.fits or (live_bytes() <= held_before + 64 * MIB and not reading.doubtful)
-            tell({"answer": {**reading.as_dict(), "clean": clean}})
+            reply({"answer": {**reading.as_dict(), "clean": clean}})
 
 
 if __name__ == "__main__":

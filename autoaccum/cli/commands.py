@@ -194,9 +194,13 @@ def estimate(
     if timeline is not None and timeline.suffix != ".pickle":
         pictures.ready(timeline)
     names = profiles.names() if all_gpus else list(gpus)
-    wish = Request(target_batch, None, headroom, max_micro_batch, equal)
+    request = Request(target_batch, None, headroom, max_micro_batch, equal)
     found = estimate_source(
-        parse_source(job, settings, rest or ()), wish, names, said=write_nothing if quiet else write_stderr, timeline=gpus[0] if timeline is not None else None
+        parse_source(job, settings, rest or ()),
+        request,
+        names,
+        on_output=write_nothing if quiet else write_stderr,
+        timeline=gpus[0] if timeline is not None else None,
     )
     click.echo(report.as_json(found.as_dict()) if as_json else found.explain())
     if output is not None:
@@ -256,7 +260,7 @@ def fleet(
     if job is None and not by_hand:
         raise UsageError("fleet needs a JOB whose memory is simulated, or --fixed SIZE and --per-sample SIZE (say `demo` as JOB for the built-in demo)")
     origin = None if job is None else parse_source(job, settings, rest or ())
-    found = forecaster.fleet(gpus, target_batch=target_batch, job=origin, said=write_nothing if quiet else write_stderr, **given)
+    found = forecaster.fleet(gpus, target_batch=target_batch, job=origin, on_output=write_nothing if quiet else write_stderr, **given)
     click.echo(report.as_json(found.as_dict()) if as_json else found.explain())
     if output is not None:
         found.plan().save(output)

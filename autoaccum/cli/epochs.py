@@ -39,7 +39,7 @@ def train(
     epochs: int,
     memory_limit: int | str | None = None,
     virtual: str | None = None,
-    say: Callable[[str], None] = print,
+    on_output: Callable[[str], None] = print,
 ) -> Iterator[Epoch]:
     """Trains the job as planned and yields each epoch when it has ended.
 
@@ -56,7 +56,7 @@ def train(
         jobs = [replace(each, loss=partial(_on_the_card, each.loss)) for each in as_jobs(jobs)]
     loop, job = Accumulator(jobs, plan), as_jobs(jobs)[0]
     if job.data is None:
-        say(f"the job has no data=...: training on its batch alone, {plan.share} samples a step\n")
+        on_output(f"the job has no data=...: training on its batch alone, {plan.share} samples a step\n")
     elif _is_dataset(job.data) and len(job.data) < plan.share:
         raise PlanError(f"the job's data has {len(job.data)} samples, fewer than the target batch of {plan.share}: choose a smaller one")
     limit = parse_size(memory_limit) if memory_limit is not None else None

@@ -59,7 +59,7 @@ class CallOptions:
             pictures.ready(plot)
             writable(plot, "--plot")
         self.virtual = device.removeprefix("virtual:") if device.startswith("virtual:") else None
-        self.wish = Request(
+        self.request = Request(
             target_batch, memory_limit, headroom, max_micro_batch, equal or form in framework_arguments.FORMATS, largest, timeout, objective=objective
         )
         if output is not None:
@@ -90,18 +90,18 @@ class CallOptions:
         if self.command:
             self.alone("a command is tried in one process", "run autoaccum without torchrun")
         with self._talking() as talk:
-            return tune_command(self.command, self.wish, **talk) if self.command else tune_source(self.source, self.wish, cache=self.cache, **talk)
+            return tune_command(self.command, self.request, **talk) if self.command else tune_source(self.source, self.request, cache=self.cache, **talk)
 
     def checked(self, micro_batch: int) -> Plan:
         self.alone("check rehearses on one device", "run it without torchrun")
         if micro_batch < 1:
             raise UsageError(f"--micro-batch must be at least 1, not {micro_batch}")
-        if self.wish.largest or (self.wish.max_micro_batch or micro_batch) < micro_batch:
+        if self.request.largest or (self.request.max_micro_batch or micro_batch) < micro_batch:
             raise UsageError(f"check rehearses the one size {micro_batch}: leave --largest and a smaller --max-micro-batch out")
         with self._talking() as talk:
             if self.command:
-                return check_command(self.command, micro_batch, self.wish, **talk)
-            return check_source(self.source, micro_batch, self.wish, **talk)
+                return check_command(self.command, micro_batch, self.request, **talk)
+            return check_source(self.source, micro_batch, self.request, **talk)
 
     def answer(self, planned: Plan, found: Equivalence | None = None) -> None:
         if planned.rank:
@@ -130,7 +130,7 @@ class CallOptions:
             raise UsageError("--equivalence needs values, and a simulated card has none: ask with --device cpu")
         if self.command:
             raise UsageError("--equivalence needs a JOB that builds the model: a command's loss is out of reach")
-        return compare_source(self.source, self.wish, device=self.device, said=write_nothing if self.quiet else write_stderr)
+        return compare_source(self.source, self.request, device=self.device, on_output=write_nothing if self.quiet else write_stderr)
 
     def compared(self) -> None:
         if self.output is not None or self.plot is not None or self.form not in ("text", "json"):
@@ -152,7 +152,12 @@ class CallOptions:
         run = []
         with _stdout_for_us() as answer:
             for epoch in train(
-                self.source, planned, epochs=epochs, memory_limit=self.memory_limit, virtual=self.virtual, say=write_nothing if self.quiet else write_stderr
+                self.source,
+                planned,
+                epochs=epochs,
+                memory_limit=self.memory_limit,
+                virtual=self.virtual,
+                on_output=write_nothing if self.quiet else write_stderr,
             ):
                 run.append(epoch)
                 if self.form == "text":

@@ -32,7 +32,7 @@ def needed(package: str, extra: str) -> Any:
         raise MissingExtra(f"{package} is not installed: pip install 'autoaccum[{extra}]'") from None
 
 
-def not_remembered(wish: dict[str, Any]) -> None:
+def not_remembered(request: dict[str, Any]) -> None:
     """Raises `UsageError` for `cache=True`: what a framework's settings change is not among what readings are kept by."""
-    if wish.get("cache"):
+    if request.get("cache"):
         raise UsageError("readings of a framework's own loop are not remembered, because its settings are not known here: leave cache=True out")

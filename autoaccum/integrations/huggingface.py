@@ -25,7 +25,7 @@ from autoaccum.tuner import tune as tune_in_place
 from autoaccum.window import IGNORED, Job, RngState, predicts_next
 
 
-def tune(trainer: Any, *, target_batch: int, max_length: int | None = None, length: lengths.Length | None = None, batch: Any = None, **wish: Any) -> Plan:
+def tune(trainer: Any, *, target_batch: int, max_length: int | None = None, length: lengths.Length | None = None, batch: Any = None, **request: Any) -> Plan:
     """The plan for a `transformers.Trainer`, which comes back as it was: its model, its arguments, its random numbers.
 
     Rehearsed as the Trainer trains: its `compute_loss`, collator, optimizer, precision, clipping and activation checkpointing.
@@ -35,10 +35,10 @@ def tune(trainer: Any, *, target_batch: int, max_length: int | None = None, leng
     Raises `UsageError` for a Trainer that cannot be rehearsed in this process, and what `autoaccum.tune` raises.
     """
     needed("transformers", "huggingface")
-    not_remembered(wish)
+    not_remembered(request)
     _check(trainer)
     if trainer.args.world_size > 1:
-        wish = {**wish, "equal": True}
+        request = {**request, "equal": True}
     drawn = RngState(trainer.args.device)
     drawn.note()
     try:
@@ -53,7 +53,7 @@ def tune(trainer: Any, *, target_batch: int, max_length: int | None = None, leng
                 max_grad_norm=trainer.args.max_grad_norm or None,
             )
             # Hints tell those who have to write the numbers down what to do about unequal ones; `apply` runs them.
-            return replace(tune_in_place(job, target_batch=target_batch, **wish), hints=())
+            return replace(tune_in_place(job, target_batch=target_batch, **request), hints=())
     finally:
         drawn.put_back()
 

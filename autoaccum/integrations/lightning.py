@@ -46,12 +46,12 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
     Raises `UsageError` for manual optimization, several loaders, sharding strategies, and limits that end inside a window.
     """
 
-    def __init__(self, target_batch: int, *, batch: Any = None, plan: Plan | None = None, **wish: Any) -> None:
+    def __init__(self, target_batch: int, *, batch: Any = None, plan: Plan | None = None, **request: Any) -> None:
         Request(target_batch)  # what cannot be used is told before anything is built
-        refuse_unknown_keywords(wish, tune_in_place)
+        refuse_unknown_keywords(request, tune_in_place)
         if plan is not None and plan.target_batch != target_batch:
             raise UsageError(f"the plan is for a target batch of {plan.target_batch}, not {target_batch}")
-        self.target_batch, self.plan, self._batch, self._wish, self._given = target_batch, plan, batch, wish, plan
+        self.target_batch, self.plan, self._batch, self._wish, self._given = target_batch, plan, batch, request, plan
         self._weights: deque[float] = deque()
         self._weight = 1.0
         self._undo: list[Callable[[], object]] = []
@@ -154,7 +154,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             raise UsageError("BatchSizeFinder and GradientAccumulationScheduler change what EffectiveBatch keeps together: leave them out")
 
     def _tuned(self, trainer: Any, pl_module: Any, loader: DataLoader[Any]) -> Plan:
-        wish = {**self._wish, "equal": True} if trainer.world_size > 1 else self._wish
+        request = {**self._wish, "equal": True} if trainer.world_size > 1 else self._wish
         drawn = RngState(pl_module.device)
         drawn.note()
         try:
@@ -169,7 +169,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
                     scaler=getattr(trainer.precision_plugin, "scaler", None),
                     max_grad_norm=clips or None,
                 )
-                return replace(tune_in_place(job, target_batch=self.target_batch, **wish), hints=())
+                return replace(tune_in_place(job, target_batch=self.target_batch, **request), hints=())
         finally:
             drawn.put_back()
 

@@ -273,9 +273,9 @@ class Accumulator:
 
 
 def _watched(attempt: Callable[..., WindowResult]) -> Callable[..., WindowResult]:
-    def watched(cut: Cut, *, say: PhaseCallback, **given: Any) -> WindowResult:
-        with optimizer_step.only_we_step(say) as heard:
-            return attempt(cut, say=heard, **given)
+    def watched(cut: Cut, *, on_phase: PhaseCallback, **given: Any) -> WindowResult:
+        with optimizer_step.only_we_step(on_phase) as heard:
+            return attempt(cut, on_phase=heard, **given)
 
     return watched
 

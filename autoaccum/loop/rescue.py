@@ -30,7 +30,7 @@ Sizes = Callable[[int], Sequence[int]]  # a window's micro-batches, none larger 
 class Attempt(Protocol):
     """Runs a window's micro-batches, and says where it is."""
 
-    def __call__(self, cut: Cut, *, say: PhaseCallback) -> WindowResult: ...
+    def __call__(self, cut: Cut, *, on_phase: PhaseCallback) -> WindowResult: ...
 
 
 _BALLAST_BYTES = 16 * MIB
@@ -113,7 +113,7 @@ class Rescuer:
             votes: int | None = None  # what the other ranks wait to hear of this one
             others: VoidWindow | None = None
             try:
-                ran = attempt(cut, say=self._say)
+                ran = attempt(cut, on_phase=self._on_phase)
             except VoidWindow as void:
                 others = void
                 forget(void, self._jobs, outside)
@@ -215,7 +215,7 @@ class Rescuer:
             left_bytes = min(self._plan.budget_bytes + self._plan.headroom_bytes - live_bytes, free_bytes)
         return oom.is_oom(error, left_bytes=left_bytes, taken_bytes=live_bytes - self._held_bytes, outside=outside)
 
-    def _say(self, phase: str, index: int) -> None:
+    def _on_phase(self, phase: str, index: int) -> None:
         self._phase, self._index = phase, index
 
 

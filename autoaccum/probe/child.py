@@ -40,13 +40,15 @@ class _Died(Exception):
 class Child:
     """A `reading.Rehearser` whose trials run in a child process. A context manager.
 
-    said: called with what the job prints (text). say: as in a trial, for live progress.
+    on_output: called with what the job prints (text). on_phase: called with each phase, for live progress.
     Raises `JobFailed` for what the job's own code raised, and the errors of `job.load`.
     """
 
-    def __init__(self, source: Source, device: str, limits: Limits, *, say: PhaseCallback | None = None, said: Callable[[str], None] | None = None) -> None:
+    def __init__(
+        self, source: Source, device: str, limits: Limits, *, on_phase: PhaseCallback | None = None, on_output: Callable[[str], None] | None = None
+    ) -> None:
         self._source, self._device, self._limits = source, device, limits
-        self._say, self._said = say, said or _to_stderr
+        self._on_phase, self._on_output = on_phase, on_output or _to_stderr
         self._phase = "build"
         self._tail = ""
         self._approximate = ""
@@ -209,8 +211,8 @@ class Child:
             message = self._line(deadline)
             if "phase" in message:
                 self._phase = message["phase"]
-                if self._say is not None:
-                    self._say(message["phase"], message["index"])
+                if self._on_phase is not None:
+                    self._on_phase(message["phase"], message["index"])
             elif "error" in message:
                 raise from_document(message["error"])
             else:
@@ -245,7 +247,7 @@ class Child:
             while chunk := os.read(output.fileno(), 65536):
                 text = chunk.decode(errors="replace")
                 self._tail = (self._tail + text)[-4000:]
-                self._said(text)
+                self._on_output(text)
 
 
 def _to_stderr(text: str) -> None:

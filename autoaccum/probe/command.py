@@ -73,8 +73,8 @@ class Command:
     said: called with what the command prints. Raises `JobFailed` where it fails for another reason than memory.
     """
 
-    def __init__(self, template: Template, device: str, limits: Limits, *, said: Callable[[str], None]) -> None:
-        self._template, self._limits, self._said = template, limits, said
+    def __init__(self, template: Template, device: str, limits: Limits, *, on_output: Callable[[str], None]) -> None:
+        self._template, self._limits, self._on_output = template, limits, on_output
         self._facts, self._memory = _device(device)
         self._peaks: dict[int, int] = {}
         self.enforces = LINUX or self._facts.kind == "cuda"
@@ -206,7 +206,7 @@ class Command:
                 kept.append(text)
                 if sum(map(len, kept)) > 4 * _KEPT_OUTPUT:
                     kept[:] = ["".join(kept)[-_KEPT_OUTPUT:]]
-                self._said(text)
+                self._on_output(text)
 
 
 def _device(label: str) -> tuple[Facts, Memory]:

@@ -16,14 +16,14 @@ COMPARED_SAMPLES = 8  # enough to tell weights apart, few enough to cost nothing
 class Limits:
     """What the user allows: a memory limit in bytes, headroom as given, seconds per trial.
 
-    among: how many ranks of the job share the device's free memory, this one included. buckets: True where the model will be
+    sharing_ranks: how many ranks of the job share the device's free memory, this one included. buckets: True where the model will be
     wrapped in DistributedDataParallel, whose copy of the gradients is kept free.
     """
 
     memory_bytes: int | None = None
     headroom: str | int = "3%"
     timeout_s: float | None = None
-    among: int = 1
+    sharing_ranks: int = 1
     buckets: bool = False
 
     def timeout_of(self, steps: int, *, full: bool, windows: int = 2) -> float | None:

@@ -31,15 +31,15 @@ class Rehearsal:
         limits: Limits,
         *,
         enforce: bool,
-        say: PhaseCallback | None,
+        on_phase: PhaseCallback | None,
     ) -> None:
-        self._jobs, self._device, self._kept, self._interrupts, self._limits, self._say = jobs, device, kept, interrupts, limits, say
+        self._jobs, self._device, self._kept, self._interrupts, self._limits, self._on_phase = jobs, device, kept, interrupts, limits, on_phase
         # Held for the trials' own sake: copies, where they sit in the measured memory, and earlier gradients.
         self._aside_bytes = kept.gradient_bytes + (kept.host_bytes if device.shared_with_host else 0)
         self._floor_bytes = device.held_bytes() - self._aside_bytes
         # Of a device that ranks share, this one's part of what was free before the first trial.
-        memory = device.memory(who=False) if limits.among > 1 else None
-        self._part_bytes = None if memory is None or memory.binding_limit == RLIMIT else memory.ours_bytes + memory.free_bytes // limits.among
+        memory = device.memory(who=False) if limits.sharing_ranks > 1 else None
+        self._part_bytes = None if memory is None or memory.binding_limit == RLIMIT else memory.ours_bytes + memory.free_bytes // limits.sharing_ranks
         self._bucket_bytes = gradient_bytes(jobs) if limits.buckets else 0
         # False where nothing stops a trial that is too big: then only what is predicted to fit may run.
         self.enforces = enforce and device.enforces
@@ -90,7 +90,7 @@ class Rehearsal:
                     enforce=self.enforces,
                     aside_bytes=self._aside_bytes,
                     timeout_s=self._limits.timeout_of(len(micro_batches), full=full, windows=windows),
-                    say=self._say,
+                    on_phase=self._on_phase,
                 )
         finally:
             self._kept.rewind()
@@ -123,7 +123,7 @@ def rehearsing(
     *,
     parameters: bool = True,
     enforce: bool = True,
-    say: PhaseCallback | None = None,
+    on_phase: PhaseCallback | None = None,
 ) -> Iterator[Rehearsal]:
     """Trials inside, and afterwards all is as it was.
 
@@ -135,7 +135,7 @@ def rehearsing(
         try:
             jobs = as_jobs(jobs)
             with preserved(jobs, parameters=parameters) as (kept, interrupts):
-                yield Rehearsal(jobs, device, kept, interrupts, limits, enforce=enforce, say=say)
+                yield Rehearsal(jobs, device, kept, interrupts, limits, enforce=enforce, on_phase=on_phase)
         finally:
             device.release()
 

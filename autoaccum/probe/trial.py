@@ -34,18 +34,18 @@ class _Tell:
     In one process a clock can only be looked at between phases; a kernel that hangs needs a child process.
     """
 
-    def __init__(self, watch: Watch, say: PhaseCallback | None, timeout_s: float | None) -> None:
+    def __init__(self, watch: Watch, on_phase: PhaseCallback | None, timeout_s: float | None) -> None:
         self.phase = "batch"
         self.activation_bytes: int | None = None
-        self._watch, self._say = watch, say
+        self._watch, self._on_phase = watch, on_phase
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
 
     def __call__(self, phase: str, index: int) -> None:
         self.phase = phase
         if phase == "clip":
             self.activation_bytes = self._watch.lap_bytes()
-        if self._say is not None:
-            self._say(phase, index)
+        if self._on_phase is not None:
+            self._on_phase(phase, index)
         if self._deadline is not None and time.monotonic() > self._deadline:
             raise _TimedOut
 
@@ -61,7 +61,7 @@ def measure(
     enforce: bool = True,
     aside_bytes: int = 0,
     timeout_s: float | None = None,
-    say: PhaseCallback | None = None,
+    on_phase: PhaseCallback | None = None,
 ) -> Reading:
     """Runs one trial of the window `micro_batches` (largest first) and says how it went.
 
@@ -83,7 +83,7 @@ def measure(
     outcome: Outcome = "fits"
     started = time.perf_counter()
     with device.watch() as watch:
-        tell = _Tell(watch, say, timeout_s)
+        tell = _Tell(watch, on_phase, timeout_s)
         try:
             # A compiled model would be compiled anew for every size that is tried: the search runs it as it was
             # written, and only what confirms compiles. Compilers inherit a memory limit, so this comes first.
@@ -154,7 +154,7 @@ def _window(jobs: Sequence[Job], device: Device, batch: Any, sizes: Sequence[int
     """One window of every job, and the seconds with the device idle before and after."""
     device.synchronize()
     started = time.perf_counter()
-    with optimizer_step.only_we_step(tell) as say:
+    with optimizer_step.only_we_step(tell) as on_phase:
         ran = [
             accumulation.run(
                 job,
@@ -163,7 +163,7 @@ def _window(jobs: Sequence[Job], device: Device, batch: Any, sizes: Sequence[int
                 samples=sum(sizes),
                 device=job.device,
                 scaler=scaler,
-                say=say,
+                on_phase=on_phase,
             )
             for job, scaler in zip(jobs, scalers)
         ]

@@ -62,7 +62,7 @@ class Tracer(TorchDispatchMode):
 
     # -- what the caller tells --
 
-    def say(self, phase: str, index: int) -> None:
+    def on_phase(self, phase: str, index: int) -> None:
         """A `reading.Say`: the window's phases."""
         self.phase, self.piece = phase, index
         self.tape.mark(phase, self.window, index)

@@ -19,8 +19,8 @@ from autoaccum.version import __version__
 
 def assemble_plan(
     rehearsal: Rehearser,
-    wish: Request,
-    tell: TrialLog,
+    request: Request,
+    trials: TrialLog,
     label: str,
     found: search.SearchResult,
     confirmed: Reading | None,
@@ -40,23 +40,23 @@ def assemble_plan(
     memory = budget.memory
     most = max(sizes, default=0)
     return Plan(
-        target_batch=wish.target_batch,
+        target_batch=request.target_batch,
         micro_batch=most,
         accumulation_steps=len(sizes),
         micro_batches=sizes,
-        share=wish.target_batch,
-        shares=(wish.target_batch,),
+        share=request.target_batch,
+        shares=(request.target_batch,),
         rank=0,
         world_size=1,
-        largest_fit=max((each.micro_batch for each in tell.tried if each.fits and each.micro_batch not in tell.refused), default=most),
-        smallest_refused=min((each.micro_batch for each in tell.tried if not each.fits and each.micro_batch > most), default=None),
+        largest_fit=max((each.micro_batch for each in trials.readings if each.fits and each.micro_batch not in trials.refused), default=most),
+        smallest_refused=min((each.micro_batch for each in trials.readings if not each.fits and each.micro_batch > most), default=None),
         device=PlannedDevice(subject.device.kind, subject.device.name, subject.device.uuid, memory.total_bytes, memory.free_bytes, subject.device.index),
         shapes=(confirmed.shapes if confirmed is not None else None) or {},
         budget_bytes=budget.budget_bytes,
         peak_bytes=confirmed.peak_bytes if confirmed is not None else None,
         outside_bytes=memory.outside_bytes,
         headroom_bytes=budget.headroom_bytes,
-        samples_per_second=wish.target_batch / confirmed.window_seconds if confirmed is not None and confirmed.window_seconds else None,
+        samples_per_second=request.target_batch / confirmed.window_seconds if confirmed is not None and confirmed.window_seconds else None,
         trials=tuple(
             TrialRecord(
                 each.micro_batch,
@@ -67,11 +67,11 @@ def assemble_plan(
                 round(each.seconds, 4),
                 each.cached,
                 each.full,
-                _rate(each, wish.target_batch),
+                _rate(each, request.target_batch),
             )
-            for each in tell.tried
+            for each in trials.readings
         ),
-        objective=wish.objective,
+        objective=request.objective,
         seconds=round(time.monotonic() - started, 4),
         versions=versions(),
         job_fingerprint=subject.fingerprint,
@@ -80,13 +80,13 @@ def assemble_plan(
         predicted=subject.predicted,
         predicted_refusal=found.predicted_refusal,
         arithmetic=budget_terms(budget),
-        warnings=_warnings(rehearsal, wish, tell, sizes, budget, remarked),
+        warnings=_warnings(rehearsal, request, trials, sizes, budget, remarked),
         hints=tuple(
             hints(
                 found,
                 sizes,
-                equal=wish.equal,
-                most_allowed=wish.max_micro_batch,
+                equal=request.equal,
+                most_allowed=request.max_micro_batch,
                 smallest=2 if subject.batch_norms else 1,
                 for_command=isinstance(rehearsal, Command),
                 equal_is="equal=True" if label == "in place" else "--equal",
@@ -98,22 +98,24 @@ def assemble_plan(
     )
 
 
-def _warnings(rehearsal: Rehearser, wish: Request, tell: TrialLog, sizes: tuple[int, ...], budget: Budget, remarked: tuple[str, ...]) -> tuple[str, ...]:
+def _warnings(rehearsal: Rehearser, request: Request, trials: TrialLog, sizes: tuple[int, ...], budget: Budget, remarked: tuple[str, ...]) -> tuple[str, ...]:
     subject = rehearsal.subject()
     unequal = compared(rehearsal, max(sizes)) if sizes else ()
-    remarks = dict.fromkeys(remark for reading in tell.tried for remark in reading.remarks)
-    said = [*subject.remarks, *remarked, *remarks]
+    remarks = dict.fromkeys(remark for reading in trials.readings for remark in reading.remarks)
+    messages = [*subject.remarks, *remarked, *remarks]
     if subject.batch_norms and len(sizes) > 1:
         shown = ", ".join(subject.batch_norms[:3]) + (" and more" if len(subject.batch_norms) > 3 else "")
-        said.append(
-            f"BatchNorm ({shown}) sees micro-batches of {sizes[0]}, not the whole batch of {wish.target_batch}: its statistics differ from one big batch"
+        messages.append(
+            f"BatchNorm ({shown}) sees micro-batches of {sizes[0]}, not the whole batch of {request.target_batch}: its statistics differ from one big batch"
         )
         if sizes[0] == 2:
-            said.append("an odd last window leaves one sample alone, which BatchNorm may refuse: plan.windows(loader, drop_last=True) leaves that window out")
-    said += unequal
+            messages.append(
+                "an odd last window leaves one sample alone, which BatchNorm may refuse: plan.windows(loader, drop_last=True) leaves that window out"
+            )
+    messages += unequal
     if budget.memory.outside_bytes is None and budget.cap_bytes is not None:
-        said.append(f"nobody said what the driver's context takes of the limit: {in_words(ASSUMED_OUTSIDE)} were assumed")
-    return tuple(said)
+        messages.append(f"nobody said what the driver's context takes of the limit: {in_words(ASSUMED_OUTSIDE)} were assumed")
+    return tuple(messages)
 
 
 def _rate(reading: Reading, target: int) -> float | None:

@@ -14,49 +14,49 @@ from autoaccum.tuner.one_device import nothing_fits, unlimited
 from autoaccum.tuner.trial_log import TrialLog
 
 
-def tune_command(words: Sequence[str], wish: Request, *, device: str = "auto", progress: Progress | None = None, said: Callable[[str], None]) -> Plan:
+def tune_command(words: Sequence[str], request: Request, *, device: str = "auto", progress: Progress | None = None, on_output: Callable[[str], None]) -> Plan:
     """As `tune`, for a command that takes `{micro_batch}` and `{accumulation_steps}`: equal micro-batches, fewest steps.
 
     Raises `JobFailed` where the command fails for another reason than memory.
     """
-    if wish.objective == "throughput":
+    if request.objective == "throughput":
         raise UsageError("--objective throughput times windows, and of a command only the whole run can be timed, its start included: leave it out")
-    template, tell, started = Template(tuple(words)), TrialLog(progress), time.monotonic()
-    wish = replace(wish, equal=True)
-    with Command(template, device, wish.limits, said=said) as command:
+    template, trials, started = Template(tuple(words)), TrialLog(progress), time.monotonic()
+    request = replace(request, equal=True)
+    with Command(template, device, request.limits, on_output=on_output) as command:
         budget = refusals.enough(command.budget())
-        target = wish.target_batch
-        candidates = arithmetic.candidate_sizes(target, most=wish.max_micro_batch, equal=True)
+        target = request.target_batch
+        candidates = arithmetic.candidate_sizes(target, most=request.max_micro_batch, equal=True)
 
         def fits(micro_batch: int, steps: int) -> Reading:
-            return tell.measured(command, arithmetic.micro_batches(target, steps))
+            return trials.measure(command, arithmetic.micro_batches(target, steps))
 
         # Not from one sample on: a script in micro-batches of one is the slowest run there is.
         found = search.largest(fits, target, candidates, budget_bytes=lambda: budget.budget_bytes, daring=command.enforces, start=max(target // 16, 1))
         if not found.micro_batch:
-            raise nothing_fits(command, tell, candidates[0], target, budget)
+            raise nothing_fits(command, trials, candidates[0], target, budget)
         sizes = arithmetic.micro_batches(target, found.accumulation_steps)
-        confirmed = next(each for each in tell.tried if each.micro_batch == found.micro_batch)
-        return assemble_plan(command, wish, tell, str(template), found, confirmed, sizes, budget, started, ())
+        confirmed = next(each for each in trials.readings if each.micro_batch == found.micro_batch)
+        return assemble_plan(command, request, trials, str(template), found, confirmed, sizes, budget, started, ())
 
 
 def check_command(
-    words: Sequence[str], micro_batch: int, wish: Request, *, device: str = "auto", progress: Progress | None = None, said: Callable[[str], None]
+    words: Sequence[str], micro_batch: int, request: Request, *, device: str = "auto", progress: Progress | None = None, on_output: Callable[[str], None]
 ) -> Plan:
     """Runs the command once at one given size. Raises `OutOfMemory` where it does not fit."""
-    if wish.target_batch % micro_batch:
-        raise UsageError(f"a command runs equal micro-batches: {micro_batch} does not divide a target batch of {wish.target_batch}")
-    template, tell, started = Template(tuple(words)), TrialLog(progress), time.monotonic()
-    with Command(template, device, wish.limits, said=said) as command:
+    if request.target_batch % micro_batch:
+        raise UsageError(f"a command runs equal micro-batches: {micro_batch} does not divide a target batch of {request.target_batch}")
+    template, trials, started = Template(tuple(words)), TrialLog(progress), time.monotonic()
+    with Command(template, device, request.limits, on_output=on_output) as command:
         budget = refusals.enough(command.budget())
-        sizes = arithmetic.micro_batches(wish.target_batch, wish.target_batch // micro_batch)
-        reading = tell.measured(command, sizes)
+        sizes = arithmetic.micro_batches(request.target_batch, request.target_batch // micro_batch)
+        reading = trials.measure(command, sizes)
         if not reading.fits:
-            raise refusals.too_big(reading, sizes, unlimited(command, tell, reading, sizes, budget), budget)
+            raise refusals.too_big(reading, sizes, unlimited(command, trials, reading, sizes, budget), budget)
         return assemble_plan(
             command,
-            wish,
-            tell,
+            request,
+            trials,
             str(template),
             search.SearchResult(micro_batch, len(sizes), micro_batch, None),
             reading,

@@ -80,43 +80,43 @@ def tune(
         rehearsed = as_jobs(model)
     else:
         rehearsed = (Job(model, optimizer, loss, batch, **job),)
-    wish = Request(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout_s, lockstep, objective)
+    request = Request(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout_s, lockstep, objective)
     where = _where(rehearsed[0], None if device is None else str(device))
     # In place, on a CPU, an enforced limit is also in the way of threads that other code starts meanwhile:
     # only who asked for one gets it. Without, only sizes that are predicted to fit are run.
-    enforce = where.facts.kind != "cpu" or wish.memory_limit is not None
-    tell, idle = TrialLog(plain if progress is True else progress or None), _idle_gpu(where.facts.kind)
+    enforce = where.facts.kind != "cpu" or request.memory_limit is not None
+    trials, idle = TrialLog(plain if progress is True else progress or None), _idle_gpu(where.facts.kind)
     others = ranks.here(_group(rehearsed), rank_timeout_s)
     if others is not None and cache:
         raise UsageError("cache=True is for one device: over ranks all rehearse at the same moments, so leave it out")
-    refuse_throughput_over_ranks(wish, others is not None)
+    refuse_throughput_over_ranks(request, others is not None)
     if lengths is not None:
         if others is not None:
             raise UsageError("lengths= is for one device: over ranks leave it out, and measure with the longest samples")
-        return _per_length(rehearsed, where, wish, lengths, tell, idle, enforce=enforce, cache=cache)
+        return _per_length(rehearsed, where, request, lengths, trials, idle, enforce=enforce, cache=cache)
     if others is None:
-        with rehearsing(rehearsed, where, wish.limits, enforce=enforce, say=tell.phase) as rehearsal:
-            found = tune_one_device(rehearsal, wish, tell, "in place", idle, reading_cache(rehearsal, "in place") if cache else None)
+        with rehearsing(rehearsed, where, request.limits, enforce=enforce, on_phase=trials.phase) as rehearsal:
+            found = tune_one_device(rehearsal, request, trials, "in place", idle, reading_cache(rehearsal, "in place") if cache else None)
     else:
         alone = tuple(_without_engine(each) for each in rehearsed)
         _met_on(rehearsed[0])
         facts = where.facts
-        limits, shared = all_ranks.shared_limits(wish, others, (facts.kind, facts.uuid, facts.index), buckets=alone[0].model is rehearsed[0].model)
-        with rehearsing(alone, where, limits, enforce=enforce, say=tell.phase) as rehearsal:
-            found = all_ranks.tune_all_ranks(rehearsal, wish, tell, "in place", others, (*idle, *shared))
+        limits, shared = all_ranks.shared_limits(request, others, (facts.kind, facts.uuid, facts.index), buckets=alone[0].model is rehearsed[0].model)
+        with rehearsing(alone, where, limits, enforce=enforce, on_phase=trials.phase) as rehearsal:
+            found = all_ranks.tune_all_ranks(rehearsal, request, trials, "in place", others, (*idle, *shared))
     told = [] if others is None else others.gathered(found.warnings, "warning")[: others.rank]
-    for said in found.warnings:
-        if not any(said in each for each in told):  # once, not once by every rank
-            warnings.warn(said, stacklevel=2)
+    for messages in found.warnings:
+        if not any(messages in each for each in told):  # once, not once by every rank
+            warnings.warn(messages, stacklevel=2)
     return found
 
 
 def _per_length(
     rehearsed: tuple[Job, ...],
     where: devices.Device,
-    wish: Request,
+    request: Request,
     lengths: Sequence[int],
-    tell: TrialLog,
+    trials: TrialLog,
     idle: tuple[str, ...],
     *,
     enforce: bool,
@@ -131,19 +131,21 @@ def _per_length(
     batch = AtLength(rehearsed[0].batch)
     jobs = (replace(rehearsed[0], batch=batch), *rehearsed[1:])
     plans: list[tuple[int, Plan]] = []
-    with rehearsing(jobs, where, wish.limits, enforce=enforce, say=tell.phase) as rehearsal:
+    with rehearsing(jobs, where, request.limits, enforce=enforce, on_phase=trials.phase) as rehearsal:
         fitted: list[Reading] = []
         start = 1
         for length, shorter in zip(wanted, [*wanted[1:], wanted[-1]]):
             batch.length = length
-            found = tune_one_device(rehearsal, wish, tell, "in place", idle, reading_cache(rehearsal, "in place") if cache else None, known=fitted, start=start)
+            found = tune_one_device(
+                rehearsal, request, trials, "in place", idle, reading_cache(rehearsal, "in place") if cache else None, known=fitted, start=start
+            )
             plans.append((length, found))
             # Of a longer sample's reading only that it fits says something of a shorter one.
-            fitted += [replace(each, peak_bytes=None, activation_bytes=None, base_bytes=None) for each in tell.tried if each.fits]
+            fitted += [replace(each, peak_bytes=None, activation_bytes=None, base_bytes=None) for each in trials.readings if each.fits]
             start = max(found.micro_batch * length // shorter, 1)
-            tell = tell.again()
-    for said in dict.fromkeys(said for _, found in plans for said in found.warnings):
-        warnings.warn(said, stacklevel=3)
+            trials = trials.again()
+    for messages in dict.fromkeys(messages for _, found in plans for messages in found.warnings):
+        warnings.warn(messages, stacklevel=3)
     return replace(plans[0][1], per_length=tuple(plans[::-1]))
 
 

@@ -20,23 +20,23 @@ from autoaccum.window import Source, parse_source
 
 def tune_source(
     where: Source | str | None,
-    wish: Request,
+    request: Request,
     *,
     device: str = "auto",
     cache: bool = False,
     progress: Progress | None = None,
-    said: Callable[[str], None] | None = None,
+    on_output: Callable[[str], None] | None = None,
 ) -> Plan:
     """As `tune`, for a job that a file builds, in a child process of its own. `said` gets what the job prints."""
     origin = where if isinstance(where, Source) else parse_source(where)
-    refuse_throughput_over_ranks(wish, launched() is not None)
+    refuse_throughput_over_ranks(request, launched() is not None)
     if launched() is not None:
-        return _tuned_with_ranks(origin, wish, device, progress, said)
-    with _child(origin, wish, device, progress, said) as (child, tell, label):
-        return tune_one_device(child, wish, tell, label, (), reading_cache(child, label, origin) if cache else None)
+        return _tuned_with_ranks(origin, request, device, progress, on_output)
+    with _child(origin, request, device, progress, on_output) as (child, trials, label):
+        return tune_one_device(child, request, trials, label, (), reading_cache(child, label, origin) if cache else None)
 
 
-def _tuned_with_ranks(where: Source | str | None, wish: Request, device: str, progress: Progress | None, said: Callable[[str], None] | None) -> Plan:
+def _tuned_with_ranks(where: Source | str | None, request: Request, device: str, progress: Progress | None, on_output: Callable[[str], None] | None) -> Plan:
     """Every rank with a child of its own, on the device of its local rank."""
     import torch.distributed as dist
 
@@ -56,9 +56,9 @@ def _tuned_with_ranks(where: Source | str | None, wish: Request, device: str, pr
     )
     facts = devices.get(labels[0] if mine == "auto" else mine).facts
     try:
-        limits, shared = all_ranks.shared_limits(wish, others, (facts.kind, facts.uuid, facts.index), buckets=True)
-        with _child(where, wish, facts.label, progress, said, limits) as (child, tell, label):
-            found = all_ranks.tune_all_ranks(child, wish, tell, label, others, shared)
+        limits, shared = all_ranks.shared_limits(request, others, (facts.kind, facts.uuid, facts.index), buckets=True)
+        with _child(where, request, facts.label, progress, on_output, limits) as (child, trials, label):
+            found = all_ranks.tune_all_ranks(child, request, trials, label, others, shared)
         dist.barrier()  # a rank that leaves while others are still connected may be aborted by gloo
         return found
     finally:
@@ -68,41 +68,41 @@ def _tuned_with_ranks(where: Source | str | None, wish: Request, device: str, pr
 def check_source(
     where: Source | str | None,
     micro_batch: int,
-    wish: Request,
+    request: Request,
     *,
     device: str = "auto",
     progress: Progress | None = None,
-    said: Callable[[str], None] | None = None,
+    on_output: Callable[[str], None] | None = None,
 ) -> Plan:
     """Rehearses one given micro-batch, the whole window twice. Raises `OutOfMemory` with by how much it does not fit."""
-    if not 1 <= micro_batch <= wish.target_batch:
-        raise UsageError(f"a micro-batch of {micro_batch} for a target batch of {wish.target_batch}: give between 1 and {wish.target_batch}")
-    if wish.equal and wish.target_batch % micro_batch:
-        near = [size for size in arithmetic.candidate_sizes(wish.target_batch, equal=True) if size <= micro_batch][-1]
-        raise UsageError(f"{micro_batch} does not divide a target batch of {wish.target_batch}: {near} does, or leave --equal out")
-    with _child(where, wish, device, progress, said) as (child, tell, label):
+    if not 1 <= micro_batch <= request.target_batch:
+        raise UsageError(f"a micro-batch of {micro_batch} for a target batch of {request.target_batch}: give between 1 and {request.target_batch}")
+    if request.equal and request.target_batch % micro_batch:
+        near = [size for size in arithmetic.candidate_sizes(request.target_batch, equal=True) if size <= micro_batch][-1]
+        raise UsageError(f"{micro_batch} does not divide a target batch of {request.target_batch}: {near} does, or leave --equal out")
+    with _child(where, request, device, progress, on_output) as (child, trials, label):
         started = time.monotonic()
         budget = refusals.enough(child.budget())
-        sizes = arithmetic.micro_batches(wish.target_batch, math.ceil(wish.target_batch / micro_batch))
+        sizes = arithmetic.micro_batches(request.target_batch, math.ceil(request.target_batch / micro_batch))
         norms = child.subject().batch_norms
         if sizes[0] < micro_batch:
             # The size itself was asked for, so it is run as given, with the rest of the window smaller.
-            whole, rest = divmod(wish.target_batch, micro_batch)
+            whole, rest = divmod(request.target_batch, micro_batch)
             sizes = (micro_batch,) * whole + ((rest,) if rest else ())
             if norms and rest == 1:
-                sizes = window_led_by(wish.target_batch, micro_batch)
+                sizes = window_led_by(request.target_batch, micro_batch)
         if norms and min(sizes) < 2:
             raise UsageError(f"BatchNorm layer {norms[0]!r} needs micro-batches of at least 2 samples, and {window_notation(sizes)} leaves one alone")
-        reading = tell.measured(child, sizes, full=True)
+        reading = trials.measure(child, sizes, full=True)
         if not reading.fits:
-            raise refusals.too_big(reading, sizes, unlimited(child, tell, reading, sizes, budget), budget)
+            raise refusals.too_big(reading, sizes, unlimited(child, trials, reading, sizes, budget), budget)
         found = search.SearchResult(micro_batch, len(sizes), micro_batch, None)
-        return assemble_plan(child, wish, tell, label, found, reading, sizes, budget, started, (), searched=False)
+        return assemble_plan(child, request, trials, label, found, reading, sizes, budget, started, (), searched=False)
 
 
-def compare_source(where: Source | str | None, wish: Request, *, device: str = "auto", said: Callable[[str], None] | None = None) -> Equivalence:
+def compare_source(where: Source | str | None, request: Request, *, device: str = "auto", on_output: Callable[[str], None] | None = None) -> Equivalence:
     """Whether splitting a batch of the job changes its gradient, in a child process. Raises `JobFailed` where the job fails."""
-    with _child(where, wish, device, None, said) as (child, _, _):
+    with _child(where, request, device, None, on_output) as (child, _, _):
         found = child.compare(COMPARED_SAMPLES)
         if found is None:
             raise JobFailed("the job's process ended, or took longer than --timeout, while a few samples were compared")
@@ -112,13 +112,13 @@ def compare_source(where: Source | str | None, wish: Request, *, device: str = "
 @contextmanager
 def _child(
     where: Source | str | None,
-    wish: Request,
+    request: Request,
     device: str,
     progress: Progress | None,
-    said: Callable[[str], None] | None,
+    on_output: Callable[[str], None] | None,
     limits: Limits | None = None,
 ) -> Iterator[tuple[Child, TrialLog, str]]:
     origin = where if isinstance(where, Source) else parse_source(where)
-    tell = TrialLog(progress)
-    with Child(origin, device, limits or wish.limits, say=tell.phase, said=said) as child:
-        yield child, tell, origin.label
+    trials = TrialLog(progress)
+    with Child(origin, device, limits or request.limits, on_phase=trials.phase, on_output=on_output) as child:
+        yield child, trials, origin.label

@@ -25,8 +25,8 @@ from autoaccum.window import Source
 
 def tune_one_device(
     rehearsal: Rehearser,
-    wish: Request,
-    tell: TrialLog,
+    request: Request,
+    trials: TrialLog,
     label: str,
     remarked: tuple[str, ...],
     shelf: ReadingCache | None = None,
@@ -41,31 +41,31 @@ def tune_one_device(
     started = time.monotonic()
     subject = rehearsal.subject()
     first_budget = budget = refusals.enough(rehearsal.budget())
-    target = wish.target_batch
+    target = request.target_batch
     remembered = [] if shelf is None else shelf.known(target, budget.budget_bytes)
     # Sizes of other targets help the search; a plan tells of its own.
-    tell.tried += [each for each in remembered if each.micro_batch <= target and (each.accumulation_steps == 1) == (each.micro_batch == target)]
+    trials.readings += [each for each in remembered if each.micro_batch <= target and (each.accumulation_steps == 1) == (each.micro_batch == target)]
     try:
-        found, confirmed, sizes, budget = _searched(rehearsal, wish, tell, subject, budget, shelf, [*remembered, *known], start)
+        found, confirmed, sizes, budget = _searched(rehearsal, request, trials, subject, budget, shelf, [*remembered, *known], start)
     finally:
         if shelf is not None:
-            shelf.keep(tell.tried, target, budget.budget_bytes)
-    return assemble_plan(rehearsal, wish, tell, label, found, confirmed, sizes, budget, started, (*remarked, *drift(first_budget, rehearsal.budget())))
+            shelf.keep(trials.readings, target, budget.budget_bytes)
+    return assemble_plan(rehearsal, request, trials, label, found, confirmed, sizes, budget, started, (*remarked, *drift(first_budget, rehearsal.budget())))
 
 
 def _searched(
-    rehearsal: Rehearser, wish: Request, tell: TrialLog, subject: Subject, budget: Budget, shelf: ReadingCache | None, known: Sequence[Reading], start: int
+    rehearsal: Rehearser, request: Request, trials: TrialLog, subject: Subject, budget: Budget, shelf: ReadingCache | None, known: Sequence[Reading], start: int
 ) -> tuple[search.SearchResult, Reading, tuple[int, ...], Budget]:
     """What was found, its confirming run, the window's micro-batches, and the budget that these ran under."""
-    target = wish.target_batch
+    target = request.target_batch
     smallest = 2 if subject.batch_norms else 1
-    candidates = arithmetic.candidate_sizes(target, smallest=smallest, most=wish.max_micro_batch, equal=wish.equal, every=wish.largest)
+    candidates = arithmetic.candidate_sizes(target, smallest=smallest, most=request.max_micro_batch, equal=request.equal, every=request.largest)
     if not candidates:
-        raise refusals.nothing_allowed(target, wish.max_micro_batch, subject.batch_norms)
+        raise refusals.nothing_allowed(target, request.max_micro_batch, subject.batch_norms)
 
     def fits(micro_batch: int, steps: int) -> Reading:
-        read = tell.refused.get(micro_batch) or tell.known.get((micro_batch, steps > 1))
-        return read or tell.measured(rehearsal, window_led_by(target, micro_batch))
+        read = trials.refused.get(micro_batch) or trials.known.get((micro_batch, steps > 1))
+        return read or trials.measure(rehearsal, window_led_by(target, micro_batch))
 
     def budget_bytes() -> int:
         return budget.budget_bytes
@@ -83,45 +83,45 @@ def _searched(
             known=known,
         )
         if not found.micro_batch and known:
-            tell.tried, known = [each for each in tell.tried if not each.cached], ()  # bad news is not taken from memory
+            trials.readings, known = [each for each in trials.readings if not each.cached], ()  # bad news is not taken from memory
             continue
         if not found.micro_batch:
-            raise nothing_fits(rehearsal, tell, candidates[0], target, budget)
-        if subject.predicted and wish.largest:
-            found = _beyond(rehearsal, tell, candidates, found, target, budget.budget_bytes)
+            raise nothing_fits(rehearsal, trials, candidates[0], target, budget)
+        if subject.predicted and request.largest:
+            found = _beyond(rehearsal, trials, candidates, found, target, budget.budget_bytes)
         sizes = arithmetic.micro_batches(target, found.accumulation_steps)
-        timed = wish.objective == "throughput"
-        if len(sizes) == 1 and (target, False) in tell.known and not timed:
-            confirmed = tell.known[(target, False)]  # its trial was the whole window twice already
+        timed = request.objective == "throughput"
+        if len(sizes) == 1 and (target, False) in trials.known and not timed:
+            confirmed = trials.known[(target, False)]  # its trial was the whole window twice already
             break
         if subject.device.kind == "cpu":
             rehearsal.fresh()  # allocators and libraries remember sizes: confirm as training will start
         budget = refusals.enough(rehearsal.budget())
-        confirmed = tell.measured(rehearsal, sizes, full=True, windows=throughput.WINDOWS if timed else 2)
+        confirmed = trials.measure(rehearsal, sizes, full=True, windows=throughput.WINDOWS if timed else 2)
         if confirmed.fits:
             break
-        tell.refused[sizes[0]] = confirmed
+        trials.refused[sizes[0]] = confirmed
         if known and shelf is not None:
             # What was remembered promised more than there is: something changed that nobody knew of. Once more, from what is seen now.
             shelf.forget()
-            tell.tried = [each for each in tell.tried if not each.cached]
+            trials.readings = [each for each in trials.readings if not each.cached]
             candidates = allowed
         known = ()
         # Smaller ones are left, and the window in one piece, which holds no gradients, if it was not asked yet.
-        candidates = [size for size in candidates if size < sizes[0] or (size == target and (target, False) not in tell.known)]
+        candidates = [size for size in candidates if size < sizes[0] or (size == target and (target, False) not in trials.known)]
         if not candidates:
-            raise nothing_fits(rehearsal, tell, sizes[0], target, budget)
-    if wish.objective == "throughput":
+            raise nothing_fits(rehearsal, trials, sizes[0], target, budget)
+    if request.objective == "throughput":
         if subject.predicted:
             raise UsageError('objective "throughput" needs a device that is here: a simulated card has no clock')
-        smaller = [size for size in allowed if size < sizes[0] and size not in tell.refused]
+        smaller = [size for size in allowed if size < sizes[0] and size not in trials.refused]
         if not rehearsal.enforces and len(sizes) == 1 and (confirmed.peak_bytes or 0) + subject.gradient_bytes > budget.budget_bytes:
             smaller = []  # in more than one piece gradients would be resident, and nothing would stop that
 
         def timed_window(size: int) -> Reading:
             if subject.device.kind == "cpu":
                 rehearsal.fresh()
-            return tell.measured(rehearsal, arithmetic.micro_batches(target, math.ceil(target / size)), full=True, windows=throughput.WINDOWS)
+            return trials.measure(rehearsal, arithmetic.micro_batches(target, math.ceil(target / size)), full=True, windows=throughput.WINDOWS)
 
         confirmed = throughput.fastest(timed_window, smaller, confirmed)
         sizes = arithmetic.micro_batches(target, confirmed.accumulation_steps)
@@ -129,39 +129,41 @@ def _searched(
     return found, confirmed, sizes, budget
 
 
-def _beyond(rehearsal: Rehearser, tell: TrialLog, candidates: Sequence[int], found: search.SearchResult, target: int, budget_bytes: int) -> search.SearchResult:
+def _beyond(
+    rehearsal: Rehearser, trials: TrialLog, candidates: Sequence[int], found: search.SearchResult, target: int, budget_bytes: int
+) -> search.SearchResult:
     """Simulated trials cost nothing, so the sizes above the answer are gone through until one takes too much by what it
     holds alone: an allocator's segments make some size fail where a larger one fits."""
-    above = [size for size in candidates if size > found.micro_batch and size not in tell.refused][:512]
+    above = [size for size in candidates if size > found.micro_batch and size not in trials.refused][:512]
     for size in above:
         reading = rehearsal.measure(window_led_by(target, size))
         if reading.fits:
-            tell.tried.append(reading)
-            tell.known[(size, reading.accumulation_steps > 1)] = reading
+            trials.readings.append(reading)
+            trials.known[(size, reading.accumulation_steps > 1)] = reading
             found = replace(found, micro_batch=size, accumulation_steps=math.ceil(target / size), largest_fit=size)
         elif reading.least_bytes is not None and reading.least_bytes > budget_bytes:
             break
     return found
 
 
-def nothing_fits(rehearsal: Rehearser, tell: TrialLog, micro_batch: int, target: int, budget: Budget) -> Exception:
+def nothing_fits(rehearsal: Rehearser, trials: TrialLog, micro_batch: int, target: int, budget: Budget) -> Exception:
     """The error that even `micro_batch` does not fit, with what it would need, measured where that is safe."""
     sizes = arithmetic.micro_batches(target, math.ceil(target / micro_batch))
-    refused = [each for each in tell.tried if each.micro_batch == micro_batch]
-    return refusals.nothing_fits(micro_batch, tell.tried, unlimited(rehearsal, tell, refused[-1], sizes, budget), budget)
+    refused = [each for each in trials.readings if each.micro_batch == micro_batch]
+    return refusals.nothing_fits(micro_batch, trials.readings, unlimited(rehearsal, trials, refused[-1], sizes, budget), budget)
 
 
-def unlimited(rehearsal: Rehearser, tell: TrialLog, refused: Reading, sizes: tuple[int, ...], budget: Budget) -> Reading | None:
+def unlimited(rehearsal: Rehearser, trials: TrialLog, refused: Reading, sizes: tuple[int, ...], budget: Budget) -> Reading | None:
     """The refused window without the user's limit, for the figure; what the device allows is still enforced."""
     if budget.cap_bytes is None or not rehearsal.enforces or refused.outcome not in ("oom", "killed"):
         return None
     rehearsal.fresh()  # what ran out may have left libraries in a state that remembers it
-    return tell.measured(rehearsal, sizes, limited=False)
+    return trials.measure(rehearsal, sizes, limited=False)
 
 
-def refuse_throughput_over_ranks(wish: Request, over_ranks: bool) -> None:
+def refuse_throughput_over_ranks(request: Request, over_ranks: bool) -> None:
     """Raises `UsageError` where several ranks ask for the objective "throughput"."""
-    if over_ranks and wish.objective == "throughput":
+    if over_ranks and request.objective == "throughput":
         raise UsageError('objective "throughput" is for one device: over ranks shares are made for the shortest time anyway, so leave it out')
 
 

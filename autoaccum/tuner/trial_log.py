@@ -13,7 +13,7 @@ class TrialLog:
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
-        self.tried: list[Reading] = []
+        self.readings: list[Reading] = []
         self.known: dict[tuple[int, bool], Reading] = {}  # by micro-batch and whether gradients were resident
         self.refused: dict[int, Reading] = {}  # confirming runs that failed
         self._now = (0, 0, False)
@@ -26,20 +26,20 @@ class TrialLog:
         if self._progress is not None:
             self._progress(Trying(*self._now, phase, index))
 
-    def measured(self, rehearsal: Rehearser, sizes: tuple[int, ...], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
+    def measure(self, rehearsal: Rehearser, sizes: tuple[int, ...], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
         self._now = (sizes[0], len(sizes), full)
         self.phase("batch", 0)
         try:
             reading = rehearsal.measure(sizes, full=full, limited=limited, windows=windows)
         except Exception as error:
-            worked = sorted({each.micro_batch for each in self.tried if each.fits})
+            worked = sorted({each.micro_batch for each in self.readings if each.fits})
             if worked and not isinstance(error, AutoaccumError):
                 noted(error, f"autoaccum: sizes that had worked: {', '.join(map(str, worked))}")
             if isinstance(error, JobError) and worked:
                 error.args = (f"{error.args[0]} (sizes that had worked: {', '.join(map(str, worked))})", *error.args[1:])
             raise
         if limited:
-            self.tried.append(reading)
+            self.readings.append(reading)
             if not full:
                 self.known[(sizes[0], len(sizes) > 1)] = reading
         else:

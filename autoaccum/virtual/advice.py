@@ -14,13 +14,13 @@ def advice(estimate: Estimate, job: Job) -> tuple[str, ...]:
     """What would make room on a card that is too small, from what its memory would hold; nothing that the job is seen to do already."""
     parts, peak, optimizer = estimate.breakdown, estimate.peak_bytes, job.optimizers[0]
     halved = all(parameter.element_size() <= 2 for parameter in job.model.parameters())
-    said = []
+    messages = []
 
     def would(saved: int, what: str) -> None:
         if saved > 0.02 * peak:
             left = peak - saved
             verdict = "fits" if left <= estimate.budget_bytes else "still too much"
-            said.append(f"{what}: about {in_words(left)} ({verdict})")
+            messages.append(f"{what}: about {in_words(left)} ({verdict})")
 
     would(parts["step"], "fused=True, without which a step takes that much for a moment")
     if parts["optimizer"] > 0:
@@ -31,7 +31,7 @@ def advice(estimate: Estimate, job: Job) -> tuple[str, ...]:
     would(int(parts["activations"] * 0.7), "gradient checkpointing, where there is none yet: activations about a third")
     if not halved:
         would(sum(parts[kind] for kind in ("parameters", "gradients", "optimizer", "step", "activations")) // 2, "the model in bfloat16, and with it all else")
-    return tuple(said)
+    return tuple(messages)
 
 
 def with_advice(estimate: Estimate, jobs: Sequence[Job]) -> Estimate:

@@ -40,44 +40,44 @@ def estimate(
 
     Raises `UsageError` for an unknown card, `ProfileError` for a wrong data file, `JobError` for what cannot be traced.
     """
-    wish = Request(target_batch, None, headroom, max_micro_batch, equal)
+    request = Request(target_batch, None, headroom, max_micro_batch, equal)
     names = [gpus] if isinstance(gpus, str) else profiles.names() if gpus is None else list(gpus)
     if callable(job):
-        return _forked(job, wish, names)
+        return _forked(job, request, names)
     if not isinstance(job, (str, Source)):
         raise UsageError(
             f"estimate needs a function that builds the job, or its file ('train.py:make_job'), not a {type(job).__name__}: the job itself is torn apart"
         )
-    return estimate_source(job, wish, names)
+    return estimate_source(job, request, names)
 
 
 def estimate_source(
     where: Source | str | None,
-    wish: Request,
+    request: Request,
     names: Sequence[str],
     *,
-    said: Callable[[str], None] | None = None,
+    on_output: Callable[[str], None] | None = None,
     timeline: str | None = None,
     buckets: bool = False,
 ) -> Estimates:
     """As `estimate`, for a job that a file builds. timeline: the card whose window is wanted as a tape, too. buckets: keeps room for
     the gradient buckets of DistributedDataParallel."""
     started = time.monotonic()
-    _known(names, wish)
+    _known(names, request)
     origin = where if isinstance(where, Source) else parse_source(where)
     if timeline is None and len(names) > _DETAILED:
-        many = _side_by_side(origin, wish, names, replace(wish.limits, buckets=buckets), said)
-        return Estimates(origin.label, wish.target_batch, many, round(time.monotonic() - started, 3))
-    with Child(origin, f"virtual:{names[0]}", replace(wish.limits, buckets=buckets), said=said) as child:
-        found = [_estimated(child, name, wish, len(names)) for name in names]
+        many = _side_by_side(origin, request, names, replace(request.limits, buckets=buckets), on_output)
+        return Estimates(origin.label, request.target_batch, many, round(time.monotonic() - started, 3))
+    with Child(origin, f"virtual:{names[0]}", replace(request.limits, buckets=buckets), on_output=on_output) as child:
+        found = [_estimated(child, name, request, len(names)) for name in names]
         tape = None
         if timeline is not None:
-            chosen = _estimated(child, timeline, wish, len(names))
+            chosen = _estimated(child, timeline, request, len(names))
             tape = child.simulated("tape", sizes=list(chosen.micro_batches))
-    return Estimates(origin.label, wish.target_batch, tuple(found), round(time.monotonic() - started, 3), tape)
+    return Estimates(origin.label, request.target_batch, tuple(found), round(time.monotonic() - started, 3), tape)
 
 
-def _side_by_side(origin: Source, wish: Request, names: Sequence[str], limits: Limits, said: Callable[[str], None] | None) -> tuple[Estimate, ...]:
+def _side_by_side(origin: Source, request: Request, names: Sequence[str], limits: Limits, on_output: Callable[[str], None] | None) -> tuple[Estimate, ...]:
     """For many cards: two processes at once, each with the cards that have traces in common."""
     kinds: dict[bool, list[str]] = {}
     for name in dict.fromkeys(names):
@@ -85,9 +85,9 @@ def _side_by_side(origin: Source, wish: Request, names: Sequence[str], limits: L
     children: list[Child] = []
 
     def of(group: Sequence[str]) -> list[Estimate]:
-        with Child(origin, f"virtual:{group[0]}", limits, said=said) as child:
+        with Child(origin, f"virtual:{group[0]}", limits, on_output=on_output) as child:
             children.append(child)
-            return [_estimated(child, name, wish, len(names)) for name in group]
+            return [_estimated(child, name, request, len(names)) for name in group]
 
     with ThreadPoolExecutor(len(kinds)) as pool:
         asked = [pool.submit(of, group) for group in kinds.values()]
@@ -100,28 +100,28 @@ def _side_by_side(origin: Source, wish: Request, names: Sequence[str], limits: L
     return tuple(found[name] for name in names)
 
 
-def _known(names: Sequence[str], wish: Request) -> None:
+def _known(names: Sequence[str], request: Request) -> None:
     """Raises `UsageError` for no cards, an unknown one, and one that the headroom takes whole: before anything is built."""
     if not names:
         raise UsageError("no card was named: give --gpu NAME, or --all-gpus")
     for name in names:
         card = profiles.load(name)
-        kept = parse_headroom(wish.headroom, card.available_bytes)
-        if "%" in str(wish.headroom):
+        kept = parse_headroom(request.headroom, card.available_bytes)
+        if "%" in str(request.headroom):
             kept = max(kept, LEAST_GPU_HEADROOM)
         if kept >= card.available_bytes:
             raise UsageError(f"{name} leaves nothing beside a headroom of {in_words(kept)}: name a larger card, or give a smaller headroom as a size")
 
 
-def _estimated(child: Child, gpu: str, wish: Request, cards: int) -> Estimate:
-    return Estimate.from_dict(child.simulated("estimate", gpu=gpu, target=wish.target_batch, **_wishes(wish, cards)))
+def _estimated(child: Child, gpu: str, request: Request, cards: int) -> Estimate:
+    return Estimate.from_dict(child.simulated("estimate", gpu=gpu, target=request.target_batch, **_wishes(request, cards)))
 
 
-def _wishes(wish: Request, cards: int) -> dict[str, Any]:
-    return {"most": wish.max_micro_batch, "equal": wish.equal, "both": cards <= _DETAILED}
+def _wishes(request: Request, cards: int) -> dict[str, Any]:
+    return {"most": request.max_micro_batch, "equal": request.equal, "both": cards <= _DETAILED}
 
 
-def _forked(make: Callable[[], Any], wish: Request, names: Sequence[str]) -> Estimates:
+def _forked(make: Callable[[], Any], request: Request, names: Sequence[str]) -> Estimates:
     """In a copy of this process, because the function may live in a notebook, and tracing turns torch inside out."""
     started = time.monotonic()
     torch = sys.modules.get("torch")
@@ -129,13 +129,13 @@ def _forked(make: Callable[[], Any], wish: Request, names: Sequence[str]) -> Est
         raise UsageError("this process has used CUDA, so no copy of it can simulate a card: give the job's file, estimate('train.py:make_job', ...)")
     if not hasattr(os, "fork"):
         raise UsageError("this system cannot copy a process: give the job's file, estimate('train.py:make_job', ...)")
-    _known(names, wish)
+    _known(names, request)
     receive, send = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     parent, copy = os.getpid(), os.fork()
     if copy == 0:
-        _be_the_copy(make, wish, names, receive, send, parent)
+        _be_the_copy(make, request, names, receive, send, parent)
     os.close(send)
     try:
         with os.fdopen(receive) as as_document:
@@ -150,10 +150,12 @@ def _forked(make: Callable[[], Any], wish: Request, names: Sequence[str]) -> Est
     answer = json.loads(text)
     if "error" in answer:
         raise from_document(answer["error"])
-    return Estimates(getattr(make, "__name__", "job"), wish.target_batch, tuple(map(Estimate.from_dict, answer["gpus"])), round(time.monotonic() - started, 3))
+    return Estimates(
+        getattr(make, "__name__", "job"), request.target_batch, tuple(map(Estimate.from_dict, answer["gpus"])), round(time.monotonic() - started, 3)
+    )
 
 
-def _be_the_copy(make: Callable[[], Any], wish: Request, names: Sequence[str], receive: int, send: int, parent: int) -> NoReturn:
+def _be_the_copy(make: Callable[[], Any], request: Request, names: Sequence[str], receive: int, send: int, parent: int) -> NoReturn:
     """The copy's whole life. It must never come back into the caller's program."""
     try:
         die_with_parent(parent)
@@ -167,12 +169,12 @@ def _be_the_copy(make: Callable[[], Any], wish: Request, names: Sequence[str], r
 
         torch.set_num_threads(1)  # the pool's other threads were not copied, and would be waited for
         with os.fdopen(send, "w") as answer:
-            json.dump(_in_the_copy(make, wish, names), answer)
+            json.dump(_in_the_copy(make, request, names), answer)
     finally:
         os._exit(0)
 
 
-def _in_the_copy(make: Callable[[], Any], wish: Request, names: Sequence[str]) -> dict[str, Any]:
+def _in_the_copy(make: Callable[[], Any], request: Request, names: Sequence[str]) -> dict[str, Any]:
     from autoaccum.simulate import fake_cuda
     from autoaccum.virtual import simulation
     from autoaccum.virtual.empty_weights import without_memory
@@ -182,8 +184,8 @@ def _in_the_copy(make: Callable[[], Any], wish: Request, names: Sequence[str]) -
         with without_memory():
             jobs = as_jobs(make())
         approximate = fake_cuda()
-        simulated = simulation.Simulation(jobs, profiles.load(names[0]), wish.limits, approximate=approximate)
-        return {"gpus": [simulated.estimated(name, wish.target_batch, **_wishes(wish, len(names))) for name in names]}
+        simulated = simulation.Simulation(jobs, profiles.load(names[0]), request.limits, approximate=approximate)
+        return {"gpus": [simulated.estimated(name, request.target_batch, **_wishes(request, len(names))) for name in names]}
     except (Exception, SystemExit) as error:
         if "fork-based multiprocessing" in str(error):
             error = UsageError(

@@ -41,7 +41,7 @@ def fleet(
     max_micro_batch: int | None = None,
     equal: bool = False,
     lockstep: bool = False,
-    said: Callable[[str], None] | None = None,
+    on_output: Callable[[str], None] | None = None,
 ) -> Forecast:
     """Shares, micro-batches and steps for every rank of one data-parallel job on unlike GPUs; no hardware needed.
 
@@ -55,7 +55,7 @@ def fleet(
     where no card holds one sample, or one cannot even hold what is fixed.
     """
     started = time.monotonic()
-    wish = Request(target_batch, None, headroom, max_micro_batch, equal, lockstep=lockstep)
+    request = Request(target_batch, None, headroom, max_micro_batch, equal, lockstep=lockstep)
     counted = _parsed(gpus)
     world = sum(count for _, count in counted)
     if equal:
@@ -71,11 +71,11 @@ def fleet(
     if by_hand:
         assert fixed is not None and per_sample is not None
         work = Work(parse_size(fixed), parse_size(per_sample), 0)
-        label, most = "by hand", [_most_by_hand(card, work, wish) for card, _ in counted]
+        label, most = "by hand", [_most_by_hand(card, work, request) for card, _ in counted]
     else:
         origin = job if isinstance(job, Source) else parse_source(job)
         label = origin.label
-        work, most = _simulated(origin, wish, [card.label for card, _ in counted], said)
+        work, most = _simulated(origin, request, [card.label for card, _ in counted], on_output)
     if parameters is None:
         parameters = work.parameters or work.fixed / _FIXED_PER_PARAMETER
         if not work.parameters:
@@ -90,17 +90,17 @@ def fleet(
     moves = _LINK_BYTES_PER_SECOND if link is None else float(parse_size(link)) if isinstance(link, str) else link
     if link is None:
         assumed.append(f"the slowest link moves {moves / 1e9:.0f} GB/s (--link)")
-    return _forecast(label, wish, cards, work, moves, tuple(assumed), tuple(_notes(cards, precision, dtype)), started)
+    return _forecast(label, request, cards, work, moves, tuple(assumed), tuple(_notes(cards, precision, dtype)), started)
 
 
 def _forecast(
-    label: str, wish: Request, cards: tuple[FleetCard, ...], work: Work, link: float, assumed: tuple[str, ...], notes: tuple[str, ...], started: float
+    label: str, request: Request, cards: tuple[FleetCard, ...], work: Work, link: float, assumed: tuple[str, ...], notes: tuple[str, ...], started: float
 ) -> Forecast:
-    target, world = wish.target_batch, sum(card.count for card in cards)
+    target, world = request.target_batch, sum(card.count for card in cards)
 
-    def planned(pace: int, lockstep: bool = wish.lockstep) -> Fleet:
+    def planned(pace: int, lockstep: bool = request.lockstep) -> Fleet:
         curves = [card.curves[pace] for card in cards for _ in range(card.count)]
-        return Fleet.planned(curves, target, equal=wish.equal, lockstep=lockstep)
+        return Fleet.planned(curves, target, equal=request.equal, lockstep=lockstep)
 
     def crossing(ranks: int) -> float:
         # A ring: every rank sends and receives 2 (W - 1) / W of the gradients (Patarasu and Yuan, 2009); fp32.
@@ -113,7 +113,7 @@ def _forecast(
     ]
     window = found.seconds() + crossing(world)
     without: dict[str, float | None] = {}
-    for name in dict.fromkeys(card.label for card in cards) if not wish.equal else ():
+    for name in dict.fromkeys(card.label for card in cards) if not request.equal else ():
         rest = [(card.curves[1], card.count) for card in cards if card.label != name]
         left = sum(count for _, count in rest)
         if left:
@@ -122,7 +122,7 @@ def _forecast(
     all_fit = all(curve.most for curve, share in zip(found.curves, even) if share)
     split = max(curve.seconds(share) for curve, share in zip(found.curves, even)) + crossing(world) if all_fit else None
     step = None
-    if not wish.equal and all(card.most for card in cards):
+    if not request.equal and all(card.most for card in cards):
         step = planned(1, lockstep=True).seconds() + crossing(world)
     return Forecast(
         label, target, found, cards, window, (ends[1] + crossing(world), ends[0] + crossing(world)), crossing(world), split, step, without, assumed, notes,
@@ -158,9 +158,9 @@ def _parsed(gpus: str | Sequence[str]) -> list[tuple[Profile, int]]:
     return found
 
 
-def _most_by_hand(card: Profile, work: Work, wish: Request) -> int:
-    kept = parse_headroom(wish.headroom, card.available_bytes)
-    if "%" in str(wish.headroom):
+def _most_by_hand(card: Profile, work: Work, request: Request) -> int:
+    kept = parse_headroom(request.headroom, card.available_bytes)
+    if "%" in str(request.headroom):
         kept = max(kept, LEAST_GPU_HEADROOM)
     left = card.available_bytes - kept - work.fixed
     if left < 0:
@@ -169,13 +169,15 @@ def _most_by_hand(card: Profile, work: Work, wish: Request) -> int:
             "data-parallel job holds all of it: leave the card out, or shard the optimizer's state (ZeRO-1) or the model (FSDP)",
             budget_bytes=card.available_bytes - kept,
         )
-    return min(left // work.per_sample, wish.max_micro_batch or left, wish.target_batch)
+    return min(left // work.per_sample, request.max_micro_batch or left, request.target_batch)
 
 
-def _simulated(origin: Source, wish: Request, labels: Sequence[str], said: Callable[[str], None] | None) -> tuple[Work, list[int]]:
+def _simulated(origin: Source, request: Request, labels: Sequence[str], on_output: Callable[[str], None] | None) -> tuple[Work, list[int]]:
     """What a job takes, and the most that each card holds, both simulated, with room for DDP's buckets."""
     names = list(dict.fromkeys(labels))
-    found = estimator.estimate_source(origin, Request(wish.target_batch, None, wish.headroom, wish.max_micro_batch), names, said=said, buckets=True)
+    found = estimator.estimate_source(
+        origin, Request(request.target_batch, None, request.headroom, request.max_micro_batch), names, on_output=on_output, buckets=True
+    )
     by_name = dict(zip(names, found.gpus))
     for name, each in by_name.items():
         held = sum(each.breakdown[kind] for kind in ("parameters", "gradients", "optimizer"))

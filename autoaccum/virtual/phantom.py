@@ -90,7 +90,7 @@ class Phantom:
                     samples=sum(sizes),
                     device=torch.device(self._kind),
                     scaler=scaler,
-                    say=tracer.say,
+                    on_phase=tracer.on_phase,
                 )
             finally:
                 for step in steps:

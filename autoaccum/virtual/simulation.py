@@ -46,8 +46,8 @@ class Simulation:
 
     enforces = True
 
-    def __init__(self, jobs: Sequence[Job], profile: Profile, limits: Limits, *, approximate: str = "", say: PhaseCallback | None = None) -> None:
-        self._jobs, self._limits, self._say = jobs, limits, say
+    def __init__(self, jobs: Sequence[Job], profile: Profile, limits: Limits, *, approximate: str = "", on_phase: PhaseCallback | None = None) -> None:
+        self._jobs, self._limits, self._on_phase = jobs, limits, on_phase
         self._norms = tuple(dict.fromkeys(name for job in jobs for name in batch_norms(job.model)))
         self._remarks = self._first_remarks(approximate)
         self._fingerprint = fingerprint(jobs)
@@ -83,8 +83,8 @@ class Simulation:
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
         """One simulated trial; `full` traces the very window, and any smaller trial takes it from two traces."""
         started = time.perf_counter()
-        if self._say is not None:
-            self._say("batch", 0)
+        if self._on_phase is not None:
+            self._on_phase("batch", 0)
         largest, steps = micro_batches[0], len(micro_batches)
         if not full:
             self._traced.about(self._card, largest, steps)
@@ -191,10 +191,10 @@ class Simulation:
 
     # -- the same, told to another process --
 
-    def estimated(self, gpu: str, target: int, **wish: Any) -> dict[str, Any]:
+    def estimated(self, gpu: str, target: int, **request: Any) -> dict[str, Any]:
         """`estimate` on the card of that name, with advice, as a plain document."""
         self.use(profiles.load(gpu))
-        return with_advice(self.estimate(target, **wish), self._jobs).as_dict()
+        return with_advice(self.estimate(target, **request), self._jobs).as_dict()
 
     def taped(self, sizes: Sequence[int]) -> dict[str, Any]:
         """The tape of a window on the present card, as a plain document; where nothing fits, of the smallest micro-batch."""
@@ -269,33 +269,33 @@ class Simulation:
         return self._traced.about(self._card, size, 2).requested_peak()
 
     def _first_remarks(self, approximate: str) -> tuple[str, ...]:
-        said = []
+        messages = []
         if not all(job.model.training for job in self._jobs):
-            said.append("the model is in eval mode and was simulated so: call model.train() if that is how it trains")
+            messages.append("the model is in eval mode and was simulated so: call model.train() if that is how it trains")
         if approximate:
-            said.append(f"approximate: traced on CPU tensors, because {approximate}")
+            messages.append(f"approximate: traced on CPU tensors, because {approximate}")
         if any(isinstance(module, torch.nn.RNNBase) for job in self._jobs for module in job.model.modules()):
-            said.append("recurrent layers are simulated step by step, which takes more than cuDNN's fused kernels do: an upper bound")
+            messages.append("recurrent layers are simulated step by step, which takes more than cuDNN's fused kernels do: an upper bound")
         if self._jobs[0].wants_closure:
-            said.append(
+            messages.append(
                 f"{self._jobs[0].wants_closure} steps by values, which a simulated card does not have: its whole history is counted, its line search is not"
             )
         if torch.backends.cudnn.benchmark and any(isinstance(module, torch.nn.modules.conv._ConvNd) for job in self._jobs for module in job.model.modules()):
-            said.append("cudnn.benchmark is on: while cuDNN tries out kernels it takes up to all that is free, so the peak of a real card may be any")
+            messages.append("cudnn.benchmark is on: while cuDNN tries out kernels it takes up to all that is free, so the peak of a real card may be any")
         if is_compiled(self._jobs):
-            said.append("a compiled model was simulated as it is written: what the compiler fuses may take less, and sometimes more")
-        return tuple(said)
+            messages.append("a compiled model was simulated as it is written: what the compiler fuses may take less, and sometimes more")
+        return tuple(messages)
 
     def _of_the_card(self) -> tuple[str, ...]:
         profile = self._profile
-        said = []
+        messages = []
         if profile.backend == "mps":
-            said.append(f"{profile.name}: Apple's allocator has rules of its own; simulated with CUDA's")
+            messages.append(f"{profile.name}: Apple's allocator has rules of its own; simulated with CUDA's")
         elif profile.backend in ("rocm", "xpu"):
-            said.append(f"{profile.name}: kernels of {profile.backend} take other workspaces; simulated with CUDA's")
+            messages.append(f"{profile.name}: kernels of {profile.backend} take other workspaces; simulated with CUDA's")
         if profile.backend == "cuda" and profile.capability < 80 and any(job.autocast is torch.bfloat16 for job in self._jobs):
-            said.append(f"{profile.name} has no bfloat16 of its own: it runs, slowly, and attention in its plain form; float16 with a GradScaler suits it")
-        return tuple(said)
+            messages.append(f"{profile.name} has no bfloat16 of its own: it runs, slowly, and attention in its plain form; float16 with a GradScaler suits it")
+        return tuple(messages)
 
 
 def card_of(profile: Profile) -> Card:

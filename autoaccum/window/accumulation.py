@@ -32,7 +32,7 @@ def run(
     scaler: Any = None,
     stats: RunningStats | None = None,
     crossing: WindowVote | None = None,
-    say: PhaseCallback = silent,
+    on_phase: PhaseCallback = silent,
 ) -> WindowResult:
     """Forward and backward for every piece, then one optimizer step.
 
@@ -45,26 +45,26 @@ def run(
     Raises `JobError` for a loss of the wrong kind; what the job's own code raises comes through.
     """
 
-    def evaluated(say: PhaseCallback) -> WindowGradients:
+    def evaluated(on_phase: PhaseCallback) -> WindowGradients:
         with stats.corrected() if stats is not None else nullcontext():
-            return gradients(job, loss, pieces, samples=samples, device=device, scaler=scaler, stats=stats, crossing=crossing, say=say)
+            return gradients(job, loss, pieces, samples=samples, device=device, scaler=scaler, stats=stats, crossing=crossing, on_phase=on_phase)
 
     try:
-        return _stepped(job, evaluated, samples if crossing is None else crossing.samples, scaler, say)
+        return _stepped(job, evaluated, samples if crossing is None else crossing.samples, scaler, on_phase)
     except BaseException:
         unmark(job, scaler)
         raise
 
 
-def _stepped(job: Job, evaluated: Callable[[PhaseCallback], WindowGradients], samples: int, scaler: Any, say: PhaseCallback) -> WindowResult:
-    made = evaluated(say)
-    grad_norm = clip(job, scaler, made.micro_batches, say)
-    say("step", made.micro_batches - 1)
+def _stepped(job: Job, evaluated: Callable[[PhaseCallback], WindowGradients], samples: int, scaler: Any, on_phase: PhaseCallback) -> WindowResult:
+    made = evaluated(on_phase)
+    grad_norm = clip(job, scaler, made.micro_batches, on_phase)
+    on_phase("step", made.micro_batches - 1)
     infs: tuple[torch.Tensor, ...] = ()
     if scaler is not None:
         infs = scaled_step(job, scaler)
     elif job.wants_closure:
-        step_with_closure(job, made, evaluated, say)
+        step_with_closure(job, made, evaluated, on_phase)
     else:
         for optimizer in job.optimizers:
             optimizer.step()
@@ -83,7 +83,7 @@ def gradients(
     scaler: Any = None,
     stats: RunningStats | None = None,
     crossing: WindowVote | None = None,
-    say: PhaseCallback = silent,
+    on_phase: PhaseCallback = silent,
 ) -> WindowGradients:
     """The first part of `run`, with the same arguments: forward and backward for every piece, and what crosses ranks."""
     autocast = torch.autocast(device.type, dtype=job.autocast) if job.autocast is not None else None
@@ -100,7 +100,7 @@ def gradients(
     index, crosses = -1, -1 if crossing is None else crossing.crosses_at(pieces, counted)
     for piece, size in prefetch.feed(pieces, device):
         index += 1
-        say("forward", index)
+        on_phase("forward", index)
         if stats is not None:
             stats.share(size / samples)
         batch = batches.move(piece, device, non_blocking=True)
@@ -113,7 +113,7 @@ def gradients(
             term, count = weights.contribution(
                 returned, samples=size, of_samples=of_samples, count=counted[index] if counted else None, of_count=of_count if counted else None
             )
-            say("backward", index)
+            on_phase("backward", index)
             if counted and counted[index] == 0:  # owes nothing; a mean over nothing is nan, and so is its gradient
                 if crossing is not None and crossing.in_step:
                     term.nan_to_num().backward()
@@ -126,7 +126,7 @@ def gradients(
             counts.append(count)
         del returned, term, batch, piece  # no graph and no activation outlives its micro-batch
     if crossing is not None:
-        say("sync", max(index, 0))
+        on_phase("sync", max(index, 0))
         crossing.settle(backwards)
         total, total_count = crossing.totals(WindowLoss(terms, None).sum() if terms else None, counts, device)
         # What crossed is divided by the window's samples; so is the loss.

@@ -21,9 +21,9 @@ def unmark(job: Job, scaler: Any) -> None:
         getattr(scaler, "_per_optimizer_states", {}).pop(id(optimizer), None)
 
 
-def clip(job: Job, scaler: Any, micro_batches: int, say: PhaseCallback) -> torch.Tensor | None:
+def clip(job: Job, scaler: Any, micro_batches: int, on_phase: PhaseCallback) -> torch.Tensor | None:
     """Unscales and clips once, on the gradient of the whole window; its norm before, if clipping was asked for."""
-    say("clip", micro_batches - 1)
+    on_phase("clip", micro_batches - 1)
     # Several optimizers step together or not at all, so all must have looked for inf before the first steps.
     if scaler is not None and (job.max_grad_norm is not None or len(job.optimizers) > 1):
         for optimizer in _with_gradients(job):
@@ -60,7 +60,7 @@ def _infs(scaler: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return list(scaler._found_inf_per_device(optimizer).values())
 
 
-def step_with_closure(job: Job, first: WindowGradients, evaluated: Callable[[PhaseCallback], WindowGradients], say: PhaseCallback) -> None:
+def step_with_closure(job: Job, first: WindowGradients, evaluated: Callable[[PhaseCallback], WindowGradients], on_phase: PhaseCallback) -> None:
     """The optimizer's first evaluation is the one that has been made; what it asks for later runs the window again.
 
     Made before `step`, the first evaluation can still run out of memory harmlessly: inside, weights may have moved.
@@ -70,7 +70,7 @@ def step_with_closure(job: Job, first: WindowGradients, evaluated: Callable[[Pha
     def closure() -> torch.Tensor:
         if made:
             return made.pop().terms.sum()
-        found = evaluated(lambda _, index: say("step", index))
+        found = evaluated(lambda _, index: on_phase("step", index))
         clip(job, None, found.micro_batches, silent)
         return found.terms.sum()
 
@@ -79,7 +79,7 @@ def step_with_closure(job: Job, first: WindowGradients, evaluated: Callable[[Pha
 
 
 @contextmanager
-def only_we_step(say: PhaseCallback) -> Iterator[PhaseCallback]:
+def only_we_step(on_phase: PhaseCallback) -> Iterator[PhaseCallback]:
     """Refuses an optimizer that steps inside backward, where each micro-batch would be a step of its own.
 
     say: as in `run`, which gets the one that comes back. Costs 36 microseconds a window, so training has it around
@@ -90,7 +90,7 @@ def only_we_step(say: PhaseCallback) -> Iterator[PhaseCallback]:
     def noted(phase: str, index: int) -> None:
         nonlocal now
         now = phase
-        say(phase, index)
+        on_phase(phase, index)
 
     def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if now == "backward":

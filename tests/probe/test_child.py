@@ -24,7 +24,7 @@ def tune(function, target=120, **given):
     settings = given.pop("settings", {})
     said = []
     wish = request.Request(target, **given)
-    return job_file.tune_source(Source(f"{JOBS}:{function}", settings), wish, device="cpu", said=said.append), "".join(said)
+    return job_file.tune_source(Source(f"{JOBS}:{function}", settings), wish, device="cpu", on_output=said.append), "".join(said)
 
 
 def test_a_child_that_is_killed_is_an_outcome_and_the_search_goes_on_below():

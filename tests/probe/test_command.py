@@ -40,7 +40,7 @@ def pretend(tmp_path):
 
 def tune(words, target=120, **given):
     said = []
-    return foreign_command.tune_command(words, request.Request(target, **given), device="cpu", said=said.append)
+    return foreign_command.tune_command(words, request.Request(target, **given), device="cpu", on_output=said.append)
 
 
 def test_the_equal_plan_with_fewest_steps_is_found_for_a_real_script_in_at_most_five_runs():
@@ -56,7 +56,7 @@ def test_the_equal_plan_with_fewest_steps_is_found_for_a_real_script_in_at_most_
 
 @pytest.mark.parametrize(("most", "answer"), [(50, (40, 3)), (39, (30, 4)), (200, (120, 1)), (1, (1, 120))])
 def test_the_largest_divisor_that_fits_is_found(pretend, most, answer):
-    bare = foreign_command.check_command(pretend(), 1, request.Request(1), device="cpu", said=print).peak_bytes - 2 * MIB
+    bare = foreign_command.check_command(pretend(), 1, request.Request(1), device="cpu", on_output=print).peak_bytes - 2 * MIB
     plan = tune(pretend(), memory_limit=bare + (2 * most + 1) * MIB, headroom=0)
     assert (plan.micro_batch, plan.accumulation_steps) == answer
     assert len(plan.trials) <= 5

@@ -226,7 +226,7 @@ def test_the_first_evaluation_of_a_closure_is_made_once_and_before_the_step():
     phases = []
     forwards = []
     model.register_forward_hook(lambda *_: forwards.append(phases[-1]))
-    accumulation.run(job, mean_loss, [(data(4), 4)], samples=4, device=CPU, say=lambda phase, index: phases.append(phase))
+    accumulation.run(job, mean_loss, [(data(4), 4)], samples=4, device=CPU, on_phase=lambda phase, index: phases.append(phase))
     assert forwards == ["forward"] and phases == ["forward", "backward", "clip", "step"]
 
 
