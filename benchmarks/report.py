@@ -22,7 +22,7 @@ import click
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SEARCHING = tuple(f"autoaccum/{name}.py" for name in ("search", "trial", "line", "tuning", "plan", "snapshot", "window", "rescue", "batches", "devices/cpu"))
+SEARCHING = ("autoaccum/probe", "autoaccum/tuner", "autoaccum/plan/arithmetic.py", "autoaccum/window", "autoaccum/loop/rescue.py", "autoaccum/data/batches.py", "autoaccum/devices/cpu.py")  # fmt: skip
 
 
 def policy(document: dict[str, Any]) -> str:
@@ -161,13 +161,13 @@ def _on_a_card(table: str) -> Callable[[dict[str, Any]], str]:
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] = {
     "policy": ("side_by_side.json", policy, (*SEARCHING, "benchmarks/simulated.py", "benchmarks/contestant.py", "benchmarks/work.py", "benchmarks/peers")),
     "real": ("side_by_side.json", real, (*SEARCHING, "benchmarks/networks.py", "benchmarks/contestant.py", "benchmarks/work.py", "benchmarks/peers")),
-    "loop": ("loop.json", _loop, ("autoaccum/loop.py", "autoaccum/window.py", "autoaccum/weighting.py", "autoaccum/rewinding.py", "autoaccum/feeding.py")),
-    "longest sample": ("longest_sample.json", _longest, ("autoaccum/lengths.py", "autoaccum/integrations/huggingface.py", *SEARCHING)),
-    "peaks on a card": ("gpu_virtual_now.json", _on_a_card("peaks"), ("autoaccum/simulate", "autoaccum/phantom.py")),
+    "loop": ("loop.json", _loop, ("autoaccum/loop/accumulator.py", "autoaccum/window", "autoaccum/data/prefetch.py")),
+    "longest sample": ("longest_sample.json", _longest, ("autoaccum/data/lengths.py", "autoaccum/integrations/huggingface.py", *SEARCHING)),
+    "peaks on a card": ("gpu_virtual_now.json", _on_a_card("peaks"), ("autoaccum/simulate", "autoaccum/virtual/phantom.py")),
     "boundaries on a card": ("gpu.json", _on_a_card("boundaries"), ("benchmarks/gpu/workloads.py",)),
     "plans on a card": ("gpu.json", _on_a_card("plans"), (*SEARCHING, "autoaccum/devices/cuda.py")),
     "peers on a card": ("gpu.json", _on_a_card("peers"), (*SEARCHING, "autoaccum/devices/cuda.py", "benchmarks/work.py", "benchmarks/peers")),
-    "published peaks": ("estimate_published.json", _published, ("autoaccum/simulate", "autoaccum/phantom.py")),
+    "published peaks": ("estimate_published.json", _published, ("autoaccum/simulate", "autoaccum/virtual/phantom.py")),
 }
 
 

@@ -66,6 +66,6 @@ def _program(package, use):
 def test_each_heavy_library_is_imported_in_its_own_file_alone():
     """pynvml, rich: in a fresh interpreter the rest of the package does without."""
     package = Path(autoaccum.__file__).parent
-    for library, file in (("pynvml", "nvml.py"), ("rich", "progress.py"), ("click", "cli.py")):
+    for library, file in (("pynvml", "nvml.py"), ("rich", "progress.py"), ("click", "commands.py")):
         users = {path.name for path in package.rglob("*.py") if f"import {library}" in path.read_text() or f"from {library}" in path.read_text()}
         assert users == {file}

@@ -167,7 +167,7 @@ def test_a_room_is_small_and_says_what_it_is(room):
     inside = [name for name in files() if room_of(name) == room]
     assert len(inside) <= MOST_FILES
     text = ast.get_docstring(tree(room))
-    assert "It hands on" in text and ("It imports" in text or "It may import" in text)
+    assert "It exports" in text and ("It imports" in text or "It may import" in text)
 
 
 def test_file_names_are_nouns_that_say_something():

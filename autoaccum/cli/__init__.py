@@ -1,6 +1,6 @@
 """The command line: commands, the options of a call, reports, pictures, and the built-in demo.
 
-It hands on `main`.
+It exports `main`.
 It may import every room.
 """
 

@@ -1,6 +1,6 @@
 """Samples become micro-batches here: nested batches are cut and joined, loaders become windows, and samplers draw whole windows.
 
-It hands on `Window`, `Windows`, `WindowSampler`, and the functions of `batches`, `lengths` and `prefetch`.
+It exports `Window`, `Windows`, `WindowSampler`, and the functions of `batches`, `lengths` and `prefetch`.
 It imports the doorstep only: errors, units, oom.
 """
 

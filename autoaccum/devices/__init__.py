@@ -1,6 +1,6 @@
 """The devices: how much memory each has and who holds it, behind one Protocol (`Device`) with a file for each kind.
 
-It hands on `get`, `here`, `list`, the records of memory and budgets, and what the CPU's allocator is set to.
+It exports `get`, `here`, `list`, the records of memory and budgets, and what the CPU's allocator is set to.
 It imports the doorstep, `data` and `simulate`; a driver or torch is imported only when a device is asked for.
 """
 

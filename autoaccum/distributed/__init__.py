@@ -1,6 +1,6 @@
 """Several ranks: what torchrun set in the environment, how ranks agree, who carries gradients between them, and how much of a window each rank gets.
 
-It hands on `Ranks`, `Fleet`, the engines, and the vote on a window.
+It exports `Ranks`, `Fleet`, the engines, and the vote on a window.
 It imports the doorstep, `data`, `simulate` and `devices`.
 """
 

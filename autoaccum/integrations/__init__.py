@@ -1,6 +1,6 @@
 """Plans for live objects of other frameworks: one file for each framework, the only one that imports it.
 
-It hands on `of(live)`, which finds the file for an object; users import the files by name.
+It exports `of(live)`, which finds the file for an object; users import the files by name.
 It imports the doorstep and the rooms from `data` to `virtual`.
 """
 

@@ -1,6 +1,6 @@
 """Training with a plan: exactly one optimizer step per window, also after an out-of-memory.
 
-It hands on `Accumulator` and `StepResult`.
+It exports `Accumulator` and `StepResult`.
 It imports the doorstep and the rooms from `data` to `tuner`.
 """
 

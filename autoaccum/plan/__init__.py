@@ -1,6 +1,6 @@
 """The arithmetic of accumulation, the `Plan`, and the plan in words, pictures and the arguments of frameworks.
 
-It hands on `Plan`, its records, and `arithmetic`.
+It exports `Plan`, its records, and `arithmetic`.
 It imports the doorstep and the rooms from `data` to `window`.
 """
 

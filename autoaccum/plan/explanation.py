@@ -1,4 +1,4 @@
-"""A plan in words: the arithmetic, and the reason. Plain text, no colours."""
+"""The report of a plan: its arithmetic and its reasons, as plain text without colours."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def lines(plan: PlanRecord) -> Iterator[str]:
         yield from over_ranks(plan.fleet)
     if plan.micro_batches and plan.trials:
         yield _why(plan)
-    for length, each in plan.per_length:
-        yield f"up to {length} long: {plan.target_batch} = {window_notation(each.micro_batches)}"
+    for length, length_plan in plan.per_length:
+        yield f"up to {length} long: {plan.target_batch} = {window_notation(length_plan.micro_batches)}"
     if plan.objective == "throughput":
         yield from _timed(plan)
     if plan.budget_bytes:
@@ -34,17 +34,17 @@ def lines(plan: PlanRecord) -> Iterator[str]:
 
 
 def headline(plan: PlanRecord) -> str:
-    """`"512 = 40 x 5 + 39 x 8     13 micro-batches a step on cuda:0, Tesla T4"`."""
+    """The first line of the report: `"512 = 40 x 5 + 39 x 8     13 micro-batches a step on cuda:0, Tesla T4"`."""
     if plan.fleet is not None:
-        whole = " + ".join(f"{share} x {count}" if count > 1 else str(share) for share, count in runs(plan.shares))
-        return f"{plan.target_batch} = {whole} over {plan.world_size} ranks     this is rank {plan.rank}, on {plan.device.label}, {plan.device.name}"
+        shares = " + ".join(f"{share} x {count}" if count > 1 else str(share) for share, count in runs(plan.shares))
+        return f"{plan.target_batch} = {shares} over {plan.world_size} ranks     this is rank {plan.rank}, on {plan.device.label}, {plan.device.name}"
     steps = "in one piece" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} micro-batches a step"
     on = f"a simulated {plan.device.name.removeprefix('virtual ')} (predicted)" if plan.predicted else f"{plan.device.label}, {plan.device.name}"
     return f"{plan.target_batch} = {window_notation(plan.micro_batches)}     {steps} on {on}"
 
 
 def over_ranks(fleet: Fleet) -> Iterator[str]:
-    """Ranks that run the same on the same GPU, a line each; at most twenty lines."""
+    """One line for each run of neighbouring ranks that have the same GPU and the same share. At most twenty of them."""
     slowest = fleet.seconds()
     rows = runs([(curve, share) for curve, share in zip(fleet.curves, fleet.shares)])
     first = 0
@@ -58,9 +58,9 @@ def over_ranks(fleet: Fleet) -> Iterator[str]:
         if not sizes:
             yield f"{ranks}, {curve.gpu}: no share; {curve.most} is the most that fits"
             continue
-        took = curve.seconds(share)
-        idle = 1 - took / slowest if slowest else 0.0
-        yield f"{ranks}, {curve.gpu}: {window_notation(sizes)}, {duration_in_words(took)} a window, idle {idle:.0%}; {curve.most} is the most that fits"
+        seconds = curve.seconds(share)
+        idle = 1 - seconds / slowest if slowest else 0.0
+        yield f"{ranks}, {curve.gpu}: {window_notation(sizes)}, {duration_in_words(seconds)} a window, idle {idle:.0%}; {curve.most} is the most that fits"
     if len(rows) > 20:
         yield f"and {sum(count for _, count in rows[20:])} more ranks"
 
@@ -71,7 +71,7 @@ def _why(plan: PlanRecord) -> str:
         parts = [f"{plan.micro_batch} ran within {in_words(plan.budget_bytes, unit)}"]
     else:
         parts = [f"{plan.micro_batch} peaks at {number(plan.peak_bytes, unit)} of {in_words(plan.budget_bytes, unit)} ({number(plan.spare_bytes, unit)} spare)"]
-    refused = next((each for each in plan.trials if each.micro_batch == plan.smallest_refused and each.outcome != "fits"), None)
+    refused = next((trial for trial in plan.trials if trial.micro_batch == plan.smallest_refused and trial.outcome != "fits"), None)
     if refused is not None:
         parts.append(f"{refused.micro_batch} {outcome(refused)}")
     if plan.predicted_refusal is not None:
@@ -82,44 +82,47 @@ def _why(plan: PlanRecord) -> str:
 
 
 def _timed(plan: PlanRecord) -> Iterator[str]:
-    """Every plan that was timed, a line each, the largest micro-batch first."""
-    timed = {each.micro_batch: each for each in plan.trials if each.samples_per_second and each.full}
-    for size, each in sorted(timed.items(), reverse=True):
-        rate = each.samples_per_second or 0.0
-        small, larger = divmod(plan.target_batch, each.accumulation_steps)
-        window = (small + 1,) * larger + (small,) * (each.accumulation_steps - larger)
-        peak = "" if each.peak_bytes is None else f", peak {in_words(each.peak_bytes, unit_for(plan.budget_bytes))}"
+    """One line for each plan whose speed was measured, the largest micro-batch first."""
+    timed = {trial.micro_batch: trial for trial in plan.trials if trial.samples_per_second and trial.full}
+    for size, trial in sorted(timed.items(), reverse=True):
+        rate = trial.samples_per_second or 0.0
+        small, larger = divmod(plan.target_batch, trial.accumulation_steps)
+        window = (small + 1,) * larger + (small,) * (trial.accumulation_steps - larger)
+        peak = "" if trial.peak_bytes is None else f", peak {in_words(trial.peak_bytes, unit_for(plan.budget_bytes))}"
         yield f"{window_notation(window)}: {rate:.4g} samples a second{peak}{'  <- chosen' if size == plan.micro_batch else ''}"
 
 
 def chart(plan: PlanRecord, columns: int) -> Iterator[str]:
-    """A bar for every size that was tried, as long as its peak, and where the budget ends; nothing where fewer than three were seen."""
-    tried = {each.micro_batch: each for each in plan.trials if each.peak_bytes or each.outcome != "fits"}
+    """A bar for every size that was tried, as long as its peak, and a mark where the budget ends.
+
+    columns: width of the chart in characters. Yields nothing for fewer than three sizes.
+    """
+    tried = {trial.micro_batch: trial for trial in plan.trials if trial.peak_bytes or trial.outcome != "fits"}
     if len(tried) < 3 or not plan.budget_bytes:
         return
     unit = unit_for(plan.budget_bytes)
-    words = max(len(str(size)) for size in tried)
-    room = columns - words - 32
-    most = max(plan.budget_bytes, *(each.peak_bytes or 0 for each in tried.values()))
+    digits = max(len(str(size)) for size in tried)
+    room = columns - digits - 32
+    most = max(plan.budget_bytes, *(trial.peak_bytes or 0 for trial in tried.values()))
     budget = round(room * plan.budget_bytes / most)
-    for size, each in sorted(tried.items()):
-        seen = each.peak_bytes if each.outcome in ("fits", "over-budget") else None
-        # What ran out saw but a part of its peak: to the budget, and open.
-        length = round(room * seen / most) if seen is not None else budget
-        bar = ("█" if each.outcome == "fits" else "▒") * length
+    for size, trial in sorted(tried.items()):
+        peak = trial.peak_bytes if trial.outcome in ("fits", "over-budget") else None
+        # After an out-of-memory the full peak is unknown, so the bar ends at the budget.
+        length = round(room * peak / most) if peak is not None else budget
+        bar = ("█" if trial.outcome == "fits" else "▒") * length
         bar = f"{bar:<{budget}}" + "│" if length <= budget else f"{bar[:budget]}│{bar[budget:]}"
-        told = in_words(seen, unit) if each.outcome == "fits" and seen is not None else outcome(each)
-        yield f"{size:>{words}} {bar}{' ' * max(room + 1 - len(bar), 0)} {told}{'  <- chosen' if size == plan.micro_batch else ''}"
-    yield f"{'':{words}} {'':{budget - 6}}budget│ {in_words(plan.budget_bytes, unit)}"
+        label = in_words(peak, unit) if trial.outcome == "fits" and peak is not None else outcome(trial)
+        yield f"{size:>{digits}} {bar}{' ' * max(room + 1 - len(bar), 0)} {label}{'  <- chosen' if size == plan.micro_batch else ''}"
+    yield f"{'':{digits}} {'':{budget - 6}}budget│ {in_words(plan.budget_bytes, unit)}"
 
 
 def outcome(tried: TrialRecord) -> str:
-    """What happened to a size that does not fit: `"ran out in backward"`."""
+    """The outcome of a trial that did not fit, in words: `"ran out in backward"`."""
     return _OUTCOMES[tried.outcome].format(phase=tried.phase, peak=in_words(tried.peak_bytes or 0))
 
 
 def _between(plan: PlanRecord) -> str:
-    """Sizes above the answer that would save no step: `"41 and 42"`."""
+    """The sizes above the chosen micro-batch that need as many steps as it does: `"41 and 42"`."""
     refused = plan.smallest_refused or plan.predicted_refusal
     if refused is None or plan.accumulation_steps < 2 or plan.objective == "throughput":
         return ""
@@ -137,24 +140,24 @@ def _budget(plan: PlanRecord) -> str:
         parts.append(("simulated at " if plan.predicted else "measured at ") + ", ".join(f"{path} {shape}" for path, shape in list(plan.shapes.items())[:4]))
     if plan.allocator:
         parts.append(plan.allocator)
-    trials = sum(not each.cached for each in plan.trials)
+    trials = sum(not trial.cached for trial in plan.trials)
     remembered = f", {len(plan.trials) - trials} remembered" if trials < len(plan.trials) else ""
     parts.append(f"{trials} trial{'s' if trials != 1 else ''}{remembered}, {seconds_in_words(plan.seconds)}")
     return " · ".join(parts)
 
 
 def html(plan: PlanRecord) -> str:
-    """For notebooks: the report, and a table of the trials."""
+    """The report and a table of the trials, as HTML for notebooks."""
     cells = [
         (
-            f"{each.micro_batch} x {each.accumulation_steps}",
-            each.outcome,
-            each.phase,
-            "" if each.peak_bytes is None else in_words(each.peak_bytes),
-            seconds_in_words(each.seconds),
-            "" if each.samples_per_second is None else f"{each.samples_per_second:.4g}",
+            f"{trial.micro_batch} x {trial.accumulation_steps}",
+            trial.outcome,
+            trial.phase,
+            "" if trial.peak_bytes is None else in_words(trial.peak_bytes),
+            seconds_in_words(trial.seconds),
+            "" if trial.samples_per_second is None else f"{trial.samples_per_second:.4g}",
         )
-        for each in plan.trials
+        for trial in plan.trials
     ]
     rows = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in cells)
     head = "".join(f"<th>{word}</th>" for word in ("tried", "outcome", "phase", "peak", "took", "samples/s"))

@@ -1,4 +1,4 @@
-"""A plan in the words of frameworks, which run equal micro-batches alone."""
+"""A plan as the arguments of training frameworks. These frameworks run equal micro-batches only."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ FORMATS: dict[str, Callable[[PlanRecord], dict[str, Any]]] = {
     "lightning": lightning,
     "deepspeed": deepspeed,
 }
-# Those whose constructor does not take the micro-batch: it is the loader's.
+# Frameworks whose constructor does not take the micro-batch: they use the DataLoader's batch size.
 LOADER_SIZED = ("accelerate", "lightning")
 
 
 def _equal(plan: PlanRecord, framework: str) -> tuple[int, int]:
-    """Micro-batch and steps of every rank. Raises `PlanError` where they are not the same all over."""
+    """`(micro_batch, steps)` of every rank. Raises `PlanError` if micro-batches are not equal, or if ranks have different ones."""
     sizes = set(plan.micro_batches)
     if plan.fleet is not None:
         sizes = {size for rank in range(plan.world_size) for size in plan.fleet.sizes(rank, plan.target_batch)}

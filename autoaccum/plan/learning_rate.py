@@ -1,4 +1,4 @@
-"""The learning rate that goes with another effective batch. Never applied by anything here: the choice is the user's."""
+"""`scale_lr`: the learning rate for another effective batch. autoaccum never applies it: the user decides."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from autoaccum.errors import UsageError
 
 
 def scale_lr(lr: float, from_batch: int, to_batch: int, rule: Literal["linear", "sqrt"] = "linear") -> float:
-    """`lr`, found at an effective batch of `from_batch` samples, for one of `to_batch`.
+    """Scales `lr` from an effective batch of `from_batch` samples to one of `to_batch` samples.
 
-    rule: "linear" for SGD (Goyal et al. 2017, https://arxiv.org/abs/1706.02677), "sqrt" for Adam and its like
-    (Malladi et al. 2022, https://arxiv.org/abs/2205.10287). Both hold within limits: they are starting points.
-    Accumulation changes no learning rate: with the effective batch kept, there is nothing to scale.
-    Raises `UsageError` for a batch below one, a rate that is not above zero, and an unknown rule.
+    rule: "linear" for SGD (Goyal et al. 2017, https://arxiv.org/abs/1706.02677), "sqrt" for Adam and similar optimizers
+        (Malladi et al. 2022, https://arxiv.org/abs/2205.10287). Both hold within limits: they are starting points.
+    Gradient accumulation does not change the learning rate: if the effective batch stays the same, there is nothing to scale.
+    Raises `UsageError` for a batch below one, a learning rate that is not above zero, and an unknown rule.
     """
     for name, value in (("from_batch", from_batch), ("to_batch", to_batch)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:

@@ -1,4 +1,4 @@
-"""One piece of a window, with its weight, for a loop by hand."""
+"""`MicroBatch`: one micro-batch of a window with its weight, for a hand-written training loop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """A piece of a batch. `weight` is what its mean loss is multiplied with; `last` is True for the window's last."""
+    """A part of a batch.
+
+    weight: the factor for the mean loss of this micro-batch. samples: number of its samples.
+    last: True for the last micro-batch of the window.
+    """
 
     batch: Any
     weight: float
@@ -20,9 +24,10 @@ class MicroBatch:
     last: bool
 
     def sync(self, model: torch.nn.Module) -> AbstractContextManager[object]:
-        """Around forward and backward of a model in DistributedDataParallel or `fully_shard`: gradients cross in the window's last micro-batch.
+        """Context for forward and backward of a model in DistributedDataParallel or `fully_shard`.
 
-        Changes nothing for a model that knows no ranks. Raises `UsageError` for wrappers that cannot be exact.
+        Gradients are reduced across ranks in the last micro-batch of the window only. Changes nothing for a model
+        without such a wrapper. Raises `UsageError` for wrappers that cannot be exact.
         """
         from autoaccum.distributed import engines
 

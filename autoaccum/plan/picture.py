@@ -1,4 +1,4 @@
-"""Pictures. matplotlib is imported here alone."""
+"""The picture of a search. Only this file imports matplotlib."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from autoaccum.units import GIB, MIB
 
 
 def draw_search(plan: PlanRecord, path: Path) -> None:
-    """What was tried: peak against micro-batch with the budget, and beside it time per sample where at least three sizes were timed.
+    """Draws the search: peak against micro-batch, with the budget.
 
-    path: its suffix says the format, .png, .svg or .pdf. Raises `UsageError` for another one, `MissingExtra` without matplotlib.
+    If at least three sizes were timed, a second panel shows time per sample against micro-batch.
+    path: its suffix sets the format: .png, .svg or .pdf. Raises `UsageError` for another suffix, `MissingExtra` without matplotlib.
     """
     check(path)
     plt = pyplot()
@@ -23,8 +24,8 @@ def draw_search(plan: PlanRecord, path: Path) -> None:
     timed = {each.micro_batch: each for each in plan.trials if each.samples_per_second and (each.full or plan.objective != "throughput")}
     panels = 2 if len(timed) >= 3 else 1
     with plt.rc_context(INK):
-        figure, found = plt.subplots(1, panels, figsize=(5.2 * panels + 1.0, 3.8), layout="constrained", squeeze=False)
-        axes = found[0][0]
+        figure, grid = plt.subplots(1, panels, figsize=(5.2 * panels + 1.0, 3.8), layout="constrained", squeeze=False)
+        axes = grid[0][0]
         fits = sorted((each for each in tried.values() if each.outcome == "fits" and each.peak_bytes), key=lambda each: each.micro_batch)
         over = [each for each in tried.values() if each.outcome != "fits"]
         farthest = max((each.micro_batch for each in tried.values()), default=plan.micro_batch) * 1.08
@@ -36,7 +37,7 @@ def draw_search(plan: PlanRecord, path: Path) -> None:
         axes.scatter([each.micro_batch for each in fits], [(each.peak_bytes or 0) / unit for each in fits], color=_SEEN, s=28, label="fits", zorder=3)
         axes.scatter(
             [each.micro_batch for each in over],
-            # What ran out saw but a part of its peak.
+            # After an out-of-memory only a part of the peak is known.
             [max(each.peak_bytes or 0, plan.budget_bytes) / unit for each in over],
             color=_REFUSED, marker="x", s=42, label="does not fit", zorder=3,
         )  # fmt: skip
@@ -46,25 +47,25 @@ def draw_search(plan: PlanRecord, path: Path) -> None:
         axes.set(xlim=(0, farthest), ylim=(0, None), xlabel="micro-batch, samples", ylabel=f"peak, {word}")
         axes.legend(fontsize=8, frameon=False, loc="lower right")
         if panels == 2:
-            beside, sizes = found[0][1], sorted(timed)
-            beside.plot(sizes, [1000 / (timed[size].samples_per_second or 1) for size in sizes], color=_SEEN, marker="o", markersize=5, linewidth=1)
+            right, sizes = grid[0][1], sorted(timed)
+            right.plot(sizes, [1000 / (timed[size].samples_per_second or 1) for size in sizes], color=_SEEN, marker="o", markersize=5, linewidth=1)
             if plan.micro_batch in timed:
                 at = 1000 / (timed[plan.micro_batch].samples_per_second or 1)
-                beside.scatter([plan.micro_batch], [at], facecolors="none", edgecolors=_CHOSEN, s=130, linewidths=2, zorder=4)
-            beside.set(
+                right.scatter([plan.micro_batch], [at], facecolors="none", edgecolors=_CHOSEN, s=130, linewidths=2, zorder=4)
+            right.set(
                 xlim=(0, max(sizes) * 1.08),
                 ylim=(0, 1150 / min(each.samples_per_second or 1 for each in timed.values())),
                 xlabel="micro-batch, samples",
                 ylabel="time per sample, ms",
             )
-        for each in found[0]:
+        for each in grid[0]:
             each.spines[["top", "right"]].set_visible(False)
         figure.suptitle(f"{plan.target_batch} = {window_notation(plan.micro_batches)} on {plan.device.name}", fontsize=10, x=0.01, ha="left")
         figure.savefig(path, dpi=150, transparent=True)
         plt.close(figure)
 
 
-# Legible on white and on black alike: a grey of 4.5 to 1 against either, and no background.
+# Readable on white and on black: a grey with a contrast of 4.5 to 1 to both, and no background.
 GREY = "#767676"
 INK = {
     "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "svg.fonttype": "none",
@@ -73,13 +74,13 @@ _SEEN, _REFUSED, _CHOSEN = "#2f8fd0", "#D55E00", "#009E73"
 
 
 def check(path: Path) -> None:
-    """Raises `UsageError` for a file that no picture can be written to."""
+    """Raises `UsageError` if the suffix of the file is not a picture format."""
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"a picture is a .png, .svg or .pdf, not {str(path)!r}")
 
 
 def pyplot() -> Any:
-    """matplotlib's, drawing to files. Raises `MissingExtra` without it."""
+    """matplotlib's pyplot, set to draw to files. Raises `MissingExtra` without matplotlib."""
     try:
         import matplotlib
     except ImportError:

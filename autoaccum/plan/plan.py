@@ -1,4 +1,4 @@
-"""Accumulation arithmetic: what one optimizer step is made of, and why."""
+"""`Plan`: what one optimizer step consists of, and why."""
 
 from __future__ import annotations
 
@@ -26,75 +26,83 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan(PlanRecord):
-    """A plan and what can be done with it: cut batches, make windows, set up frameworks, explain, save. The figures are `PlanRecord`'s."""
+    """A plan and its methods: cut batches, make windows, set up frameworks, explain, save. `PlanRecord` describes the fields."""
 
     def sizes(self, samples: int, most: int | None = None) -> tuple[int, ...]:
-        """Micro-batches for `samples` of this rank, none larger than this plan's, or than `most`. Raises `PlanError` for no samples."""
+        """Micro-batches for `samples` samples of this rank.
+
+        most: the largest micro-batch; None uses this plan's. Raises `PlanError` for no samples.
+        """
         if samples < 1:
             raise PlanError("a window of no samples: give a batch with at least one")
         return arithmetic.micro_batches(samples, math.ceil(samples / (most or self.micro_batch)))
 
     def shares_of(self, samples: int) -> tuple[int, ...]:
-        """Every rank's samples of a window of `samples` over all ranks, which may be less than the target."""
+        """Every rank's share of a window of `samples` samples over all ranks. The window may be smaller than the target."""
         return (samples,) if self.fleet is None else self.fleet.of(samples)
 
     def split(self, batch: Any, count: Callable[[Any], float] | None = None) -> Iterator[MicroBatch]:
         """Cuts a batch of a whole window, or a `Window`, into micro-batches with their weights, which sum to 1.
 
-        Only the piece in hand is moved to this plan's device. count: weights by `count(piece)`, e.g. label
-        tokens, instead of samples. A batch smaller than the share (the last of an epoch) is weighted by its
-        own samples. Over ranks it is this rank's part of the window, every rank calls this at the same moment, and the weights
-        sum to ranks x part / window, for an engine that averages over the ranks; a rank without a sample gets one of
-        weight 0, so that it takes part. Raises `PlanError` for a batch that cannot be cut, and for one of more samples than the share.
+        Micro-batches move to this plan's device one at a time. A batch smaller than the share (the last of an epoch) is weighted by
+        its own samples.
+        count: `count(piece)`, for example the number of label tokens. The weights then follow it instead of the number of samples.
+        On several ranks, the batch is this rank's part of the window, and every rank calls this at the same time. The weights sum
+        to world size x part / window, for an engine that averages over the ranks. A rank without samples gets one micro-batch of
+        weight 0, because it must take part in the communication.
+        Raises `PlanError` for a batch that cannot be cut, and for a batch with more samples than the share.
         """
         import torch
 
         from autoaccum.data import Window, batches, prefetch
 
-        whole = batch if isinstance(batch, Window) else Window.of([batch])
-        if whole.samples > max(self.share, 1):
+        window = batch if isinstance(batch, Window) else Window.of([batch])
+        if window.samples > max(self.share, 1):
             raise PlanError(
-                f"a batch of {whole.samples} samples is more than this plan's {self.share} for one step: loop over plan.windows(loader), "
+                f"a batch of {window.samples} samples is more than this plan's {self.share} for one step: loop over plan.windows(loader), "
                 f"or DataLoader(batch_size={self.share})"
             )
         cut: Iterable[tuple[Any, int]]
         if self.fleet is not None:
-            cut, owed = self._owed_over_ranks(whole, count)
+            cut, weights = self._cut_over_ranks(window, count)
         else:
-            cut = whole.cut(self.sizes_of(whole), most=self.micro_batch)
+            cut = window.cut(self.sizes_of(window), most=self.micro_batch)
             counts = [float(samples if count is None else count(piece)) for piece, samples in cut]
-            owed = [each / sum(counts) if any(counts) else 0.0 for each in counts]
+            weights = [value / sum(counts) if any(counts) else 0.0 for value in counts]
         device = torch.device(self.device.label)
         for index, (piece, samples) in enumerate(prefetch.feed(cut, device)):
             moved = batches.move(piece, device, non_blocking=True)
-            yield MicroBatch(moved, owed[index], samples, last=index == len(owed) - 1)
+            yield MicroBatch(moved, weights[index], samples, last=index == len(weights) - 1)
 
-    def _owed_over_ranks(self, whole: Window, count: Callable[[Any], float] | None) -> tuple[list[tuple[Any, int]], list[float]]:
-        """Micro-batches, and what their mean losses owe: A/D times what each counts."""
+    def _cut_over_ranks(self, window: Window, count: Callable[[Any], float] | None) -> tuple[list[tuple[Any, int]], list[float]]:
+        """Micro-batches of this rank, and the weights of their mean losses: A/D times the count of each.
+
+        A is the world size, D is the count of the window over all ranks.
+        """
         assert self.fleet is not None
-        if not self.share or not whole.samples:
+        if not self.share or not window.samples:
             if not self.fleet.curves[self.rank].most:
                 raise PlanError(f"rank {self.rank} cannot hold one sample, and a loop by hand must run one on every rank: use autoaccum.Accumulator")
-            if not whole.parts:
+            if not window.parts:
                 raise PlanError(f"rank {self.rank} has no samples of this window and none to stand in: loop over plan.windows(loader)")
-            part, size = whole.parts[0], whole.sizes[0]
+            part, size = window.parts[0], window.sizes[0]
             self._ranks().table([0.0, 0.0], "announcing a window")
-            return [(type(whole)([part], [max(size, 1)], whole.split, told=whole.told).between(0, 1).parts[0], 0)], [0.0]
-        held = list(whole.cut(self.sizes(whole.samples), most=self.micro_batch))
-        counts = [float(samples if count is None else count(piece)) for piece, samples in held]
-        table = self._ranks().table([whole.samples, sum(counts)], "announcing a window")
+            return [(type(window)([part], [max(size, 1)], window.split, told=window.told).between(0, 1).parts[0], 0)], [0.0]
+        pieces = list(window.cut(self.sizes(window.samples), most=self.micro_batch))
+        counts = [float(samples if count is None else count(piece)) for piece, samples in pieces]
+        table = self._ranks().table([window.samples, sum(counts)], "announcing a window")
         total = sum(row[1] for row in table)
-        return held, [self.world_size * each / total if total else 0.0 for each in counts]
+        return pieces, [self.world_size * value / total if total else 0.0 for value in counts]
 
     def _ranks(self) -> Ranks:
-        """The ranks that this plan is for. Raises `PlanError` where others, or none, are here."""
+        """The ranks of this process group. Raises `PlanError` if they are not those of the plan, or if there is no group."""
         from autoaccum.distributed import ranks
 
-        found = ranks.here()
-        if found is None or found.world_size != self.world_size or found.rank != self.rank:
-            here = "one process" if found is None else f"rank {found.rank} of {found.world_size}"
+        current = ranks.here()
+        if current is None or current.world_size != self.world_size or current.rank != self.rank:
+            here = "one process" if current is None else f"rank {current.rank} of {current.world_size}"
             raise PlanError(f"the plan is for rank {self.rank} of {self.world_size}, and this is {here}: tune again, or Plan.load(path) on each rank")
-        return found
+        return current
 
     def windows(
         self,
@@ -104,15 +112,18 @@ class Plan(PlanRecord):
         split: Callable[[Any, Sequence[int]], Any] | None = None,
         drop_last: bool = False,
     ) -> Windows:
-        """A loader of any batch size, regrouped into windows of exactly the target; the last one of an epoch is smaller.
+        """Regroups a loader of any batch size into windows of exactly the target; the last window of an epoch is smaller.
 
-        Loader batches are cut where a window or a micro-batch ends, and joined where a micro-batch spans several
-        (unless their shapes differ, as when each is padded to its own longest sample). For batches that cannot be cut, such as
-        graphs or packed text: samples says how many one holds; it runs as it came, or is cut by `split`; `batch_sampler` makes them fit.
-        drop_last: leaves the smaller last window out.
-        Over ranks each rank gets its own part of every window: from a loader with `batch_sampler`, which reads no more than that, or
-        from a loader that gives every rank the same samples in the same order. Raises `PlanError` for one that shuffles by
-        itself or is shared out already, and where a batch's samples cannot be counted, or it would have to be cut and cannot be.
+        Loader batches are cut where a window or a micro-batch ends. They are joined where a micro-batch spans several batches,
+        unless their shapes differ (for example, if each batch is padded to its own longest sample).
+        samples: `samples(batch)`, the number of samples in a batch, for batches that cannot be cut, such as graphs or packed text.
+            Such a batch runs as it is, or `split` cuts it; `batch_sampler` makes batches of the right size.
+        split: `split(batch, sizes)`, cuts such a batch.
+        drop_last: True leaves out the smaller last window.
+        On several ranks, each rank gets its own part of every window. The loader either has a `batch_sampler` of this plan and reads
+        only that part, or gives every rank the same samples in the same order.
+        Raises `PlanError` for a loader that shuffles by itself or is sharded already, for a batch whose samples cannot be counted,
+        and for a batch that would have to be cut and cannot be.
         """
         from autoaccum.data import Windows
 
@@ -125,11 +136,14 @@ class Plan(PlanRecord):
             drop_last=drop_last,
             shares=shares,
             rank=self.rank,
-            alike=self._alike if self.fleet else None,
+            alike=self._check_first_batch if self.fleet else None,
         )
 
-    def _alike(self, checksum: int) -> None:
-        """Raises `PlanError` where other ranks read another first batch. Every rank calls it; without ranks here there is nobody to ask."""
+    def _check_first_batch(self, checksum: int) -> None:
+        """Raises `PlanError` if the ranks read different first batches.
+
+        checksum: of this rank's first batch. Every rank calls this. Without a process group it does nothing.
+        """
         import torch.distributed as dist
 
         if not (dist.is_available() and dist.is_initialized()):
@@ -141,7 +155,7 @@ class Plan(PlanRecord):
             )
 
     def for_length(self, length: float) -> Plan:
-        """The plan for samples of up to `length`. Raises `PlanError` where none that long was asked for, or none at all."""
+        """The plan for samples of up to `length`. Raises `PlanError` if no plan for that length was made, or none for any length."""
         for most, plan in self.per_length:
             if length <= most:
                 return cast(Plan, plan)
@@ -150,11 +164,15 @@ class Plan(PlanRecord):
         raise PlanError(f"the longest that was planned is {self.per_length[-1][0]}, not {length:g}: tune(..., lengths=[..., {length:g}])")
 
     def sizes_of(self, window: Window, most: int | None = None) -> tuple[int, ...]:
-        """Micro-batches for a window of this rank: of parts that were arranged by length as they are, or as much smaller as `most` is than this plan's."""
+        """Micro-batches for a window of this rank.
+
+        Parts that were arranged by length stay as they are. With `most`, they are cut in the ratio of `most` to this plan's
+        micro-batch.
+        """
         if not window.arranged:
             return self.sizes(window.samples, most)
-        share = (most or self.micro_batch) / self.micro_batch
-        return tuple(size for held in window.sizes for size in arithmetic.micro_batches(held, math.ceil(held / max(int(held * share), 1))))
+        ratio = (most or self.micro_batch) / self.micro_batch
+        return tuple(size for part in window.sizes for size in arithmetic.micro_batches(part, math.ceil(part / max(int(part * ratio), 1))))
 
     def batch_sampler(
         self,
@@ -165,12 +183,14 @@ class Plan(PlanRecord):
         drop_last: bool = False,
         length: Callable[[Any], float] | Sequence[float] | None = None,
     ) -> WindowSampler:
-        """For `DataLoader(dataset, batch_sampler=...)`: one micro-batch after another, collated one by one, in whole windows.
+        """A sampler for `DataLoader(dataset, batch_sampler=...)` that yields micro-batches in whole windows.
 
-        The order of an epoch depends on `seed` and the epoch's number alone, and a window on the target: over ranks
-        each takes its slice of the same windows. Give the loader to `windows`.
-        length: of a plan made with `lengths`, `length(sample)` or a length for every sample: then a window's longest samples come together, and each
-        micro-batch holds as many as its longest allows. Raises `PlanError` for a sample that is longer than was planned.
+        The loader collates each micro-batch by itself. Give the loader to `windows`.
+        The order of an epoch depends only on `seed` and the epoch's number, and the windows only on the target: on several ranks,
+        each rank takes its slice of the same windows.
+        length: `length(sample)`, or a length for every sample, for a plan made with `lengths`. The longest samples of a window then
+            come together, and each micro-batch holds as many samples as its longest one allows.
+        Raises `PlanError` for a sample that is longer than was planned.
         """
         from autoaccum.data import WindowSampler
 
@@ -185,20 +205,23 @@ class Plan(PlanRecord):
         if length is not None:
             from autoaccum.data import lengths
 
-            of = lengths.by_length(dataset, length)[1]
-            most = [(each, plan.micro_batch) for each, plan in self.per_length]
+            sample_lengths = lengths.by_length(dataset, length)[1]
+            largest = [(longest, plan.micro_batch) for longest, plan in self.per_length]
 
             def arrange(indices: Sequence[int]) -> list[list[int]]:
-                return list(lengths.arrange(indices, of, most))
+                return list(lengths.arrange(indices, sample_lengths, largest))
 
         return WindowSampler(len(dataset), self.target_batch, self._cuts, rank=self.rank, shuffle=shuffle, seed=seed, drop_last=drop_last, arrange=arrange)
 
     def _cuts(self, samples: int) -> list[tuple[int, ...]]:
-        """Every rank's micro-batches of a window of `samples`, without those that it sits out."""
+        """Every rank's micro-batches of a window of `samples` samples, without the steps that a rank skips."""
         return [self.sizes(samples)] if self.fleet is None else self.fleet.cuts(samples)
 
     def of_rank(self, rank: int) -> Plan:
-        """The same plan as that rank sees it; what was measured on this rank's device is left out for another. Raises `PlanError` for a rank it has not."""
+        """The same plan for another rank. It leaves out what was measured on this rank's device.
+
+        Raises `PlanError` for a rank that the plan does not have.
+        """
         if not 0 <= rank < self.world_size:
             raise PlanError(f"the plan is for {self.world_size} ranks, and there is no rank {rank} among them")
         if rank == self.rank or self.fleet is None:
@@ -219,15 +242,15 @@ class Plan(PlanRecord):
         )
 
     def apply(self, live: Any) -> None:
-        """Sets the plan in a `transformers.Trainer`, an `accelerate.Accelerator` or a `lightning.Trainer`, where it will be read.
+        """Sets the plan in a `transformers.Trainer`, an `accelerate.Accelerator` or a `lightning.Trainer`, in the settings that it reads.
 
-        Raises `PlanError` where the framework cannot run it, `UsageError` for anything else.
+        Raises `PlanError` if the framework cannot run the plan, `UsageError` for anything else.
         """
-        # By name: plans know nothing of frameworks, whose files stand far above this one.
+        # Imported by name: plans do not depend on the integrations, which are built on top of them.
         importlib.import_module("autoaccum.integrations").of(live).apply(self, live)
 
     def to_huggingface(self) -> dict[str, Any]:
-        """Arguments of `transformers.TrainingArguments`. Raises `PlanError` for unequal micro-batches, as the next three do."""
+        """Arguments of `transformers.TrainingArguments`. Raises `PlanError` for unequal micro-batches, as the next three methods do."""
         return framework_arguments.huggingface(self)
 
     def to_accelerate(self) -> dict[str, Any]:
@@ -243,11 +266,14 @@ class Plan(PlanRecord):
         return framework_arguments.deepspeed(self)
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """A picture of the search: peak, and time per sample, against micro-batch. .png, .svg or .pdf. Raises `MissingExtra` without matplotlib."""
+        """Draws the search: peak and time per sample against micro-batch.
+
+        path: a .png, .svg or .pdf file. Raises `MissingExtra` without matplotlib.
+        """
         picture.draw_search(self, Path(path))
 
     def explain(self) -> str:
-        """The whole report: the plan, why not fewer steps, where the budget comes from, what to know."""
+        """The whole report: the plan, why fewer steps do not fit, how the budget is made up, warnings and hints."""
         return "\n".join(explanation.lines(self))
 
     def __str__(self) -> str:
@@ -257,20 +283,21 @@ class Plan(PlanRecord):
         return explanation.html(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON, whole or not at all. Raises `PlanError` where there is no such folder."""
+        """Writes the plan as JSON, completely or not at all. Raises `PlanError` if the folder does not exist."""
         target = Path(path)
-        beside = target.with_name(f".{target.name}.{os.getpid()}")
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
         if not target.absolute().parent.is_dir():
             raise PlanError(f"the plan cannot be written to {str(path)!r}: there is no folder {str(target.parent)!r}")
-        beside.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
-        beside.replace(target)
+        temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
+        temporary.replace(target)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
         """Reads a plan that `save` or `--output` wrote.
 
-        Under torchrun a plan for several ranks is read as this rank's. Warns if the device of that kind and index is another model here.
-        Raises `PlanError` for a file that is not a plan, and for one that is for another number of ranks.
+        Under torchrun, a plan for several ranks is read as the plan of this rank. Warns if the device of that kind and index is a
+        different model here.
+        Raises `PlanError` for a file that is not a plan, and for a plan for another number of ranks.
         """
         try:
             document = json.loads(Path(path).read_text())
@@ -287,22 +314,22 @@ class Plan(PlanRecord):
         if sum(plan.micro_batches) != plan.share or max(plan.micro_batches, default=0) != plan.micro_batch or sum(plan.shares) != plan.target_batch:
             raise PlanError(f"{str(path)!r} does not agree with itself: {window_notation(plan.micro_batches)} is not a window of {plan.share} samples")
         if plan.fleet is not None:
-            if (told := launched()) is None:
+            if (launch := launched()) is None:
                 return plan
-            if told.world_size != plan.world_size:
-                raise PlanError(f"{str(path)!r} is a plan for {plan.world_size} ranks, and torchrun started {told.world_size}: tune or plan again")
-            plan = plan.of_rank(told.rank)._on_this_rank(told.local_rank)
+            if launch.world_size != plan.world_size:
+                raise PlanError(f"{str(path)!r} is a plan for {plan.world_size} ranks, and torchrun started {launch.world_size}: tune or plan again")
+            plan = plan.of_rank(launch.rank)._on_this_rank(launch.local_rank)
         here = _name_here(plan.device)
         if here is not None and here != plan.device.name:
             warnings.warn(f"the plan was made on {plan.device.name}, and {plan.device.label} here is {here}: tune again", stacklevel=2)
         return plan
 
     def _on_this_rank(self, local_rank: int) -> Plan:
-        """The plan with the device that this rank uses by custom: the one of its local rank."""
+        """The plan with the device that this rank uses by convention: the one whose index is the local rank."""
         from autoaccum import devices
 
         labels = devices.here()
-        label = next((each for each in labels if each == f"cuda:{local_rank}"), labels[0])
+        label = next((candidate for candidate in labels if candidate == f"cuda:{local_rank}"), labels[0])
         kind, _, index = label.partition(":")
         return replace(self, device=replace(self.device, kind=kind, index=int(index) if index else None))
 

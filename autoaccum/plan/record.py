@@ -1,4 +1,4 @@
-"""What a plan says, as plain figures: the record that words, formats and pictures are made from."""
+"""`PlanRecord`: the figures of a plan. Reports, framework arguments and pictures are made from it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SCHEMA = "autoaccum.plan/1"
 
 @dataclass(frozen=True)
 class PlannedDevice:
-    """The device that a plan was made on; bytes as they were read before the first trial."""
+    """The device that a plan was made on. The bytes are those read before the first trial."""
 
     kind: str
     name: str
@@ -27,14 +27,16 @@ class PlannedDevice:
 
     @property
     def label(self) -> str:
-        """`"cuda:0"`: what `torch.device` takes."""
+        """The name for `torch.device`: `"cuda:0"`."""
         return self.kind if self.index is None else f"{self.kind}:{self.index}"
 
 
 @dataclass(frozen=True)
 class TrialRecord:
-    """One trial as a plan remembers it; the fields are told at `reading.Reading`. samples_per_second: of a whole window in a
-    `full` run, else of its first two micro-batches and a step."""
+    """One trial, as the plan stores it. `Reading` describes the fields.
+
+    samples_per_second: of a whole window in a `full` run, otherwise of its first two micro-batches and a step.
+    """
 
     micro_batch: int
     accumulation_steps: int
@@ -49,17 +51,19 @@ class TrialRecord:
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """How one optimizer step over `target_batch` samples is run on one device, or on this rank's.
+    """How one optimizer step over `target_batch` samples runs on one device, or on this rank's device.
 
     micro_batches: sizes of the window's micro-batches, larger first; they sum to `share`. Empty for a rank without a share.
-    shares: of all ranks; they sum to the target. fleet: the ranks and what is known of their speed, None for one.
-    largest_fit: the largest size that ran and fitted. smallest_refused: the smallest larger one that did not.
-    budget_bytes: what a window may peak at; peak_bytes: what the confirming run peaked at (None for a
-    command on a GPU, whose figure cannot be seen from outside); outside_bytes: held
-    by the process beyond its allocator, None if unknown. shapes: of the largest micro-batch measured.
-    allocator: its settings while measuring, in words, which training must share.
-    arithmetic: what the budget was made of, as (bytes, word), the first positive and the rest subtracted.
-    per_length: a plan for each length that was asked for, ascending; this one is the longest's.
+    shares: the shares of all ranks; they sum to the target.
+    fleet: the ranks and their speed as far as it is known; None for a single rank.
+    largest_fit: the largest size that ran and fitted. smallest_refused: the smallest larger size that did not fit.
+    budget_bytes: the limit for the peak of a window.
+    peak_bytes: the peak of the confirming run; None for a command on a GPU, whose peak cannot be seen from outside.
+    outside_bytes: bytes that the process holds outside its allocator; None if unknown.
+    shapes: tensor shapes of the largest micro-batch that was measured.
+    allocator: the allocator's settings during measurement, in words. Training must use the same settings.
+    arithmetic: the parts of the budget as (bytes, word). The first is positive, the others are subtracted.
+    per_length: a plan for each requested length, ascending. This plan is the one for the longest.
     """
 
     target_batch: int
@@ -96,12 +100,12 @@ class PlanRecord:
 
     @property
     def spare_bytes(self) -> int | None:
-        """Budget minus peak; None where the peak could not be seen."""
+        """Budget minus peak; None if the peak is unknown."""
         return None if self.peak_bytes is None else self.budget_bytes - self.peak_bytes
 
     @property
     def effective_batch(self) -> int:
-        """What the micro-batches of all ranks sum to: the target."""
+        """The sum of the micro-batches of all ranks, which is the target."""
         return sum(self.shares)
 
     def as_dict(self) -> dict[str, Any]:
@@ -115,11 +119,11 @@ class PlanRecord:
         document["spare_bytes"] = self.spare_bytes
         document["device"] = asdict(self.device)
         document["trials"] = [asdict(each) for each in self.trials]
-        return json.loads(json.dumps(document))  # type: ignore[no-any-return] # tuples as the lists they are read back as
+        return json.loads(json.dumps(document))  # type: ignore[no-any-return] # turns tuples into lists, as they are read back
 
     @classmethod
     def from_dict(cls, document: dict[str, Any]) -> Self:
-        """The record that `as_dict` wrote. Raises `KeyError` and `TypeError` for a document that is not whole."""
+        """Reads the record that `as_dict` wrote. Raises `KeyError` or `TypeError` for an incomplete document."""
         values = {each.name: document[each.name] for each in fields(cls) if each.name in document}
         for name in ("micro_batches", "shares", "warnings", "hints"):
             values[name] = tuple(values[name])
@@ -127,6 +131,6 @@ class PlanRecord:
         values["trials"] = tuple(TrialRecord(**each) for each in values["trials"])
         values["shapes"] = {path: tuple(shape) for path, shape in values["shapes"].items()}
         values["fleet"] = Fleet.from_dict(values["fleet"]) if values.get("fleet") else None
-        values["per_length"] = tuple((length, cls.from_dict(told)) for length, told in values.get("per_length", ()))
+        values["per_length"] = tuple((length, cls.from_dict(nested)) for length, nested in values.get("per_length", ()))
         values["arithmetic"] = tuple((bytes_, word) for bytes_, word in values["arithmetic"])
         return cls(**values)

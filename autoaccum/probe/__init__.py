@@ -1,6 +1,6 @@
 """One trial of a window (in place, in a child process, or of a command), its reading, and the search over readings.
 
-It hands on the three kinds of `Rehearser`, `Reading` and its records, `search`, `refusals` and the reading cache.
+It exports the three kinds of `Rehearser`, `Reading` and its records, `search`, `refusals` and the reading cache.
 It imports the doorstep and the rooms from `data` to `plan`.
 """
 

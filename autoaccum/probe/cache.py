@@ -1,7 +1,8 @@
-"""Remembers readings, by everything that changes them, and by neither target nor budget: those differ in every run.
+"""The reading cache: a file of readings for each job and device.
 
-One JSON file for each job and device. A file is written beside and then renamed, so that readers, other processes and a kill
-at any moment see a whole one; of two that write at once the later one wins, and what the other had read is measured again.
+The key holds everything that changes a reading. It does not hold the target batch or the budget, because these differ in every run.
+A file is written under a temporary name and then renamed, so a reader sees a complete file, also after a kill.
+If two processes write at the same time, the later one wins. The readings of the earlier one are measured again.
 """
 
 from __future__ import annotations
@@ -22,28 +23,29 @@ from autoaccum.units import MIB, number, unit_for
 
 SCHEMA = "autoaccum.readings/1"
 FOLDER = "AUTOACCUM_CACHE_DIR"
-_BESIDE = ".autoaccum-"  # how files begin that are being written
-_MOST = 64  # readings of one job
-_TOLD = ("fits", "over-budget", "oom", "killed")  # a timeout says nothing of memory
-_NOISE_BYTES = 4 * MIB  # by which processes that do the same differ on a CPU
-_STALE_S = 3600.0  # a file half-written that long ago is nobody's any more
+_TEMPORARY_PREFIX = ".autoaccum-"  # of a file that is not yet complete
+_MAX_READINGS = 64  # of one job
+_STORED_OUTCOMES = ("fits", "over-budget", "oom", "killed")  # a timeout says nothing about memory
+_NOISE_BYTES = 4 * MIB  # on a CPU, the peaks of two processes that do the same differ by up to this much
+_STALE_S = 3600.0  # no process still writes a temporary file of this age
 
 
 def folder() -> Path:
-    """Where readings are kept: AUTOACCUM_CACHE_DIR, or the system's folder for caches."""
-    told = os.environ.get(FOLDER)
-    if told:
-        return Path(told)
+    """The folder of the cache files: AUTOACCUM_CACHE_DIR, or a folder in the system's cache folder."""
+    configured = os.environ.get(FOLDER)
+    if configured:
+        return Path(configured)
     import platformdirs
 
     return Path(platformdirs.user_cache_dir("autoaccum")) / "readings"
 
 
 @dataclass(frozen=True)
-class _Kept:
-    """A reading and what it was read under, in bytes: what the process held before, and what it was allowed.
+class _StoredReading:
+    """A reading and the conditions of its trial.
 
-    Where whole windows lie in the measured memory, target: how many samples that was.
+    budget_bytes: the budget of the trial. floor_bytes: what the process held before the first trial.
+    target: the target batch. It counts if the whole window lies in the measured memory.
     """
 
     reading: Reading
@@ -53,7 +55,11 @@ class _Kept:
 
 
 class ReadingCache:
-    """The readings of one job on one device. Nothing here raises for a file or a folder that cannot be used: it warns, and forgets."""
+    """The stored readings of one job on one device.
+
+    label: the job's name in the file. conditions: what the readings depend on. about: more of the key, such as the device.
+    If a file or folder cannot be used, the methods warn and do not raise. The readings are then measured again.
+    """
 
     def __init__(self, label: str, conditions: Conditions, about: dict[str, Any]) -> None:
         self._label, self._now = label, conditions
@@ -61,53 +67,61 @@ class ReadingCache:
         self._path = folder() / f"{hashlib.sha256(json.dumps(self._key, sort_keys=True).encode()).hexdigest()[:32]}.json"
 
     def known(self, target: int, budget_bytes: int) -> list[Reading]:
-        """What was read, as it would be in a window of `target` under this budget; without refusals that had less to spend."""
-        found = []
-        for each in self._read():
-            more = self._now.floor_bytes - each.floor_bytes + self._now.sample_bytes * (target - each.target)
-            told = each.reading
+        """The stored readings, converted to a window of `target` samples and to this process.
+
+        The outcome is the one under this budget. A reading that does not decide the outcome is left out,
+        for example an out-of-memory under a smaller budget.
+        """
+        readings = []
+        for stored in self._read():
+            shift_bytes = self._now.floor_bytes - stored.floor_bytes + self._now.sample_bytes * (target - stored.target)
+            reading = stored.reading
             shifted = replace(
-                told,
-                peak_bytes=told.peak_bytes and told.peak_bytes + more,
-                base_bytes=told.base_bytes and told.base_bytes + more,
-                activation_bytes=told.activation_bytes and told.activation_bytes + more,
+                reading,
+                peak_bytes=reading.peak_bytes and reading.peak_bytes + shift_bytes,
+                base_bytes=reading.base_bytes and reading.base_bytes + shift_bytes,
+                activation_bytes=reading.activation_bytes and reading.activation_bytes + shift_bytes,
                 cached=True,
             )
-            then = each.budget_bytes + more
-            alike = abs(budget_bytes - then) <= _NOISE_BYTES  # with as much to spend, it went as it went
-            if told.outcome in ("fits", "over-budget"):
+            stored_budget = stored.budget_bytes + shift_bytes
+            same_budget = abs(budget_bytes - stored_budget) <= _NOISE_BYTES  # then the outcome is the same
+            if reading.outcome in ("fits", "over-budget"):
                 if shifted.peak_bytes is not None:
-                    fits = told.outcome == "fits" if alike else shifted.peak_bytes <= budget_bytes
-                    # What an allocator reserves grows with what it may: under less it may do with less, but not with less than tensors take.
-                    if fits or alike or told.outcome != "fits" or (shifted.activation_bytes or shifted.peak_bytes) > budget_bytes:
-                        found.append(replace(shifted, outcome="fits" if fits else "over-budget"))
-            elif alike or budget_bytes <= then:
-                found.append(replace(shifted, peak_bytes=None, activation_bytes=None))  # it saw but a part of its peak
-        return found
+                    fits = reading.outcome == "fits" if same_budget else shifted.peak_bytes <= budget_bytes
+                    # An allocator reserves more if it may. Under a smaller budget it may reserve less, but never less than the live tensors take.
+                    if fits or same_budget or reading.outcome != "fits" or (shifted.activation_bytes or shifted.peak_bytes) > budget_bytes:
+                        readings.append(replace(shifted, outcome="fits" if fits else "over-budget"))
+            elif same_budget or budget_bytes <= stored_budget:
+                readings.append(replace(shifted, peak_bytes=None, activation_bytes=None))  # the trial ended before its peak
+        return readings
 
     def keep(self, readings: Iterable[Reading], target: int, budget_bytes: int) -> None:
-        """Adds what was read just now; of one size, the newest is kept."""
+        """Adds the new readings to the file. For one size, the newest reading stays."""
         new = [
-            _Kept(each, each.budget_bytes if each.budget_bytes is not None else budget_bytes, self._now.floor_bytes, target)
-            for each in readings
-            # Of libraries that say "out of memory" for other failures, too, nothing is learnt.
-            if not each.cached and each.limited and not each.doubtful and each.outcome in _TOLD and (each.peak_bytes is not None or each.outcome != "fits")
+            _StoredReading(entry, entry.budget_bytes if entry.budget_bytes is not None else budget_bytes, self._now.floor_bytes, target)
+            for entry in readings
+            # A doubtful out-of-memory is not entry: the library uses the same message for other failures.
+            if not entry.cached
+            and entry.limited
+            and not entry.doubtful
+            and entry.outcome in _STORED_OUTCOMES
+            and (entry.peak_bytes is not None or entry.outcome != "fits")
         ]
         if not new:
             return
-        of_size: dict[tuple[int, bool, bool], _Kept] = {}
-        for each in (*self._read(), *new):
-            size = (each.reading.micro_batch, each.reading.accumulation_steps > 1, each.reading.fits)
+        of_size: dict[tuple[int, bool, bool], _StoredReading] = {}
+        for entry in (*self._read(), *new):
+            size = (entry.reading.micro_batch, entry.reading.accumulation_steps > 1, entry.reading.fits)
             of_size.pop(size, None)
-            of_size[size] = each
-        self._write(list(of_size.values())[-_MOST:])
+            of_size[size] = entry
+        self._write(list(of_size.values())[-_MAX_READINGS:])
 
     def forget(self) -> None:
-        """The readings proved wrong."""
+        """Removes the file, because its readings proved wrong."""
         with suppress(OSError):
             self._path.unlink(missing_ok=True)
 
-    def _read(self) -> list[_Kept]:
+    def _read(self) -> list[_StoredReading]:
         try:
             document = json.loads(self._path.read_text())
         except FileNotFoundError:
@@ -117,75 +131,75 @@ class ReadingCache:
         try:
             if document["schema"] != SCHEMA or document["key"] != self._key:
                 return self._ignored("it is of another program, or of another job")
-            return [_whole(each) for each in document["kept"]]
+            return [_checked(fields) for fields in document["kept"]]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             return self._ignored(f"{type(error).__name__}: {error}")
 
-    def _ignored(self, why: str) -> list[_Kept]:
+    def _ignored(self, why: str) -> list[_StoredReading]:
         warnings.warn(f"the remembered readings in {self._path} cannot be used and are replaced: {why}", stacklevel=2)
         return []
 
-    def _write(self, kept: Sequence[_Kept]) -> None:
+    def _write(self, stored: Sequence[_StoredReading]) -> None:
         document = {
             "schema": SCHEMA,
             "job": self._label,
             "written": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "key": self._key,
-            "kept": [asdict(each) for each in kept],
+            "kept": [asdict(reading) for reading in stored],
         }
-        # The name is nobody else's, also on a folder that several machines share.
-        beside = self._path.with_name(f"{_BESIDE}{self._path.stem}.{os.uname().nodename}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+        # The name is unique, also in a folder that several machines share.
+        temporary = self._path.with_name(f"{_TEMPORARY_PREFIX}{self._path.stem}.{os.uname().nodename}.{os.getpid()}.{time.monotonic_ns()}.tmp")
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(beside, "w") as file:
+            with open(temporary, "w") as file:
                 json.dump(document, file)
                 file.flush()
-                os.fsync(file.fileno())  # else a rename may reach the disk before what it names
-            os.replace(beside, self._path)
+                os.fsync(file.fileno())  # without it, the rename may reach the disk before the content
+            os.replace(temporary, self._path)
             _sweep(self._path.parent)
         except OSError as error:
             warnings.warn(f"readings cannot be remembered in {str(self._path.parent)!r}: {error.strerror}; set {FOLDER}, or --no-cache", stacklevel=2)
             with suppress(OSError):
-                beside.unlink(missing_ok=True)
+                temporary.unlink(missing_ok=True)
 
 
-def _whole(told: dict[str, Any]) -> _Kept:
-    """Raises `TypeError` for figures that are none."""
-    kept = _Kept(Reading.from_dict(told["reading"]), told["budget_bytes"], told["floor_bytes"], told["target"])
-    reading = kept.reading
-    whole = (reading.micro_batch, reading.accumulation_steps, kept.budget_bytes, kept.floor_bytes, kept.target)
-    if not all(isinstance(each, int) for each in whole) or reading.outcome not in _TOLD:
+def _checked(fields: dict[str, Any]) -> _StoredReading:
+    """A stored reading from its JSON object. Raises `TypeError` if a value has the wrong type."""
+    stored = _StoredReading(Reading.from_dict(fields["reading"]), fields["budget_bytes"], fields["floor_bytes"], fields["target"])
+    reading = stored.reading
+    integers = (reading.micro_batch, reading.accumulation_steps, stored.budget_bytes, stored.floor_bytes, stored.target)
+    if not all(isinstance(value, int) for value in integers) or reading.outcome not in _STORED_OUTCOMES:
         raise TypeError("its readings are not whole")
-    if not all(each is None or isinstance(each, int) for each in (reading.peak_bytes, reading.base_bytes, reading.activation_bytes)):
+    if not all(value is None or isinstance(value, int) for value in (reading.peak_bytes, reading.base_bytes, reading.activation_bytes)):
         raise TypeError("its peaks are not bytes")
-    return kept
+    return stored
 
 
 def _sweep(place: Path) -> None:
-    """What processes that were killed while writing have left, once they cannot be at it any more; nothing else that lies there."""
-    for left in place.glob(f"{_BESIDE}*.tmp"):
+    """Removes old temporary files of processes that were killed while they wrote. Other files stay."""
+    for path in place.glob(f"{_TEMPORARY_PREFIX}*.tmp"):
         with suppress(OSError):
-            if time.time() - left.stat().st_mtime > _STALE_S:
-                left.unlink()
+            if time.time() - path.stat().st_mtime > _STALE_S:
+                path.unlink()
 
 
 def documents() -> list[dict[str, Any]]:
-    """Every job that is remembered: its file, job, device, when it was written, and its readings. Files that are not ours are left out."""
-    found = []
+    """The jobs in the cache. For each job: its file, name, device, time of writing, and readings. Files of other programs are skipped."""
+    jobs = []
     for path in sorted(folder().glob("*.json")):
         with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
             document = json.loads(path.read_text())
             if document["schema"] == SCHEMA:
                 readings = [
-                    {name: each["reading"][name] for name in ("micro_batch", "accumulation_steps", "outcome", "peak_bytes")} for each in document["kept"]
+                    {name: stored["reading"][name] for name in ("micro_batch", "accumulation_steps", "outcome", "peak_bytes")} for stored in document["kept"]
                 ]
-                told = {"file": str(path), "job": document["job"], "device": document["key"]["device"], "written": document["written"], "readings": readings}
-                found.append(told)
-    return found
+                job = {"file": str(path), "job": document["job"], "device": document["key"]["device"], "written": document["written"], "readings": readings}
+                jobs.append(job)
+    return jobs
 
 
 def clear() -> int:
-    """Removes what is remembered, and nothing else that lies there. Returns how many jobs that was."""
+    """Removes the cache files and returns how many jobs they held. Other files in the folder stay."""
     removed = 0
     for document in documents():
         with suppress(OSError):
@@ -196,13 +210,13 @@ def clear() -> int:
 
 
 def listed() -> str:
-    """A table, a line for each job."""
+    """The cache as a text table, one line for each job."""
     rows = []
-    for each in documents():
-        fits = [reading for reading in each["readings"] if reading["outcome"] in ("fits", "over-budget") and reading["peak_bytes"]]
-        most = max(fits, key=lambda reading: reading["micro_batch"], default=None)
-        unit = unit_for(most["peak_bytes"]) if most else ""
-        seen = f"{most['micro_batch']} at {number(most['peak_bytes'], unit)} {unit}" if most else ""
-        rows.append(f"{each['written'][:16].replace('T', ' ')}  {len(each['readings']):>8}  {seen:22}{each['device']:28}{each['job']}")
+    for job in documents():
+        measured = [reading for reading in job["readings"] if reading["outcome"] in ("fits", "over-budget") and reading["peak_bytes"]]
+        largest = max(measured, key=lambda reading: reading["micro_batch"], default=None)
+        unit = unit_for(largest["peak_bytes"]) if largest else ""
+        cell = f"{largest['micro_batch']} at {number(largest['peak_bytes'], unit)} {unit}" if largest else ""
+        rows.append(f"{job['written'][:16].replace('T', ' ')}  {len(job['readings']):>8}  {cell:22}{job['device']:28}{job['job']}")
     head = f"{'written':16}  {'readings':>8}  {'largest':22}{'device':28}job"
     return "\n".join([head, *rows]) if rows else f"nothing is remembered in {folder()}"

@@ -1,10 +1,10 @@
-"""Runs one command under a cap and tells what it took. A program of its own, started by its path; no imports of ours.
+"""A small program that runs one command under a memory cap and reports its exit code and its peak resident bytes.
 
-    python under_limit.py REPORT_DESCRIPTOR CAP_BYTES|none WORD...
+    python capped_process.py REPORT_DESCRIPTOR CAP_BYTES|none WORD...
 
-A process in between, for two reasons. The cap is set between fork and exec, which is not safe in a parent
-with threads. And the kernel's figure of largest resident bytes is inherited from whoever forks: forked from
-this small process it is the command's own, from a parent that holds torch it would be the parent's.
+It is started by its path and imports nothing from autoaccum. It stands between the parent and the command for two reasons.
+The cap is set between fork and exec, which is not safe in a parent with threads. And a child inherits the kernel's figure of
+largest resident bytes from the process that forks it: a parent that holds torch would pass on its own, larger figure.
 """
 
 import ctypes
@@ -16,7 +16,7 @@ import sys
 
 
 def main() -> None:
-    """`capped_process.py REPORT CAP COMMAND...`: REPORT is a descriptor, CAP bytes of RLIMIT_DATA or "none"."""
+    """Runs the command and writes its figures as JSON to the report descriptor. The cap is RLIMIT_DATA in bytes, or "none"."""
     report, cap, words = int(sys.argv[1]), sys.argv[2], sys.argv[3:]
     _die_with_parent()
     pid = os.fork()
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _die_with_parent() -> None:
-    """https://man7.org/linux/man-pages/man2/prctl.2.html"""
+    """Asks the kernel to end this process when its parent ends. https://man7.org/linux/man-pages/man2/prctl.2.html"""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 

@@ -1,8 +1,8 @@
-"""Trials in a process of their own.
+"""The `Rehearser` that runs its trials in a child process.
 
-The parent stays small and imports no torch; an out-of-memory kill or a hang is an outcome and not the
-end. JSON lines go over two inherited descriptors, and whatever the job prints goes to stderr. Not
-`multiprocessing`: its spawn imports the caller's `__main__` again and pickles.
+The parent stays small and does not import torch. If the child hangs or is killed for memory, this is an outcome of the trial
+and the parent goes on. Parent and child exchange JSON lines over two inherited descriptors. The job's own output goes to stderr.
+`multiprocessing` is not used, because its spawn imports the caller's `__main__` again and pickles.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from autoaccum.window import PhaseCallback, Source
 
 
 class _Died(Exception):
-    """The child ended without an answer. `code` as in `Popen.returncode`; None if it was ended for its silence."""
+    """The child ended without an answer. code: as in `Popen.returncode`; None if the parent ended the child after the timeout."""
 
     def __init__(self, code: int | None) -> None:
         super().__init__(code)
@@ -38,10 +38,11 @@ class _Died(Exception):
 
 
 class Child:
-    """A `reading.Rehearser` whose trials run in a child process. A context manager.
+    """A `Rehearser` whose trials run in a child process. A context manager.
 
-    on_output: called with what the job prints (text). on_phase: called with each phase, for live progress.
-    Raises `JobFailed` for what the job's own code raised, and the errors of `job.load`.
+    on_phase: called with each phase, for live progress.
+    on_output: called with the text that the job prints.
+    Raises `JobFailed` if the job's own code raises, and the errors of loading the job.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Child:
                 windows=windows,
             )
         except _Died as death:
-            reading = self._of_the_dead(death, micro_batches[0], len(micro_batches), time.monotonic() - started, full)
+            reading = self._reading_after_death(death, micro_batches[0], len(micro_batches), time.monotonic() - started, full)
             self._start()
             return reading
         if not answer.pop("clean"):
@@ -116,9 +117,9 @@ class Child:
             self._start()
 
     def simulated(self, verb: str, **arguments: Any) -> Any:
-        """What a child that simulates answers to one of its own verbs, "estimate" or "tape", as plain values.
+        """The answer of a simulating child to its verb "estimate" or "tape", as plain values.
 
-        Raises `JobFailed` where its process ends.
+        Raises `JobFailed` if the child's process ends.
         """
         try:
             return self._ask(verb, **arguments)
@@ -126,11 +127,11 @@ class Child:
             raise errors.JobFailed(f"the job's process ended while it was simulated (exit code {death.code})", text=self._tail.strip()) from None
 
     def kill(self) -> None:
-        """From another thread: ends what the child is doing, and whoever waits for it gets `JobFailed`."""
+        """Kills the child, from another thread. The thread that waits for the child gets `JobFailed`."""
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _of_the_dead(self, death: _Died, micro_batch: int, steps: int, seconds: float, full: bool) -> Reading:
+    def _reading_after_death(self, death: _Died, micro_batch: int, steps: int, seconds: float, full: bool) -> Reading:
         def reading(outcome: Any) -> Reading:
             return Reading(micro_batch, steps, outcome, self._phase, None, seconds, full=full)
 
@@ -138,7 +139,7 @@ class Child:
             return reading("timeout")
         if death.code == -signal.SIGKILL:
             return reading("killed")
-        # libgomp and C++ end the process when memory runs out where nothing can catch it.
+        # libgomp and C++ end the process when memory runs out; Python cannot catch this.
         if oom.in_output(self._tail):
             return reading("oom")
         how = f"was ended by {signal.Signals(-death.code).name}" if death.code < 0 else f"ended the process (exit code {death.code})"
@@ -153,7 +154,7 @@ class Child:
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches the parent alone, which ends the child's whole group
+            start_new_session=True,  # Ctrl-C reaches only the parent, and the parent ends the child's whole group
             env=self._environment(),
         )
         os.close(theirs_in)
@@ -173,7 +174,7 @@ class Child:
                 raise
             death = error
             if self._phase == "self-test" and not self._approximate:
-                # torch may end the process where it is not built as expected: then without its inside.
+                # An unexpected build of torch may end the process in the self-test. Then start again without torch's internals.
                 self._approximate = f"this torch ended the process when CUDA tensors were faked (exit code {death.code})"
                 self._start()
                 return
@@ -184,19 +185,19 @@ class Child:
         self.enforces = answer["enforces"]
 
     def _environment(self) -> dict[str, str]:
-        # The parent is the rank: a job that met the others from in here would wait for them without end.
-        found = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
+        # The parent is the rank. If the job in the child joined the process group, it would wait for the other ranks forever.
+        environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}
         if self._device.startswith("virtual:"):
-            found["CUDA_VISIBLE_DEVICES"] = ""  # a job that goes to a card by itself must not take the one that is here for the simulated one
-        return found
+            environment["CUDA_VISIBLE_DEVICES"] = ""  # a job that picks a card by itself must not use the real card
+        return environment
 
     def _end(self) -> None:
         if self._in < 0:
-            return  # ended before
+            return  # it has ended already
         with suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
-        self._listener.join(timeout=1)  # a grandchild that left the group may hold the pipe open
+        self._listener.join(timeout=1)  # a grandchild that left the group may keep the pipe open
         for descriptor in (self._in, self._out):
             os.close(descriptor)
         self._in = self._out = -1
@@ -220,9 +221,9 @@ class Child:
 
     def _line(self, deadline: float | None) -> Any:
         while b"\n" not in self._buffer:
-            # In slices: a process that the job forked may hold the pipe open after the child is gone.
-            left = 0.5 if deadline is None else min(max(deadline - time.monotonic(), 0), 0.5)
-            if not select.select([self._in], [], [], left)[0]:
+            # Wait in slices: a process that the job forked may keep the pipe open after the child has ended.
+            wait_s = 0.5 if deadline is None else min(max(deadline - time.monotonic(), 0), 0.5)
+            if not select.select([self._in], [], [], wait_s)[0]:
                 if self._process.poll() is not None and not select.select([self._in], [], [], 0)[0]:
                     raise self._death()
                 if deadline is not None and time.monotonic() >= deadline:
@@ -242,7 +243,7 @@ class Child:
         return _Died(code)
 
     def _listen(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None  # asked for as a pipe
+        assert process.stdout is not None  # Popen was called with stdout=PIPE
         with process.stdout as output:
             while chunk := os.read(output.fileno(), 65536):
                 text = chunk.decode(errors="replace")
@@ -256,7 +257,7 @@ def _to_stderr(text: str) -> None:
 
 
 def die_with_parent(parent: int) -> None:
-    """Ends this process when its parent ends, however that happens. https://man7.org/linux/man-pages/man2/prctl.2.html"""
+    """Makes this process end when its parent ends, for any reason. parent: the parent's process id. https://man7.org/linux/man-pages/man2/prctl.2.html"""
     if sys.platform.startswith("linux"):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:

@@ -1,7 +1,7 @@
-"""Trials of a script nobody edited: each one is the command itself, with the numbers filled in.
+"""The `Rehearser` of a command: each trial runs an unmodified script with the numbers filled in.
 
-It runs under a cap that is set from outside, and its exit code, its output and its resident bytes tell
-how it went.
+The command runs under a memory cap that is set from outside. The outcome of a trial comes from the command's exit code,
+its output and its resident bytes.
 """
 
 from __future__ import annotations
@@ -28,13 +28,16 @@ from autoaccum.errors import DeviceError, JobFailed, NoSuchDevice, UsageError
 from autoaccum.probe.readings import Equivalence, Limits, Outcome, Reading, Subject
 from autoaccum.units import KIB
 
-_KEPT_OUTPUT = 64 * KIB
-_UNDER_LIMIT = str(Path(__file__).with_name("under_limit.py"))
+_OUTPUT_CHARS = 64 * KIB
+_CAPPED_PROCESS = str(Path(__file__).with_name("capped_process.py"))
 
 
 @dataclass(frozen=True)
 class Template:
-    """A command with `{micro_batch}` and, if it accumulates, `{accumulation_steps}` in it."""
+    """A command with the placeholder `{micro_batch}` and, if it accumulates, `{accumulation_steps}`.
+
+    Raises `UsageError` if `{micro_batch}` is missing or a placeholder is unknown.
+    """
 
     words: tuple[str, ...]
 
@@ -52,11 +55,11 @@ class Template:
 
     @property
     def accumulates(self) -> bool:
-        """True if the command is told the accumulation steps."""
+        """True if the command has the placeholder `{accumulation_steps}`."""
         return any("{accumulation_steps}" in word for word in self.words)
 
     def filled(self, micro_batch: int, accumulation_steps: int) -> list[str]:
-        """The command for these numbers; other braces stay as they are."""
+        """The words of the command with these numbers in place of the placeholders. Other braces do not change."""
         numbers = {"{micro_batch}": str(micro_batch), "{accumulation_steps}": str(accumulation_steps)}
         filled = list(self.words)
         for name, number in numbers.items():
@@ -68,9 +71,10 @@ class Template:
 
 
 class Command:
-    """A `reading.Rehearser` whose trials are runs of a command. A context manager.
+    """A `Rehearser` whose trials are runs of a command. A context manager.
 
-    said: called with what the command prints. Raises `JobFailed` where it fails for another reason than memory.
+    on_output: called with the text that the command prints.
+    Raises `JobFailed` if the command fails for another reason than memory.
     """
 
     def __init__(self, template: Template, device: str, limits: Limits, *, on_output: Callable[[str], None]) -> None:
@@ -83,7 +87,7 @@ class Command:
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Every run has ended by itself or was ended; there is nothing to put back."""
+        """Does nothing: every run has ended, and no state needs to be restored."""
 
     def subject(self) -> Subject:
         remarks = []
@@ -110,16 +114,16 @@ class Command:
         code, output, resident = self._run(words, allowed.budget_bytes)
         seconds = time.monotonic() - started
         peak = resident if self._facts.kind == "cpu" else None
-        told = oom.in_output(output)
+        oom_message = oom.in_output(output)
         outcome: Outcome
         remarks: tuple[str, ...] = ()
-        if code == 127 and not told:
+        if code == 127 and not oom_message:
             raise UsageError(f"the command cannot be started: {output.strip().splitlines()[-1] if output.strip() else words[0]}")
         if code is None:
             outcome = "timeout"
         elif code == -signal.SIGKILL:
             outcome = "killed"
-        elif told:
+        elif oom_message:
             outcome = "oom"
             if code == 0:
                 remarks = (f"the command printed an out-of-memory message at {size} and ended with exit code 0: taken as not fitting",)
@@ -138,95 +142,98 @@ class Command:
             outcome = "fits"
         if outcome == "fits" and peak is not None:
             self._peaks[size] = peak
-        # What a command takes on a GPU cannot be seen from outside.
+        # The peak of a command on a GPU cannot be measured from outside.
         return Reading(size, steps, outcome, "command", peak, seconds, remarks=remarks)
 
     def compare(self, samples: int) -> Equivalence | None:
-        return None  # its loss is out of reach
+        return None  # the command's loss and gradients cannot be read
 
     def conditions(self) -> None:
-        """What a command's trials depend on (its files, their imports, its data) is not known."""
+        """None: it is not known what a command's trials depend on (its files, their imports, its data)."""
 
     def fresh(self) -> None:
-        """Every run has a process of its own."""
+        """Does nothing: every run has its own process."""
 
     def _ignored(self) -> bool:
-        """True if memory did not move between sizes far apart; a hundredth of it is more than noise."""
+        """True if the peak is the same at two sizes that differ by a factor of 4 or more. A difference of more than 1 % is not noise."""
         if len(self._peaks) < 2 or max(self._peaks) < 4 * min(self._peaks):
             return False
         low, high = self._peaks[min(self._peaks)], self._peaks[max(self._peaks)]
         return high <= low * 1.01
 
     def _run(self, words: list[str], cap_bytes: int) -> tuple[int | None, str, int]:
-        """Exit code (None: ended for taking too long), output, and the largest resident bytes of any process of it."""
+        """Runs the command once. Returns its exit code, its output, and the largest resident bytes of any of its processes.
+
+        The exit code is None if the command did not finish in time.
+        """
         environment, cap = dict(os.environ), "none"
         if self._facts.kind == "cpu" and LINUX:
             environment |= {name: str(value) for name, value in STEADY_MALLOC.items()} if steady_wanted() else {}
             cap = str(cap_bytes)
         elif self._facts.kind != "cpu":
             fraction = min(cap_bytes / self._memory.total_bytes, 1.0)
-            known = environment.get("PYTORCH_CUDA_ALLOC_CONF", "")
-            environment["PYTORCH_CUDA_ALLOC_CONF"] = ",".join(filter(None, [known, f"per_process_memory_fraction:{fraction:.6f}"]))
-        told, tell = os.pipe()
+            settings = environment.get("PYTORCH_CUDA_ALLOC_CONF", "")
+            environment["PYTORCH_CUDA_ALLOC_CONF"] = ",".join(filter(None, [settings, f"per_process_memory_fraction:{fraction:.6f}"]))
+        report_in, report_out = os.pipe()
         process = subprocess.Popen(
-            [sys.executable, _UNDER_LIMIT, str(tell), cap, *words],
+            [sys.executable, _CAPPED_PROCESS, str(report_out), cap, *words],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             env=environment,
-            pass_fds=(tell,),
+            pass_fds=(report_out,),
             start_new_session=True,
         )
-        os.close(tell)
-        kept: list[str] = []
-        listener = threading.Thread(target=self._listen, args=(process, kept), daemon=True)
+        os.close(report_out)
+        pieces: list[str] = []
+        listener = threading.Thread(target=self._listen, args=(process, pieces), daemon=True)
         listener.start()
         try:
-            ended = select.select([told], [], [], self._limits.timeout_s)[0]
-            answer = os.read(told, 1000) if ended else b""
+            ended = select.select([report_in], [], [], self._limits.timeout_s)[0]
+            answer = os.read(report_in, 1000) if ended else b""
         finally:
-            os.close(told)
+            os.close(report_in)
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            listener.join(timeout=1)  # a process that left the group may hold the pipe open
-        output = "".join(kept)[-_KEPT_OUTPUT:]
+            listener.join(timeout=1)  # a process that left the group may keep the pipe open
+        output = "".join(pieces)[-_OUTPUT_CHARS:]
         if not ended:
             return None, output, 0
-        if not answer:  # whoever kills in want of memory may take the small process in between, too
+        if not answer:  # the out-of-memory killer may also kill the small process in between
             return -signal.SIGKILL, output, 0
         figures = json.loads(answer)
         return figures["code"], output, figures["ru_maxrss"] * (1 if sys.platform == "darwin" else KIB)
 
-    def _listen(self, process: subprocess.Popen[bytes], kept: list[str]) -> None:
-        assert process.stdout is not None  # asked for as a pipe
+    def _listen(self, process: subprocess.Popen[bytes], pieces: list[str]) -> None:
+        assert process.stdout is not None  # Popen was called with stdout=PIPE
         with process.stdout as output:
             while chunk := os.read(output.fileno(), 65536):
                 text = chunk.decode(errors="replace")
-                kept.append(text)
-                if sum(map(len, kept)) > 4 * _KEPT_OUTPUT:
-                    kept[:] = ["".join(kept)[-_KEPT_OUTPUT:]]
+                pieces.append(text)
+                if sum(map(len, pieces)) > 4 * _OUTPUT_CHARS:
+                    pieces[:] = ["".join(pieces)[-_OUTPUT_CHARS:]]
                 self._on_output(text)
 
 
 def _device(label: str) -> tuple[Facts, Memory]:
-    """Which device, and its memory, without this process touching it: a CUDA context here would be counted."""
+    """The facts of the device and its memory. This process does not touch the device, because its CUDA context would be counted."""
     if label == "cpu" or (label == "auto" and not devices.accelerator_driver()):
         cpu = Cpu()
         memory = cpu.memory()
-        # The command is a process of its own: none of its memory is ours.
+        # The command is another process: none of its memory is held by this one.
         return cpu.facts, Memory(memory.total_bytes, memory.free_bytes, 0, 0, memory.others, memory.binding_limit)
-    asked = subprocess.run([sys.executable, "-m", "autoaccum", "devices", "--json"], capture_output=True, text=True, check=False)
-    if asked.returncode != 0:
-        raise DeviceError(f"the devices could not be asked: {asked.stderr.strip() or asked.stdout.strip()}")
-    found = json.loads(asked.stdout)["devices"]
+    listing = subprocess.run([sys.executable, "-m", "autoaccum", "devices", "--json"], capture_output=True, text=True, check=False)
+    if listing.returncode != 0:
+        raise DeviceError(f"the devices could not be asked: {listing.stderr.strip() or listing.stdout.strip()}")
+    rows = json.loads(listing.stdout)["devices"]
     kind, _, index = label.partition(":")
-    for each in found:
-        if label == "auto" and each["kind"] == "cpu":
+    for row in rows:
+        if label == "auto" and row["kind"] == "cpu":
             return _device("cpu")
-        if label == "auto" or (each["kind"] == kind and (each["index"] or 0) == int(index or 0)):
-            if each["kind"] not in ("cpu", "cuda"):
-                raise NoSuchDevice(f"a command's memory on {each['kind']} cannot be capped from outside: use a JOB file, or --device cpu")
-            facts = Facts(each["kind"], each["index"], each["name"], each["uuid"])
-            return facts, Memory(each["total_bytes"], each["free_bytes"], 0, None, (), each["binding_limit"])
-    raise NoSuchDevice(f"there is no {label} here; devices: {', '.join(each['kind'] for each in found)}")
+        if label == "auto" or (row["kind"] == kind and (row["index"] or 0) == int(index or 0)):
+            if row["kind"] not in ("cpu", "cuda"):
+                raise NoSuchDevice(f"a command's memory on {row['kind']} cannot be capped from outside: use a JOB file, or --device cpu")
+            facts = Facts(row["kind"], row["index"], row["name"], row["uuid"])
+            return facts, Memory(row["total_bytes"], row["free_bytes"], 0, None, (), row["binding_limit"])
+    raise NoSuchDevice(f"there is no {label} here; devices: {', '.join(row['kind'] for row in rows)}")

@@ -1,4 +1,7 @@
-"""What a trial shows, and what it is told: records that parent and child hand each other. No torch here."""
+"""The records of trials: limits, readings, progress, and the `Rehearser` protocol.
+
+Parent and child process send each other these records. Importing this file does not load torch.
+"""
 
 from __future__ import annotations
 
@@ -9,15 +12,16 @@ from typing import Any, Literal, Protocol
 from autoaccum.devices import Budget, Facts
 
 Outcome = Literal["fits", "over-budget", "oom", "killed", "timeout"]
-COMPARED_SAMPLES = 8  # enough to tell weights apart, few enough to cost nothing
+COMPARED_SAMPLES = 8  # enough to distinguish the causes, few enough to be cheap
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the user allows: a memory limit in bytes, headroom as given, seconds per trial.
+    """The limits that the user sets.
 
-    sharing_ranks: how many ranks of the job share the device's free memory, this one included. buckets: True where the model will be
-    wrapped in DistributedDataParallel, whose copy of the gradients is kept free.
+    memory_bytes: the memory limit. headroom: as the user gave it. timeout_s: seconds per trial.
+    sharing_ranks: the number of the job's ranks that share the device's free memory, this rank included.
+    buckets: True if the model will be wrapped in DistributedDataParallel. Memory for its copy of the gradients is then kept free.
     """
 
     memory_bytes: int | None = None
@@ -27,25 +31,28 @@ class Limits:
     buckets: bool = False
 
     def timeout_of(self, steps: int, *, full: bool, windows: int = 2) -> float | None:
-        """Seconds that a trial may take; a run of whole windows as many times more as it has more micro-batches than three."""
+        """The timeout of a trial in seconds. For a run of whole windows it grows with their micro-batches: `timeout_s` is for three."""
         return self.timeout_s if self.timeout_s is None or not full else self.timeout_s * max(windows * steps / 3, 1.0)
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What one trial showed.
+    """The result of one trial.
 
-    micro_batch, accumulation_steps: the size that was tried and the window it stands for.
+    micro_batch, accumulation_steps: the size that was tried, and the accumulation steps of its window.
     phase: the last phase that was reached: "batch", "forward", "backward", "clip" (unscaling and clipping), "step".
-    peak_bytes: the most held, None where the process did not live to tell; base_bytes: what is held between
-    micro-batches (parameters, optimizer state, resident gradients), as far as known.
-    activation_bytes: the most that was live in forward and backward, which is what grows with the micro-batch;
-    the optimizer's step may peak above it, whatever the size. None where the trial did not get so far.
-    seconds: the whole trial; window_seconds: a window, the median of all but the first.
-    least_bytes: what the size takes whatever an allocator makes of it, known where it was simulated. budget_bytes: what it was allowed.
-    limited: False for a run without the user's limit, for its figure. full: True for a confirming run, the whole window at least twice. doubtful: True for an out-of-memory that a library
-    told of in words it also uses for other failures; such a library may refuse the same again in this process,
-    whatever memory there is (oneDNN remembers).
+    peak_bytes: the peak of the trial; None if the process ended before it could report it.
+    seconds: the time of the whole trial.
+    base_bytes: the memory held between micro-batches (parameters, optimizer state, resident gradients), if it is known.
+    activation_bytes: the peak of forward and backward, which grows with the micro-batch. The optimizer step may peak above it,
+    at any size. None if the trial did not reach the end of backward.
+    window_seconds: the median time of a window, without the first one.
+    full: True for a confirming run, which runs the whole window at least twice.
+    doubtful: True for an out-of-memory with a message that the library also uses for other failures. Such a library (oneDNN)
+    remembers the failure and may refuse the same size again in this process, even if there is enough memory.
+    limited: False for a run without the user's limit, to measure how much the size needs.
+    least_bytes: the peak of the requested bytes, without an allocator; known only if the trial was simulated.
+    budget_bytes: the budget of the trial.
     """
 
     micro_batch: int
@@ -82,14 +89,16 @@ class Reading:
 
 @dataclass(frozen=True)
 class Equivalence:
-    """Does the gradient of a split batch equal that of the whole one? Compared on a few samples, dropout turned off.
+    """The result of comparing the gradient of a split batch with that of the whole batch, on a few samples and without dropout.
 
-    exact: True or False; None where it could not be compared, and `message` says why.
-    sizes: the pieces compared, of `samples` at once. relative_error: of their gradient, BatchNorm in eval mode.
+    exact: True if the two gradients are equal up to rounding, False if not. None if they could not be compared; `message` then gives the reason.
+    samples: the number of samples in the whole batch. sizes: the sizes of the pieces.
+    relative_error: the relative error of the split batch's gradient, with BatchNorm in eval mode.
     cause: "sum", "token-mean", "weights", "mixed" (a layer or the loss looks at several samples), "batch-norm", "random",
-    "" where it is exact. layers: names of those that break it. batch_norm_error: as relative_error, with
-    BatchNorm as it trains.
+    or "" if it is exact.
+    layers: the names of the layers that cause the difference.
     message: one sentence, with the cure.
+    batch_norm_error: like `relative_error`, with BatchNorm in training mode.
     """
 
     exact: bool | None
@@ -110,13 +119,13 @@ class Equivalence:
 
     @classmethod
     def from_dict(cls, fields: dict[str, Any]) -> Equivalence:
-        told = {name: value for name, value in fields.items() if name != "schema"}
-        return cls(**{**told, "sizes": tuple(told["sizes"]), "layers": tuple(told["layers"])})
+        values = {name: value for name, value in fields.items() if name != "schema"}
+        return cls(**{**values, "sizes": tuple(values["sizes"]), "layers": tuple(values["layers"])})
 
 
 @dataclass(frozen=True)
 class Trying:
-    """Progress: a trial is under way. `phase` and `index` say where in its window it is."""
+    """The progress of a running trial. phase, index: its current phase and micro-batch."""
 
     micro_batch: int
     accumulation_steps: int
@@ -125,17 +134,17 @@ class Trying:
     index: int
 
 
-# Called while a trial runs and with its reading when it has ended.
+# Called with a `Trying` while a trial runs, and with its `Reading` when it has ended.
 Progress = Callable[[Trying | Reading], None]
 
 
 @dataclass(frozen=True)
 class Subject:
-    """What is rehearsed, as far as the line needs to know it.
+    """A description of the job under trial and its device, for `tuner.one_device`.
 
-    gradient_bytes: of all gradients at once. batch_norms: names of BatchNorm layers in training mode.
-    snapshot_bytes: host memory that the copies of the training state take. allocator: its settings, in words.
-    predicted: True where trials are simulated.
+    gradient_bytes: the bytes of all gradients. batch_norms: the names of the BatchNorm layers in training mode.
+    snapshot_bytes: the host memory of the copies of the training state. allocator: the allocator's settings, in words.
+    predicted: True if trials are simulated.
     """
 
     device: Facts
@@ -158,10 +167,11 @@ class Subject:
 
 @dataclass(frozen=True)
 class Conditions:
-    """What readings depend on, so that they can be remembered.
+    """Everything that readings depend on. The reading cache uses it.
 
-    key: by what it is about, in digests; readings under another key say nothing here. floor_bytes: what the process holds before the first
-    trial, in the terms of the peak. sample_bytes: what each sample of a window takes of the measured memory while it waits on the host.
+    key: digests by topic. Readings under another key are not valid here.
+    floor_bytes: the memory that the process holds before the first trial, measured like the peak.
+    sample_bytes: the measured memory that each sample of a window takes while it waits on the host.
     """
 
     key: dict[str, str]
@@ -174,22 +184,22 @@ class Rehearser(Protocol):
 
     @property
     def enforces(self) -> bool:
-        """False where nothing stops a trial that is too big: then only what is predicted to fit may run."""
+        """False if nothing stops a trial that is too big. Then only sizes that are predicted to fit may run."""
 
     def subject(self) -> Subject:
-        """What is rehearsed."""
+        """The job under trial and its device."""
 
     def budget(self, *, limited: bool = True) -> Budget:
-        """What a window may peak at, read now; without `limited`, what the device itself would allow."""
+        """The largest allowed peak of a window, read now. limited: False for the budget without the user's limit."""
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
-        """One trial of the window `micro_batches`, undone. `full`: the whole window, `windows` times."""
+        """Runs one trial of the window `micro_batches` and restores the job's state. full: run the whole window, `windows` times."""
 
     def compare(self, samples: int) -> Equivalence | None:
-        """Whether splitting `samples` of the job's own changes the gradient, undone; None where it cannot be asked here."""
+        """Compares split and whole gradient on `samples` of the job's own samples, and restores the state. None if this cannot be done."""
 
     def conditions(self) -> Conditions | None:
-        """What readings depend on; None where they are not worth remembering."""
+        """Everything that readings depend on; None if readings are not cached."""
 
     def fresh(self) -> None:
-        """Makes the next trial start as training will: in a new process, where trials have one."""
+        """Gives the next trial the same start as training: a new process, if trials run in their own process."""

@@ -1,4 +1,4 @@
-"""Why it does not fit: what it needs, what there is, who holds the rest, and what would help."""
+"""The errors for jobs that do not fit. They say what the job needs, what is free, which processes hold the rest, and what helps."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from autoaccum.units import in_words
 
 
 def enough(budget: Budget) -> Budget:
-    """The same budget. Raises `NothingFits` where nothing is left to try with."""
+    """Returns the same budget. Raises `NothingFits` if it is zero or less."""
     if budget.budget_bytes > 0:
         return budget
     memory = budget.memory
     limit = f"of the limit of {in_words(budget.cap_bytes)} " if budget.cap_bytes else ""
     raise NothingFits(
-        f"{limit}nothing is left to train with: {in_words(memory.free_bytes)} of {in_words(memory.total_bytes)} are free{_held(budget)}; "
+        f"{limit}nothing is left to train with: {in_words(memory.free_bytes)} of {in_words(memory.total_bytes)} are free{_held_by_others(budget)}; "
         f"headroom keeps {in_words(budget.headroom_bytes)}. Free memory, raise --memory-limit, or lower --headroom",
         budget_bytes=budget.budget_bytes,
     )
 
 
 def nothing_allowed(target: int, most: int | None, batch_norms: Sequence[str]) -> AutoaccumError:
-    """No size is left to try: layers forbid a micro-batch of one sample."""
+    """The error for a target batch without an allowed micro-batch size, for example because BatchNorm needs two samples."""
     if not batch_norms:
         return PlanError(f"no micro-batch is allowed for a target batch of {target}")
     at_most = f" in micro-batches of at most {most}" if most else ""
@@ -36,9 +36,12 @@ def nothing_allowed(target: int, most: int | None, batch_norms: Sequence[str]) -
 
 
 def nothing_fits(micro_batch: int, tried: Sequence[Reading], unlimited: Reading | None, budget: Budget) -> NothingFits:
-    """Not even `micro_batch` fits. unlimited: the same size run without the user's limit, where that was safe."""
+    """The error if `micro_batch`, the smallest size, does not fit.
+
+    tried: the readings so far. unlimited: the reading of the same size without the user's limit, if it was safe to run.
+    """
     unit = "one sample" if micro_batch == 1 else f"a micro-batch of {micro_batch}"
-    refused = next((each for each in tried if each.micro_batch == micro_batch and not each.fits), None)
+    refused = next((reading for reading in tried if reading.micro_batch == micro_batch and not reading.fits), None)
     if refused is not None and refused.outcome == "timeout":
         message = f"{unit} did not finish in time (in {refused.phase}): raise --timeout, or look for a hang in the job"
         return NothingFits(message, budget_bytes=budget.budget_bytes, trials=tried)
@@ -49,7 +52,7 @@ def nothing_fits(micro_batch: int, tried: Sequence[Reading], unlimited: Reading 
     if needs is not None and needs <= budget.budget_bytes + budget.headroom_bytes:
         wide = f"lower --headroom (now {in_words(budget.headroom_bytes)}), {wide}"
     return NothingFits(
-        f"{unit} {how}{where}: it needs {words} and the budget is {in_words(budget.budget_bytes)}{_held(budget)}. "
+        f"{unit} {how}{where}: it needs {words} and the budget is {in_words(budget.budget_bytes)}{_held_by_others(budget)}. "
         f"What would help: {wide}, autocast to bfloat16, activation checkpointing, an optimizer with less state, shorter samples",
         budget_bytes=budget.budget_bytes,
         trials=tried,
@@ -57,7 +60,7 @@ def nothing_fits(micro_batch: int, tried: Sequence[Reading], unlimited: Reading 
 
 
 def too_big(reading: Reading, sizes: Sequence[int], unlimited: Reading | None, budget: Budget) -> OutOfMemory:
-    """A size that was asked for by name does not fit; by how much, where it could be measured."""
+    """The error if the micro-batch that the user asked for does not fit. It says by how much, if that was measured."""
     if reading.outcome == "timeout":
         return OutOfMemory(f"{window_notation(sizes)} did not finish in time: raise --timeout, or look for a hang in the job", trials=[reading])
     words, needs = _needs(sizes[0], [reading], unlimited, budget)
@@ -71,18 +74,20 @@ def too_big(reading: Reading, sizes: Sequence[int], unlimited: Reading | None, b
 
 
 def _needs(micro_batch: int, tried: Sequence[Reading], unlimited: Reading | None, budget: Budget) -> tuple[str, int | None]:
-    """What the size peaks at, in words and bytes: measured, or only that it is more than was seen."""
-    measured = [each for each in (*tried, unlimited) if each is not None and each.micro_batch == micro_batch and each.outcome in ("fits", "over-budget")]
-    peak = max((each.peak_bytes or 0 for each in measured), default=0)
+    """The peak of the size in words and in bytes. If it was not measured, the words give a lower bound and the bytes are None."""
+    measured = [
+        reading for reading in (*tried, unlimited) if reading is not None and reading.micro_batch == micro_batch and reading.outcome in ("fits", "over-budget")
+    ]
+    peak = max((reading.peak_bytes or 0 for reading in measured), default=0)
     if peak:
         return in_words(peak), peak
-    seen = max((each.peak_bytes or 0 for each in tried if each.micro_batch == micro_batch), default=0)
-    return f"more than {in_words(max(seen, budget.budget_bytes))} (predicted)", None
+    lower_bound = max((reading.peak_bytes or 0 for reading in tried if reading.micro_batch == micro_batch), default=0)
+    return f"more than {in_words(max(lower_bound, budget.budget_bytes))} (predicted)", None
 
 
-def _held(budget: Budget) -> str:
-    """Who else holds memory, where that and not the user's own limit is what binds."""
+def _held_by_others(budget: Budget) -> str:
+    """The other processes that hold memory, as part of a message. "" if the user's own limit decides the budget."""
     memory = budget.memory
     if budget.cap_bytes is not None and budget.cap_bytes < memory.ours_bytes + memory.free_bytes:
         return ""
-    return "".join(f"; {other.name} (process {other.pid}) holds {in_words(other.bytes)}" for other in memory.others if other.bytes)
+    return "".join(f"; {process.name} (process {process.pid}) holds {in_words(process.bytes)}" for process in memory.others if process.bytes)

@@ -1,4 +1,4 @@
-"""Trials of one job on one device, in this process; afterwards the job is as it was."""
+"""The `Rehearser` that runs its trials in this process and restores the job's state afterwards."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from autoaccum.window import Interrupts, Job, PhaseCallback, Snapshot, as_jobs, 
 
 
 class Rehearsal:
-    """Trials of one job, or of several that run in turn, on one device, in this process. Made by `rehearsal`.
+    """A `Rehearser` of one job, or of several that run in turn, on one device, in this process. Use `rehearsing` to make one.
 
-    A `reading.Rehearser`, as `child.Child` is: the line does not know where its trials run.
+    `tuner.one_device` uses it in the same way as a `Child`, whose trials run in another process.
     """
 
     def __init__(
         self,
         jobs: Sequence[Job],
         device: Device,
-        kept: Snapshot,
+        snapshot: Snapshot,
         interrupts: Interrupts,
         limits: Limits,
         *,
         enforce: bool,
         on_phase: PhaseCallback | None,
     ) -> None:
-        self._jobs, self._device, self._kept, self._interrupts, self._limits, self._on_phase = jobs, device, kept, interrupts, limits, on_phase
-        # Held for the trials' own sake: copies, where they sit in the measured memory, and earlier gradients.
-        self._aside_bytes = kept.gradient_bytes + (kept.host_bytes if device.shared_with_host else 0)
+        self._jobs, self._device, self._snapshot, self._interrupts, self._limits, self._on_phase = jobs, device, snapshot, interrupts, limits, on_phase
+        # Memory that only the trials need: the earlier gradients, and the copies if they lie in the measured memory.
+        self._aside_bytes = snapshot.gradient_bytes + (snapshot.host_bytes if device.shared_with_host else 0)
         self._floor_bytes = device.held_bytes() - self._aside_bytes
-        # Of a device that ranks share, this one's part of what was free before the first trial.
+        # If ranks share the device: this rank's share of what was free before the first trial, with what it holds itself.
         memory = device.memory(who=False) if limits.sharing_ranks > 1 else None
-        self._part_bytes = None if memory is None or memory.binding_limit == RLIMIT else memory.ours_bytes + memory.free_bytes // limits.sharing_ranks
+        self._share_bytes = None if memory is None or memory.binding_limit == RLIMIT else memory.ours_bytes + memory.free_bytes // limits.sharing_ranks
         self._bucket_bytes = gradient_bytes(jobs) if limits.buckets else 0
-        # False where nothing stops a trial that is too big: then only what is predicted to fit may run.
+        # False if nothing stops a trial that is too big. Then only sizes that are predicted to fit may run.
         self.enforces = enforce and device.enforces
 
     def subject(self) -> Subject:
-        """What is rehearsed."""
-        normed = tuple(dict.fromkeys(name for job in self._jobs for name in batch_norms(job.model)))
+        """The job under trial and its device."""
+        norm_names = tuple(dict.fromkeys(name for job in self._jobs for name in batch_norms(job.model)))
         remarks = []
         if not all(job.model.training for job in self._jobs):
             remarks.append("the model is in eval mode and was measured so: call model.train() before tuning if that is how it trains")
@@ -60,24 +60,24 @@ class Rehearsal:
             self._device.facts,
             gradient_bytes(self._jobs),
             fingerprint(self._jobs),
-            normed,
-            self._kept.host_bytes,
+            norm_names,
+            self._snapshot.host_bytes,
             self._device.allocator,
             tuple(remarks),
         )
 
     def budget(self, *, limited: bool = True) -> Budget:
-        """What a window may peak at, read now; without `limited`, what the device itself would allow."""
+        """The largest allowed peak of a window, read now. limited: False for the budget without the user's limit."""
         memory = self._device.memory()
-        if self._part_bytes is not None:
-            memory = replace(memory, free_bytes=max(min(memory.free_bytes, self._part_bytes - memory.ours_bytes), 0), others=(), binding_limit=SHARED)
-        ours = replace(memory, ours_bytes=memory.ours_bytes - self._aside_bytes)
+        if self._share_bytes is not None:
+            memory = replace(memory, free_bytes=max(min(memory.free_bytes, self._share_bytes - memory.ours_bytes), 0), others=(), binding_limit=SHARED)
+        job_memory = replace(memory, ours_bytes=memory.ours_bytes - self._aside_bytes)
         limit = self._limits.memory_bytes if limited else None
-        found = make_budget(ours, kind=self._device.facts.kind, limit_bytes=limit, headroom=self._limits.headroom)
-        return replace(found, budget_bytes=found.budget_bytes - self._bucket_bytes, bucket_bytes=self._bucket_bytes)
+        budget = make_budget(job_memory, kind=self._device.facts.kind, limit_bytes=limit, headroom=self._limits.headroom)
+        return replace(budget, budget_bytes=budget.budget_bytes - self._bucket_bytes, bucket_bytes=self._bucket_bytes)
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
-        """One trial, and the job's state put back."""
+        """Runs one trial and restores the job's state."""
         try:
             with self._interrupts.allowed():
                 return measure(
@@ -93,26 +93,26 @@ class Rehearsal:
                     on_phase=self._on_phase,
                 )
         finally:
-            self._kept.rewind()
+            self._snapshot.rewind()
 
     def compare(self, samples: int) -> Equivalence:
-        """Whether splitting a few of the job's own samples changes the gradient, and the job's state put back."""
+        """Compares split and whole gradient on a few of the job's own samples, and restores the job's state."""
         try:
             with self._interrupts.allowed(), self._device.capped(self.budget().budget_bytes + self._aside_bytes) if self.enforces else nullcontext():
                 return equivalence.compare(self._jobs, samples)
         finally:
-            self._kept.rewind()
+            self._snapshot.rewind()
 
     def conditions(self) -> Conditions:
-        """What readings depend on."""
+        """Everything that readings depend on. Restores the job's state, because it makes a batch."""
         try:
-            waits = self._device.shared_with_host and self._jobs[0].split is None
-            return Conditions(conditions.of(self._jobs), self._floor_bytes, conditions.sample_bytes(self._jobs[0]) if waits else 0)
+            counts_samples = self._device.shared_with_host and self._jobs[0].split is None
+            return Conditions(conditions.of(self._jobs), self._floor_bytes, conditions.sample_bytes(self._jobs[0]) if counts_samples else 0)
         finally:
-            self._kept.rewind()
+            self._snapshot.rewind()
 
     def fresh(self) -> None:
-        """Where trials have a process of their own, the next one gets a new one. Here there is none."""
+        """Does nothing: trials run in this process, so there is no new process to start."""
 
 
 @contextmanager
@@ -125,29 +125,33 @@ def rehearsing(
     enforce: bool = True,
     on_phase: PhaseCallback | None = None,
 ) -> Iterator[Rehearsal]:
-    """Trials inside, and afterwards all is as it was.
+    """A context with a `Rehearsal` of the jobs. On exit, the jobs' state is restored.
 
-    parameters: False in a process whose weights nobody needs afterwards.
-    enforce: whether the budget is enforced while a trial runs, where the device can.
+    parameters: False if the weights are not needed afterwards; they are then not copied and restored.
+    enforce: enforce the budget while a trial runs, if the device can.
+    on_phase: called with each phase of a trial.
     """
     device.prepare()
-    with _garbage_of_trials_alone():
+    with _earlier_objects_frozen():
         try:
             jobs = as_jobs(jobs)
-            with preserved(jobs, parameters=parameters) as (kept, interrupts):
-                yield Rehearsal(jobs, device, kept, interrupts, limits, enforce=enforce, on_phase=on_phase)
+            with preserved(jobs, parameters=parameters) as (snapshot, interrupts):
+                yield Rehearsal(jobs, device, snapshot, interrupts, limits, enforce=enforce, on_phase=on_phase)
         finally:
             device.release()
 
 
-_FROZEN_AT_START = 1000  # Python 3.12 begins with 375 objects of its own
+_FROZEN_AT_START = 1000  # Python 3.12 itself starts with 375 frozen objects
 
 
 @contextmanager
-def _garbage_of_trials_alone() -> Iterator[None]:
-    """Inside, a collection looks only at what has come since. One is due before and after every trial, and with torch
-    loaded a whole one takes 0.15 s, which was half the time of a small model's search."""
-    if gc.get_freeze_count() > _FROZEN_AT_START:  # the caller's own, from before a fork perhaps: it cannot be put back as it was
+def _earlier_objects_frozen() -> Iterator[None]:
+    """Freezes all objects that exist now, so that a garbage collection inside the context looks only at newer ones.
+
+    A collection runs before and after every trial. With torch loaded a full one takes 0.15 s, which was half the time of a
+    small model's search.
+    """
+    if gc.get_freeze_count() > _FROZEN_AT_START:  # the caller has frozen objects, perhaps before a fork; that state could not be restored
         yield
         return
     gc.collect()

@@ -1,4 +1,4 @@
-"""What the user asked for: target, limits and wishes, checked once."""
+"""The user's request: the target batch, limits and options, checked once."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ Objective = Literal["fewest-steps", "throughput"]
 
 @dataclass(frozen=True)
 class Request:
-    """What was asked for. Raises `UsageError` for values that cannot be used.
+    """A request for a plan. Raises `UsageError` for values that cannot be used.
 
-    memory_limit: bytes or a size in words. headroom: a size, or a percentage of the budget. lockstep: over ranks, the same number of
-    micro-steps on each.
+    memory_limit: bytes, or a size in words. headroom: a size, or a percentage of the budget.
+    equal: only micro-batches that divide the target batch. largest: search the exact largest micro-batch.
+    lockstep: the same number of micro-steps on every rank.
     """
 
     target_batch: int
@@ -44,5 +45,5 @@ class Request:
         limit = None if self.memory_limit is None else parse_size(self.memory_limit)
         if limit is not None and limit < MIB:
             raise UsageError(f"a memory limit of {self.memory_limit} is {in_words(limit)}, less than any process takes: did you mean {self.memory_limit}MiB?")
-        parse_headroom(self.headroom, limit or 2**63)  # a bad one is told before anything is built
+        parse_headroom(self.headroom, limit or 2**63)  # raises for a wrong headroom before anything is built
         object.__setattr__(self, "limits", Limits(limit, self.headroom, self.timeout_s))

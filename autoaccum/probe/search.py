@@ -1,8 +1,8 @@
-"""The fewest accumulation steps that fit. A pure function of a predicate; knows nothing of GPUs.
+"""The search for the largest micro-batch that fits, which needs the fewest accumulation steps.
 
-Only sizes that change the answer are tried: `ceil(target / k)`. Two small readings give a line
-(peak = fixed + per_sample x micro-batch); the line proposes a size, a reading decides, and what is left
-between the largest size that fitted and the smallest that did not is searched until nothing is.
+It depends only on a function that runs a trial, and not on GPUs. It tries only sizes that change the answer: `ceil(target / k)`.
+Two small readings give a line (peak = fixed + per_sample x micro-batch). The line proposes a size and a trial decides.
+The search ends when no size is left between the largest that fitted and the smallest that did not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from autoaccum.errors import PlanError
 
 
 class PeakReading(Protocol):
-    """What the search reads of a trial's `Reading`."""
+    """The fields of a `Reading` that the search uses."""
 
     @property
     def micro_batch(self) -> int: ...
@@ -35,13 +35,13 @@ class PeakReading(Protocol):
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What the search found.
+    """The result of a search.
 
-    micro_batch, accumulation_steps: the answer; zero where nothing fits.
-    largest_fit: the largest size that ran and fitted. smallest_refused: the smallest above it that did not,
-    None if none was refused. predicted_refusal: a larger size that was not run because nothing would have
-    stopped it and the line put it above the budget. predicted_largest: where the line puts the largest size
-    that fits; a guess, for hints only.
+    micro_batch, accumulation_steps: the answer; zero if nothing fits.
+    largest_fit: the largest size that ran and fitted.
+    smallest_refused: the smallest larger size that ran and did not fit; None if there is none.
+    predicted_refusal: a larger size that was not run, because the line predicts it above the budget and nothing would stop it.
+    predicted_largest: the largest size that fits according to the line; a guess, for hints only.
     """
 
     micro_batch: int
@@ -53,7 +53,7 @@ class SearchResult:
 
 
 class _Line:
-    """Peaks of forward and backward so far, and what they predict."""
+    """The peaks of forward and backward so far, and the line through them that predicts the peak of other sizes."""
 
     def __init__(self, gradient_bytes: int) -> None:
         self._gradient_bytes = gradient_bytes
@@ -61,50 +61,51 @@ class _Line:
         self.base: float | None = None
 
     def add(self, reading: PeakReading, budget: int) -> None:
-        # Forward and backward grow with the size; an optimizer's step that peaks above them would bend the line.
-        seen = reading.activation_bytes or reading.peak_bytes
-        if not seen or not (reading.fits or reading.activation_bytes or seen > budget):
-            return  # an out-of-memory saw only a part of its peak
-        alone = reading.accumulation_steps == 1
-        self._peaks[reading.micro_batch] = seen + (self._gradient_bytes if alone else 0)
-        if reading.base_bytes is not None and not alone:
+        # Only forward and backward grow with the size. The peak of the optimizer step, if it is higher, would bend the line.
+        peak = reading.activation_bytes or reading.peak_bytes
+        if not peak or not (reading.fits or reading.activation_bytes or peak > budget):
+            return  # the trial ran out of memory before its peak
+        one_piece = reading.accumulation_steps == 1
+        self._peaks[reading.micro_batch] = peak + (self._gradient_bytes if one_piece else 0)
+        if reading.base_bytes is not None and not one_piece:
             self.base = float(reading.base_bytes)
 
     def slope_and_fixed(self) -> tuple[float, float] | None:
-        """Of the line through the largest reading and the nearest one of at most half its size.
+        """Slope and intercept of the line through the largest reading and the largest one of at most half its size.
 
-        The nearest follows memory that bends; a closer one would turn noise into slope.
+        A near reading follows a curve that bends. A reading nearer than half the size would turn noise into slope.
         """
-        known = sorted(self._peaks)
-        if len(known) >= 2:
-            high = known[-1]
-            low = max((size for size in known if size <= high / 2), default=known[0])
+        sizes = sorted(self._peaks)
+        if len(sizes) >= 2:
+            high = sizes[-1]
+            low = max((size for size in sizes if size <= high / 2), default=sizes[0])
             slope = (self._peaks[high] - self._peaks[low]) / (high - low)
             if slope > 0:
                 return slope, self._peaks[high] - slope * high
-            # Allocators round: two small sizes may look alike. The smallest reading bounds the slope.
-        if known and self.base is not None and self._peaks[known[-1]] > self.base:
-            return (self._peaks[known[-1]] - self.base) / known[-1], self.base
+            # Allocators round, so two small sizes may have the same peak. Then the base and the largest reading give the slope.
+        if sizes and self.base is not None and self._peaks[sizes[-1]] > self.base:
+            return (self._peaks[sizes[-1]] - self.base) / sizes[-1], self.base
         return None
 
     def peak(self, size: int, *, resident: bool) -> float | None:
+        """The predicted peak in bytes; None without a line. resident: True if gradients are held during the micro-batch."""
         line = self.slope_and_fixed()
         if line is None:
             return None
         return line[1] + line[0] * size - (0 if resident else self._gradient_bytes)
 
     def most(self, budget: float) -> float | None:
-        """The largest size below the budget, with gradients resident."""
+        """The predicted largest size within the budget, with gradients resident; None without a line."""
         line = self.slope_and_fixed()
         return None if line is None else (budget - line[1]) / line[0]
 
     def least(self, size: int) -> float:
-        """The least that a larger size may peak at: the flattest piece between readings, drawn on from the last."""
-        known = sorted(self._peaks)
-        if len(known) < 2:
+        """A lower bound for the peak of a larger size: from the last reading on, the smallest slope between two readings."""
+        sizes = sorted(self._peaks)
+        if len(sizes) < 2:
             return 0.0
-        slopes = [(self._peaks[high] - self._peaks[low]) / (high - low) for low, high in itertools.pairwise(known)]
-        return self._peaks[known[-1]] + max(min(slopes), 0.0) * (size - known[-1])
+        slopes = [(self._peaks[high] - self._peaks[low]) / (high - low) for low, high in itertools.pairwise(sizes)]
+        return self._peaks[sizes[-1]] + max(min(slopes), 0.0) * (size - sizes[-1])
 
     @property
     def farthest(self) -> int:
@@ -126,20 +127,22 @@ def largest(
     start: int = 1,
     known: Sequence[PeakReading] = (),
 ) -> SearchResult:
-    """The largest of `candidates` that fits, by few trials and fewer refusals.
+    """The largest of `candidates` that fits, with few trials and as few refusals as possible.
 
     fits: runs one trial of `(micro_batch, accumulation_steps)` and returns its reading.
-    candidates: ascending, from `sizes`. budget_bytes: the budget in force, read when a prediction is made.
-    gradient_bytes: what gradients held between micro-batches add to the peak; with one step there are none,
-    so a window in one piece is a case of its own and may fit where two halves do not.
-    start: about the size to begin with. daring: False if a size that is predicted above the budget must not be run, because nothing would stop it.
-    known: readings of earlier searches, also of sizes that are no candidates: what they settle is not run again.
+    target: the effective batch in samples. candidates: sizes in ascending order, from `plan.arithmetic.candidate_sizes`.
+    budget_bytes: returns the current budget; called for each prediction.
+    gradient_bytes: the memory of the gradients held between micro-batches, as part of the peak. With one accumulation step
+    no gradients are held. So a window in one piece is a special case: it may fit even if two halves do not.
+    daring: False if a size predicted above the budget must not run, because nothing would stop it.
+    start: about the first size to try.
+    known: readings of earlier searches, also of sizes that are not candidates. A size that they decide is not run again.
     Raises `PlanError` without candidates.
     """
     if not candidates:
         raise PlanError(f"no micro-batch is allowed for a target batch of {target}")
     line = _Line(gradient_bytes)
-    whole = candidates[-1] == target  # the window in one piece is among them
+    one_piece = candidates[-1] == target  # the candidates contain the window in one piece
     tried: dict[int, PeakReading] = {}
     for reading in known:
         line.add(reading, budget_bytes())
@@ -163,56 +166,57 @@ def largest(
     low = max((index for index, size in enumerate(candidates) if _settled(size, target, known) is True), default=-1) if known else -1
     high = next((index for index in range(low + 1, len(candidates)) if known and _settled(candidates[index], target, known) is False), len(candidates))
     predicted_refusal: int | None = None
-    missed = 0  # predictions in a row that were refused
+    misses = 0  # consecutive predictions that did not fit
     while high - low > 1:
-        size = _next(candidates, low, high, line, budget_bytes(), target, missed, start)
+        size = _next(candidates, low, high, line, budget_bytes(), target, misses, start)
         if not dares(size):
             predicted_refusal = candidates[size]
             high = size
             continue
         if run(size):
-            # A size that fits settles all below it, also one that was refused: readings need not be monotone.
-            low, missed = size, 0
+            # All sizes below one that fits count as fitting, also a refused one: readings need not be monotone.
+            low, misses = size, 0
             high = max(high, low + 1)
         else:
-            missed += 1
-            if whole and size == len(candidates) - 1 and size - low > 1:
-                # The whole window failed in one piece. That says nothing of smaller ones until they are asked.
-                missed -= 1
+            misses += 1
+            if one_piece and size == len(candidates) - 1 and size - low > 1:
+                # The window in one piece did not fit. This says nothing about smaller sizes, so it does not count as a miss.
+                misses -= 1
             high = size
-    if whole and high < len(candidates) - 1 and target not in tried and _settled(target, target, known) is None:
-        # Fewer steps may still fit where more did not: in one piece no gradients are resident.
+    if one_piece and high < len(candidates) - 1 and target not in tried and _settled(target, target, known) is None:
+        # The window in one piece may still fit, because it holds no gradients.
         possible = line.least(target) - gradient_bytes <= budget_bytes()
         if (possible or low < 0) and dares(len(candidates) - 1) and run(len(candidates) - 1):
             low = len(candidates) - 1
     if low < 0:
         return SearchResult(0, 0, 0, min(tried, default=None), predicted_refusal)
     answer = candidates[low]
-    refused = [each.micro_batch for each in (*tried.values(), *known) if not each.fits and each.micro_batch > answer]
-    most = line.most(budget_bytes())
-    guess = None if most is None else max(answer, min(int(most), min(refused, default=target + 1) - 1))
+    refused = [reading.micro_batch for reading in (*tried.values(), *known) if not reading.fits and reading.micro_batch > answer]
+    predicted_size = line.most(budget_bytes())
+    guess = None if predicted_size is None else max(answer, min(int(predicted_size), min(refused, default=target + 1) - 1))
     return SearchResult(answer, math.ceil(target / answer), answer, min(refused, default=None), predicted_refusal, guess)
 
 
 def _settled(size: int, target: int, known: Sequence[PeakReading]) -> bool | None:
-    """What earlier readings say of a size: a larger one that fits settles it, also with more beside it; else a smaller one that does not.
+    """True if earlier readings show that the size fits, False if they show that it does not, None if they do not decide.
 
-    None if they say nothing. Holding no gradients, the window in one piece says nothing good of smaller sizes, nor they anything bad of it.
+    A size fits if the same or a larger one fitted. It does not fit if the same or a smaller one did not.
+    The window in one piece holds no gradients. So its fit does not count for smaller sizes, and their refusals do not count for it.
     """
-    alone = size == target
-    if any(each.fits and each.micro_batch >= size and (alone or each.accumulation_steps > 1) for each in known):
+    one_piece = size == target
+    if any(reading.fits and reading.micro_batch >= size and (one_piece or reading.accumulation_steps > 1) for reading in known):
         return True
-    if any(not each.fits and each.micro_batch <= size and (not alone or each.accumulation_steps == 1) for each in known):
+    if any(not reading.fits and reading.micro_batch <= size and (not one_piece or reading.accumulation_steps == 1) for reading in known):
         return False
     return None
 
 
-# How far a line may be trusted beyond the largest size that it was drawn through.
+# The line is trusted up to this factor beyond the largest size that it goes through.
 _REACH = 32
 
 
-def _next(candidates: Sequence[int], low: int, high: int, line: _Line, budget: float, target: int, missed: int, start: int) -> int:
-    """Index of the size to try next, strictly between `low` and `high`."""
+def _next(candidates: Sequence[int], low: int, high: int, line: _Line, budget: float, target: int, misses: int, start: int) -> int:
+    """The index of the size to try next, strictly between `low` and `high`. misses: consecutive predictions that did not fit."""
 
     def at_most(size: float) -> int:
         index = low + 1
@@ -221,25 +225,25 @@ def _next(candidates: Sequence[int], low: int, high: int, line: _Line, budget: f
         return index
 
     if high == len(candidates) and (low < 0 or not line.readings):
-        return at_most(start)  # a small one first: cheap, and all that is needed where nothing fits
+        return at_most(start)  # start small: it is cheap, and enough if nothing fits
     if low < 0:
         return (low + high) // 2
     guess = line.most(budget)
-    if line.readings == 1 and missed == 0:
-        # A second reading, as far out as it can hardly fail: what the first one cost beyond its sample makes
-        # the guess a cautious one, and a reading too near would turn noise into slope.
-        first = candidates[low]
-        likely = (8.0 if first == 1 else 4.0) * first if guess is None else max(0.75 * guess, min(guess, 16 * first), 2 * first)
-        return at_most(min(likely, _REACH * first))
-    if guess is None:  # a flat line promises nothing: the geometric middle
+    if line.readings == 1 and misses == 0:
+        # The second reading is as large as it can be with little risk. The guess is cautious: costs of the first reading
+        # that do not grow with the size count as slope. A size too near the first would turn noise into slope.
+        known_size = candidates[low]
+        second_size = (8.0 if known_size == 1 else 4.0) * known_size if guess is None else max(0.75 * guess, min(guess, 16 * known_size), 2 * known_size)
+        return at_most(min(second_size, _REACH * known_size))
+    if guess is None:  # no line, so no guess: take the geometric mean
         return at_most(math.sqrt(candidates[low] * candidates[min(high, len(candidates) - 1)]))
-    if missed >= 2:
+    if misses >= 2:
         return (low + high) // 2
     if high == len(candidates) and candidates[-1] == target:
-        alone = line.peak(target, resident=False)
-        if alone is not None and alone <= budget and target <= _REACH * line.farthest:
-            return high - 1  # one piece, no accumulation: nothing beats it
-    if missed == 1:
-        # The line was wrong by one miss: halfway between what fitted and what it promised.
+        one_piece_peak = line.peak(target, resident=False)
+        if one_piece_peak is not None and one_piece_peak <= budget and target <= _REACH * line.farthest:
+            return high - 1  # one piece, without accumulation, is the best answer
+    if misses == 1:
+        # The line was wrong once: go halfway between the largest fit and the guess.
         return at_most((candidates[low] + min(guess, candidates[high])) / 2) if high - low > 2 else low + 1
     return at_most(min(guess, _REACH * line.farthest))

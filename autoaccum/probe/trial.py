@@ -1,8 +1,9 @@
-"""One rehearsal of the real window: measured, and undone.
+"""One trial: it runs the job's real window for one size and measures the memory.
 
-Window 1 is one micro-batch and an optimizer step, so that the optimizer's state exists. Window 2 is
-`min(k, 2)` micro-batches and a step, so that gradients are resident while activations peak; with k = 1
-there are none then, which is a different peak. The confirming run is the whole window, twice.
+A trial runs two windows. The first is one micro-batch and an optimizer step, so that the optimizer state exists.
+The second is `min(k, 2)` micro-batches and a step, where k is the accumulation steps, so that gradients are resident while
+activations peak. With k = 1 no gradients are resident then, which gives a different peak.
+A confirming run is the whole window, twice.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ class _TimedOut(Exception):
     pass
 
 
-class _Tell:
-    """Where the trial is: tells listeners, takes the peak of forward and backward apart from the step's, and
-    ends the trial when its time is over.
+class _PhaseListener:
+    """Follows the phases of a trial.
 
-    In one process a clock can only be looked at between phases; a kernel that hangs needs a child process.
+    It calls `on_phase`, measures the peak of forward and backward apart from that of the step, and ends the trial after the timeout.
+    Inside one process the time can only be checked between phases. To stop a kernel that hangs, the trial needs a child process.
     """
 
     def __init__(self, watch: Watch, on_phase: PhaseCallback | None, timeout_s: float | None) -> None:
@@ -63,85 +64,87 @@ def measure(
     timeout_s: float | None = None,
     on_phase: PhaseCallback | None = None,
 ) -> Reading:
-    """Runs one trial of the window `micro_batches` (largest first) and says how it went.
+    """Runs one trial of the window `micro_batches` (largest first) and returns its reading.
 
-    jobs: run one after the other in every window. allowed: what it may peak at. full: the whole window, `windows` times, instead of its two telling parts.
-    aside_bytes: held in the measured memory for the trial's own sake (a snapshot): allowed on top of the
-    budget and left out of the peak.
-    Leaves gradients empty and the job's state changed; `snapshot.preserved` is around this.
-    Raises what the job's own code raised, with a note, and `JobError`.
+    jobs: they run one after the other in every window. allowed: the budget.
+    full: run the whole window `windows` times, instead of the two short windows.
+    enforce: cap the device's memory at the budget while the trial runs.
+    aside_bytes: measured memory that only the trial needs (a snapshot). It is added to the budget and left out of the peak.
+    timeout_s: seconds until the trial ends with the outcome "timeout".
+    The gradients are empty afterwards and the job's state is changed; the caller restores it with `preserved`.
+    Raises what the job's own code raises, with a note, and `JobError`.
     """
     largest, steps = micro_batches[0], len(micro_batches)
     to_run = [micro_batches] * windows if full else [micro_batches[:1], micro_batches[:2]]
-    scalers = [_scaler_of_our_own(job, device) for job in jobs]
+    scalers = [_trial_scaler(job, device) for job in jobs]
     device.release()
     held_before = device.live_bytes()
     base_bytes = shapes = None
-    took: list[float] = []
+    durations: list[float] = []
     remarks: tuple[str, ...] = ()
     stepped, doubtful = [False] * len(jobs), False
     outcome: Outcome = "fits"
     started = time.perf_counter()
     with device.watch() as watch:
-        tell = _Tell(watch, on_phase, timeout_s)
+        listener = _PhaseListener(watch, on_phase, timeout_s)
         try:
-            # A compiled model would be compiled anew for every size that is tried: the search runs it as it was
-            # written, and only what confirms compiles. Compilers inherit a memory limit, so this comes first.
+            # A compiled model would be compiled again for every size. So the search runs it in eager mode. Only a confirming
+            # run and a window in one piece compile. The stance is set before the cap, because compilers inherit a memory limit.
             eager = is_compiled(jobs) and not full and steps > 1
             with (
                 torch.compiler.set_stance("force_eager" if eager else "default"),
                 device.capped(allowed.budget_bytes + aside_bytes) if enforce else nullcontext(),
             ):
-                tell("batch", 0)
+                listener("batch", 0)
                 batch, ballast = _batch(jobs[0], device, largest, sum(micro_batches))
-                history = _history_to_come(jobs)
+                history = _missing_history(jobs)
                 shapes = batches.shapes(batch) if jobs[0].split is None else {}
-                state = WindowStart(jobs)  # training holds one, too
+                state = WindowStart(jobs)  # training holds one too
                 for sizes in to_run:
                     watch.lap_bytes()
                     state.note()
-                    ran, seconds = _window(jobs, device, batch, sizes, scalers, tell)
-                    took.append(seconds)
-                    stepped = [before or not each.skipped for before, each in zip(stepped, ran)]
+                    results, seconds = _window(jobs, device, batch, sizes, scalers, listener)
+                    durations.append(seconds)
+                    stepped = [before or not result.skipped for before, result in zip(stepped, results)]
                     if base_bytes is None:
                         base_bytes = device.live_bytes() - aside_bytes + (gradient_bytes(jobs) if steps > 1 else 0)
-                        remarks = _remarks(ran, largest)
-                    del ran
+                        remarks = _remarks(results, largest)
+                    del results
                 del batch, ballast, state, history
         except Exception as error:
-            # By the peak: on its way here the exception may have let go of all that filled the budget, as a backward does.
-            left = allowed.budget_bytes + aside_bytes - watch.peak_bytes()
-            taken = watch.peak_bytes() - held_before
+            # The peak counts, not the live memory: the exception may have released everything on its way here, as in backward.
+            left_bytes = allowed.budget_bytes + aside_bytes - watch.peak_bytes()
+            taken_bytes = watch.peak_bytes() - held_before
             if isinstance(error, _TimedOut):
                 outcome = "timeout"
-            elif oom.is_oom(error, left_bytes=left, taken_bytes=taken):
+            elif oom.is_oom(error, left_bytes=left_bytes, taken_bytes=taken_bytes):
                 outcome, doubtful = "oom", oom.verdict(error) == "ask-device"
             else:
                 if not isinstance(error, AutoaccumError):
-                    noted(error, f"autoaccum: raised in {tell.phase}, at a micro-batch of {largest}")
+                    noted(error, f"autoaccum: raised in {listener.phase}, at a micro-batch of {largest}")
                 raise
             forget(error, jobs)
-        batch = ballast = state = history = None  # type: ignore[assignment]  # noqa: F841 - lets go of what an out-of-memory left in this frame
+        batch = ballast = state = history = None  # type: ignore[assignment]  # noqa: F841 - releases what an out-of-memory left in this frame
         peak_bytes = watch.peak_bytes() - aside_bytes
-        crawled = watch.retries() > 0
+        retried = watch.retries() > 0
     device.release()
     if outcome == "fits" and not all(stepped):
         raise JobError(
             f"the gradients are inf or nan at a micro-batch of {largest}: the scaler skipped every optimizer step, so the optimizer's memory "
             "could not be measured; give a batch with usual values"
         )
-    if outcome == "fits" and (peak_bytes > allowed.budget_bytes or crawled):
+    if outcome == "fits" and (peak_bytes > allowed.budget_bytes or retried):
         outcome = "over-budget"
     return Reading(
         largest,
         steps,
         outcome,
-        tell.phase,
+        listener.phase,
         peak_bytes,
         time.perf_counter() - started,
         base_bytes=base_bytes,
-        activation_bytes=None if outcome in ("oom", "timeout") or tell.activation_bytes is None else tell.activation_bytes - aside_bytes,
-        window_seconds=statistics.median(took[1:] or took) if took else None,
+        activation_bytes=None if outcome in ("oom", "timeout") or listener.activation_bytes is None else listener.activation_bytes - aside_bytes,
+        window_seconds=statistics.median(durations[1:] or durations) if durations else None,
         full=full,
         doubtful=doubtful,
         shapes=shapes,
@@ -150,12 +153,14 @@ def measure(
     )
 
 
-def _window(jobs: Sequence[Job], device: Device, batch: Any, sizes: Sequence[int], scalers: Sequence[Any], tell: _Tell) -> tuple[list[WindowResult], float]:
-    """One window of every job, and the seconds with the device idle before and after."""
+def _window(
+    jobs: Sequence[Job], device: Device, batch: Any, sizes: Sequence[int], scalers: Sequence[Any], listener: _PhaseListener
+) -> tuple[list[WindowResult], float]:
+    """Runs one window of every job. Returns the results and the seconds, with the device idle before and after."""
     device.synchronize()
     started = time.perf_counter()
-    with optimizer_step.only_we_step(tell) as on_phase:
-        ran = [
+    with optimizer_step.only_we_step(listener) as on_phase:
+        results = [
             accumulation.run(
                 job,
                 job.loss,
@@ -168,48 +173,50 @@ def _window(jobs: Sequence[Job], device: Device, batch: Any, sizes: Sequence[int
             for job, scaler in zip(jobs, scalers)
         ]
     device.synchronize()
-    return ran, time.perf_counter() - started
+    return results, time.perf_counter() - started
 
 
-def _remarks(ran: Sequence[WindowResult], micro_batch: int) -> tuple[str, ...]:
+def _remarks(results: Sequence[WindowResult], micro_batch: int) -> tuple[str, ...]:
     return tuple(
-        f"the loss is {each.loss.item()} at a micro-batch of {micro_batch}: memory is measured all the same, but training would go nowhere"
-        for each in ran
-        if not torch.isfinite(each.loss)
+        f"the loss is {result.loss.item()} at a micro-batch of {micro_batch}: memory is measured all the same, but training would go nowhere"
+        for result in results
+        if not torch.isfinite(result.loss)
     )
 
 
 def gradient_bytes(jobs: Sequence[Job]) -> int:
-    """What stays resident between micro-batches: the gradients of the job that has most."""
+    """The bytes of gradients that stay resident between micro-batches: those of the job with the most."""
     return max(job.gradient_bytes() for job in jobs)
 
 
-def _batch(job: Job, device: Device, samples: int, share: int) -> tuple[Any, torch.Tensor | None]:
-    """A micro-batch to cut the window's pieces from, and on a CPU the weight of the rest of the window.
+def _batch(job: Job, device: Device, samples: int, window_samples: int) -> tuple[Any, torch.Tensor | None]:
+    """A micro-batch to cut the window's pieces from, and on a CPU a tensor as large as the rest of the window.
 
-    In training the whole effective batch lies in host memory, which on a CPU is the memory that is measured.
+    In training the whole effective batch lies in host memory. On a CPU this is the measured memory.
     """
     batch = job.batch_of(samples)
     if not device.shared_with_host or job.split is not None:
         return batch, None
-    rest = batches.nbytes(batch) * (share - samples) // samples
+    rest = batches.nbytes(batch) * (window_samples - samples) // samples
     return batch, torch.ones(rest, dtype=torch.uint8)
 
 
-def _history_to_come(jobs: Sequence[Job]) -> list[torch.Tensor]:
-    """The weight of what an optimizer with a history (LBFGS) has not gathered yet: two vectors as long as all
-    parameters, `history_size` times. The steps of a trial fill but a part of it."""
-    held = []
+def _missing_history(jobs: Sequence[Job]) -> list[torch.Tensor]:
+    """Tensors as large as the history that an optimizer such as LBFGS has not gathered yet.
+
+    The full history is two vectors as long as all parameters, `history_size` times. The steps of a trial fill only a part of it.
+    """
+    tensors = []
     for job in jobs:
         for optimizer in job.optimizers:
-            past = sum(len(state.get("old_dirs") or ()) for state in optimizer.state.values())
-            missing = max(optimizer.defaults.get("history_size", 0) - past, 0)
-            held.append(torch.ones(2 * missing * job.gradient_bytes(), dtype=torch.uint8, device=job.device))
-    return held
+            gathered = sum(len(state.get("old_dirs") or ()) for state in optimizer.state.values())
+            missing = max(optimizer.defaults.get("history_size", 0) - gathered, 0)
+            tensors.append(torch.ones(2 * missing * job.gradient_bytes(), dtype=torch.uint8, device=job.device))
+    return tensors
 
 
 class _Pieces:
-    """Pieces of the window, all cut from one batch of the largest; made when their turn comes."""
+    """The pieces of the window. Each is cut from one batch of the largest size when it is needed."""
 
     def __init__(self, job: Job, batch: Any, sizes: Sequence[int]) -> None:
         self._job, self._batch, self._sizes = job, batch, sizes
@@ -225,11 +232,12 @@ class _Pieces:
                 yield batches.resize(self._batch, size), size
 
 
-def _scaler_of_our_own(job: Job, device: Device) -> Any:
-    """At scale 1: a fresh scaler's 65536 overflows, skips the steps, and leaves no optimizer state to measure.
+def _trial_scaler(job: Job, device: Device) -> Any:
+    """A scaler for the trial, with scale 1; None if the job has no scaler.
 
-    The user's own is left alone also because its `load_state_dict` cannot undo "unscale_() has already
-    been called" after a trial that ran out of memory past that point.
+    The scale of a new scaler is 65536. It overflows, so the steps are skipped and there is no optimizer state to measure.
+    The user's scaler is not used, also because its `load_state_dict` cannot undo "unscale_() has already been called" after a
+    trial that ran out of memory past that point.
     """
     if job.scaler is None:
         return None

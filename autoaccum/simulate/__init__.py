@@ -1,6 +1,6 @@
 """A GPU's memory without the GPU: `trace` writes down what a window allocates, `replay` runs that through the caching allocator's rules, and `timeline` shows it step by step.
 
-It hands on these three verbs, their records, and the GPU `profiles`.
+It exports these three verbs, their records, and the GPU `profiles`.
 It imports the doorstep and `data`.
 """
 

@@ -1,8 +1,9 @@
-"""The caching allocator of torch on CUDA, by its rules, over memory that is not there.
+"""A simulation of PyTorch's CUDA caching allocator; it needs no GPU.
 
-Rules: c10/cuda/CUDACachingAllocator.cpp, torch 2.11 to 2.13; with the driver's own addresses they give every block of
-recorded runs its place (`tests/recordings/h200_allocator.jsonl`). One device; a pool of small and one of large blocks for each stream.
-Not simulated: streams that use each other's blocks (`record_stream`), pools of CUDA graphs.
+The rules are those of c10/cuda/CUDACachingAllocator.cpp, torch 2.11 to 2.13. With the driver's own addresses, they put every
+block of recorded runs in its recorded place (`tests/recordings/h200_allocator.jsonl`).
+The file simulates one device, with a pool of small blocks and a pool of large blocks for each stream.
+It does not simulate streams that use each other's blocks (`record_stream`) or pools of CUDA graphs.
 """
 
 from __future__ import annotations
@@ -14,19 +15,20 @@ from typing import Any
 from autoaccum.simulate.allocator_settings import UNLIMITED, Settings
 from autoaccum.units import MIB, in_words
 
-LEAST = 512  # bytes; every block is a multiple
-SMALL = MIB  # requests up to this come from the small pool
+LEAST = 512  # bytes; every block size is a multiple of it
+SMALL = MIB  # requests up to this size use the small pool
 SMALL_SEGMENT = 2 * MIB
-OWN_SEGMENT = 10 * MIB  # from here on a segment is made for the request, rounded up to 2 MiB
+OWN_SEGMENT = 10 * MIB  # a request of this size or more gets a segment of its own size, rounded up to 2 MiB
 
-# Told of segments: "alloc", "free", "map" or "unmap", the address, the bytes.
+# Called for each change of a segment with the action ("alloc", "free", "map" or "unmap"), the address and the bytes.
 Observer = Callable[[str, int, int], None]
 
 
 class Block:
-    """A piece of a segment. `size` bytes at `address`, of which `requested` were asked for.
+    """A piece of a segment: `size` bytes at `address`. The caller requested `requested` bytes of them.
 
-    A block of an expandable segment knows where that begins (`base`), and is free, handed out, or not mapped yet.
+    base: the start address of an expandable segment; None in other segments.
+    live: True while the block is allocated. mapped: False for the part of an expandable segment that has no memory yet.
     """
 
     __slots__ = ("address", "age", "base", "following", "live", "mapped", "pool", "preceding", "requested", "size")
@@ -41,12 +43,12 @@ class Block:
 
     @property
     def whole(self) -> bool:
-        """True for a segment that was never split, or has grown together again."""
+        """True for a block that is a whole segment: it was never split, or its parts have merged again."""
         return self.preceding is None and self.following is None
 
 
 class Pool:
-    """Free blocks of one kind on one stream: smallest first, of equal ones the one at the lowest address."""
+    """The free blocks of one kind (small or large) on one stream, sorted by size and then by address."""
 
     __slots__ = ("allocated", "allocated_peak", "blocks", "free", "requested", "reserved", "reserved_peak", "searches", "segments", "small", "unmapped")
 
@@ -71,13 +73,15 @@ class Pool:
 
 
 class Allocator:
-    """Hands out blocks of a card with `total_bytes`, of which `available_bytes` are left beside the context.
+    """Allocates and frees blocks of a simulated card, and raises `torch.OutOfMemoryError` when the card would.
 
-    Raises `torch.OutOfMemoryError` where the card would. `allocated_bytes`, `reserved_bytes` and `requested_bytes`
-    are what `torch.cuda` reports by these names, with their peaks; `retries` counts flushes of the cache.
-    place: the address where the driver puts so many bytes. It matters: of equal free blocks the one at the lowest address is
-    taken. By default each new segment lies below all earlier ones, as on an H200 (driver 580): there all but 13 of 327 recorded jobs
-    reserve the same to the byte as with the real addresses; with segments that go upwards 77 do not, by up to 15 %.
+    total_bytes: the memory of the card. available_bytes: the part outside the CUDA context; default `total_bytes`.
+    place: returns the address at which the driver puts a segment of that many bytes. The address matters: if several free
+    blocks have the same size, the allocator takes the one at the lowest address. By default each new segment lies below all
+    earlier ones, as on an H200 (driver 580). With this default, all but 13 of 327 recorded jobs reserve exactly as many bytes
+    as with the real addresses. With ascending addresses 77 jobs differ, by up to 15 %.
+    `allocated_bytes`, `reserved_bytes`, `requested_bytes` and their peaks mean the same as in `torch.cuda.memory_stats`.
+    `retries` counts flushes of the cache.
     """
 
     def __init__(
@@ -99,8 +103,8 @@ class Allocator:
         self.observer: Observer | None = None
         self._live: dict[int, Block] = {}
         self._pools: dict[Any, tuple[Pool, Pool]] = {}
-        self._pair(0)
-        self._place = place or self._below
+        self._new_pools(0)
+        self._place = place or self._address_below
         self._lowest = 1 << 47
         self.limit_bytes = UNLIMITED
         if self.settings.memory_fraction is not None:
@@ -108,45 +112,45 @@ class Allocator:
         self._rounds = any(self.settings.roundup_divisions)
 
     def set_fraction(self, fraction: float | None) -> None:
-        """As `torch.cuda.set_per_process_memory_fraction`; None lifts the limit."""
+        """Does the same as `torch.cuda.set_per_process_memory_fraction`. None removes the limit."""
         self.limit_bytes = UNLIMITED if fraction is None else int(fraction * self.total_bytes)
 
-    # -- what callers ask --
+    # -- public methods --
 
     def malloc(self, nbytes: int, stream: Any = 0) -> Block:
-        """A block of at least `nbytes`. Raises `torch.OutOfMemoryError`."""
+        """Allocates a block of at least `nbytes`. Raises `torch.OutOfMemoryError` if that is not possible."""
         size = self.rounded(nbytes)
-        small, large = self._pools.get(stream) or self._pair(stream)
+        small, large = self._pools.get(stream) or self._new_pools(stream)
         pool = small if size <= SMALL else large
         pool.searches += 1
-        block = self._fitting(pool, size) or self._obtained(pool, size)
+        block = self._best_fit(pool, size) or self._new_block(pool, size)
         if block is None:
             self.ooms += 1
             raise self._out_of_memory(nbytes)
-        rest = block.size - size
-        if rest and self._splits(pool, block, size, rest):
+        remainder = block.size - size
+        if remainder and self._splits(pool, block, size, remainder):
             head = Block(size, pool, block.address, block.base)
             head.preceding, head.following = block.preceding, block
             if head.preceding is not None:
                 head.preceding.following = head
             block.preceding = head
             block.address += size
-            block.size = rest
-            age = block.age  # what is left over has been free as long as before
+            block.size = remainder
+            age = block.age  # the remainder keeps the age of the free block
             pool.add(block)
             block.age = age
             block = head
         block.live = True
         block.requested = nbytes
         self._live[block.address] = block
-        given = block.size
+        block_bytes = block.size
         pool.blocks += 1
         pool.requested += nbytes
-        pool.allocated += given
+        pool.allocated += block_bytes
         if pool.allocated > pool.allocated_peak:
             pool.allocated_peak = pool.allocated
         self.allocations += 1
-        self.allocated_bytes += given
+        self.allocated_bytes += block_bytes
         self.requested_bytes += nbytes
         if self.allocated_bytes > self.peak_allocated_bytes:
             self.peak_allocated_bytes = self.allocated_bytes
@@ -155,7 +159,7 @@ class Allocator:
         return block
 
     def free(self, block: Block) -> None:
-        """Gives a block back; it grows together with free neighbours."""
+        """Frees a block and merges it with its free neighbours."""
         pool = block.pool
         block.live = False
         del self._live[block.address]
@@ -170,7 +174,10 @@ class Allocator:
         pool.add(block)
 
     def empty_cache(self) -> None:
-        """As `torch.cuda.empty_cache`: every free block that is a whole segment goes back, and pages of expandable ones."""
+        """Does the same as `torch.cuda.empty_cache`.
+
+        It releases every free block that is a whole segment, and unmaps the free pages of expandable segments.
+        """
         for pair in self._pools.values():
             for pool in reversed(pair):
                 for _, _, block in list(pool.free):
@@ -180,17 +187,17 @@ class Allocator:
                         self._release(block)
 
     def reset_peaks(self) -> None:
-        """As `torch.cuda.reset_peak_memory_stats`."""
+        """Does the same as `torch.cuda.reset_peak_memory_stats`."""
         self.peak_allocated_bytes, self.peak_reserved_bytes, self.peak_requested_bytes = self.allocated_bytes, self.reserved_bytes, self.requested_bytes
         for pair in self._pools.values():
             for pool in pair:
                 pool.allocated_peak, pool.reserved_peak = pool.allocated, pool.reserved
 
     def memory_stats(self) -> dict[str, int]:
-        """The figures of `torch.cuda.memory_stats` that are simulated, by its names."""
+        """The simulated figures of `torch.cuda.memory_stats`, with the same keys."""
         pools = [pool for pair in self._pools.values() for pool in pair]
         idle = sum(size for pool in pools for size, _, block in pool.free if block.base is None and not block.whole)
-        found = {
+        stats = {
             "allocated_bytes.all.current": self.allocated_bytes,
             "allocated_bytes.all.peak": self.peak_allocated_bytes,
             "active_bytes.all.current": self.allocated_bytes,
@@ -208,22 +215,22 @@ class Allocator:
             "num_ooms": self.ooms,
         }
         for kind, small in (("small_pool", True), ("large_pool", False)):
-            of_kind = [pool for pool in pools if pool.small is small]
-            found[f"allocated_bytes.{kind}.current"] = sum(pool.allocated for pool in of_kind)
-            found[f"reserved_bytes.{kind}.current"] = sum(pool.reserved for pool in of_kind)
-            found[f"segment.{kind}.current"] = sum(pool.segments for pool in of_kind)
-        return found
+            matching = [pool for pool in pools if pool.small is small]
+            stats[f"allocated_bytes.{kind}.current"] = sum(pool.allocated for pool in matching)
+            stats[f"reserved_bytes.{kind}.current"] = sum(pool.reserved for pool in matching)
+            stats[f"segment.{kind}.current"] = sum(pool.segments for pool in matching)
+        return stats
 
     def blocks(self) -> list[Block]:
-        """Every block of every segment, by address; free ones too."""
-        found = list(self._live.values())
+        """All blocks of all segments, also free and unmapped ones, sorted by address."""
+        blocks = list(self._live.values())
         for pair in self._pools.values():
             for pool in pair:
-                found += [*(block for _, _, block in pool.free), *(block for _, block in pool.unmapped)]
-        return sorted(found, key=lambda block: block.address)
+                blocks += [*(block for _, _, block in pool.free), *(block for _, block in pool.unmapped)]
+        return sorted(blocks, key=lambda block: block.address)
 
     def rounded(self, nbytes: int) -> int:
-        """The block size that a request gets."""
+        """The size of the block for a request of `nbytes`, in bytes."""
         if nbytes < LEAST:
             return LEAST
         if self._rounds:
@@ -236,13 +243,13 @@ class Allocator:
                 return floor << 1 if step == 0 else -(-nbytes // step) * step
         return (nbytes + 511) & ~511
 
-    # -- the rules --
+    # -- the allocator's rules --
 
-    def _below(self, nbytes: int) -> int:
+    def _address_below(self, nbytes: int) -> int:
         self._lowest -= nbytes + SMALL_SEGMENT
         return self._lowest
 
-    def _pair(self, stream: Any) -> tuple[Pool, Pool]:
+    def _new_pools(self, stream: Any) -> tuple[Pool, Pool]:
         self._pools[stream] = Pool(True), Pool(False)
         return self._pools[stream]
 
@@ -251,58 +258,61 @@ class Allocator:
             return SMALL_SEGMENT
         return self.settings.large_segment_bytes if size < OWN_SEGMENT else -(-size // SMALL_SEGMENT) * SMALL_SEGMENT
 
-    def _fitting(self, pool: Pool, size: int) -> Block | None:
+    def _best_fit(self, pool: Pool, size: int) -> Block | None:
         free = pool.free
-        at = bisect_left(free, (size,))
-        if at == len(free):
+        index = bisect_left(free, (size,))
+        if index == len(free):
             return None
-        block = free[at][2]
-        if block.base is not None:  # of those that could grow, the one that would become the smallest
-            while at + 1 < len(free) and _room(free[at + 1][2]) < _room(block):
-                at += 1
-                block = free[at][2]
+        block = free[index][2]
+        if block.base is not None:  # prefer the block that is the smallest after it has grown
+            while index + 1 < len(free) and _room(free[index + 1][2]) < _room(block):
+                index += 1
+                block = free[index][2]
         settings = self.settings
         if settings.max_split_bytes != UNLIMITED:
             if size < settings.max_split_bytes <= block.size:
-                return None  # a small request must not take a block that may never be split
+                return None  # a small request must not take an oversize block, which is never split
             if size >= settings.max_split_bytes and block.size >= size + settings.max_non_split_rounding_bytes:
                 return None
-        del free[at]
+        del free[index]
         return block
 
-    def _splits(self, pool: Pool, block: Block, size: int, rest: int) -> bool:
+    def _splits(self, pool: Pool, block: Block, size: int, remainder: int) -> bool:
         if pool.small or block.base is not None:
-            return rest >= LEAST
-        return size < self.settings.max_split_bytes and rest > SMALL
+            return remainder >= LEAST
+        return size < self.settings.max_split_bytes and remainder > SMALL
 
-    def _obtained(self, pool: Pool, size: int) -> Block | None:
-        """New memory for a request that no free block can serve, by ever harder means."""
+    def _new_block(self, pool: Pool, size: int) -> Block | None:
+        """Reserves new memory for a request that fits no free block.
+
+        If that fails, it first releases oversize blocks, and then flushes the whole cache.
+        """
         settings = self.settings
         if settings.garbage_collection_threshold and self.limit_bytes != UNLIMITED:
             self._collect_garbage()
-        block = self._new(pool, size)
+        block = self._new_segment(pool, size)
         if block is not None or settings.throw_on_oom:
             return block
         if self._release_oversize(pool, size):
-            block = self._new(pool, size)
+            block = self._new_segment(pool, size)
         if block is None:
             self.empty_cache()
             self.retries += 1
-            block = self._new(pool, size)
+            block = self._new_segment(pool, size)
         return block
 
-    def _new(self, pool: Pool, size: int) -> Block | None:
-        wanted = self._segment_bytes(size)
-        if self.reserved_bytes + wanted > self.limit_bytes:
+    def _new_segment(self, pool: Pool, size: int) -> Block | None:
+        segment_bytes = self._segment_bytes(size)
+        if self.reserved_bytes + segment_bytes > self.limit_bytes:
             return None
         if self.settings.expandable_segments:
-            return self._expanded(pool, size)
-        if not self._reserve(pool, wanted):
+            return self._expand(pool, size)
+        if not self._reserve(pool, segment_bytes):
             return None
-        block = Block(wanted, pool, self._place(wanted))
+        block = Block(segment_bytes, pool, self._place(segment_bytes))
         pool.segments += 1
         if self.observer is not None:
-            self.observer("alloc", block.address, wanted)
+            self.observer("alloc", block.address, segment_bytes)
         return block
 
     def _reserve(self, pool: Pool, nbytes: int) -> bool:
@@ -317,24 +327,24 @@ class Allocator:
             pool.reserved_peak = pool.reserved
         return True
 
-    def _merge(self, block: Block, near: Block | None) -> None:
-        """`near` becomes a part of `block`, if it is free as well."""
-        if near is None or near.live or near.mapped != block.mapped:
+    def _merge(self, block: Block, neighbour: Block | None) -> None:
+        """Makes `neighbour` a part of `block`, if both are free, and both are mapped or both are not."""
+        if neighbour is None or neighbour.live or neighbour.mapped != block.mapped:
             return
-        if near.mapped:
-            near.pool.remove(near)
+        if neighbour.mapped:
+            neighbour.pool.remove(neighbour)
         else:
-            near.pool.remove_unmapped(near)
-        if block.preceding is near:
-            block.address = near.address
-            block.preceding = near.preceding
+            neighbour.pool.remove_unmapped(neighbour)
+        if block.preceding is neighbour:
+            block.address = neighbour.address
+            block.preceding = neighbour.preceding
             if block.preceding is not None:
                 block.preceding.following = block
         else:
-            block.following = near.following
+            block.following = neighbour.following
             if block.following is not None:
                 block.following.preceding = block
-        block.size += near.size
+        block.size += neighbour.size
 
     def _release(self, block: Block) -> None:
         block.pool.remove(block)
@@ -345,49 +355,49 @@ class Allocator:
             self.observer("free", block.address, block.size)
 
     def _release_oversize(self, pool: Pool, size: int) -> bool:
-        least = self.settings.max_split_bytes
-        if least == UNLIMITED:
+        oversize = self.settings.max_split_bytes
+        if oversize == UNLIMITED:
             return False
-        wanted = max(size, least)
-        at = bisect_left(pool.free, (wanted,))
-        while at < len(pool.free) and not pool.free[at][2].whole:
-            at += 1
-        if at < len(pool.free):
-            self._release(pool.free[at][2])
+        wanted = max(size, oversize)
+        index = bisect_left(pool.free, (wanted,))
+        while index < len(pool.free) and not pool.free[index][2].whole:
+            index += 1
+        if index < len(pool.free):
+            self._release(pool.free[index][2])
             return True
-        got = 0
-        for _, _, block in [entry for entry in reversed(pool.free) if entry[0] >= least and entry[2].whole]:
-            if got >= wanted:
+        released = 0
+        for _, _, block in [entry for entry in reversed(pool.free) if entry[0] >= oversize and entry[2].whole]:
+            if released >= wanted:
                 break
-            got += block.size
+            released += block.size
             self._release(block)
-        return got >= wanted
+        return released >= wanted
 
     def _collect_garbage(self) -> None:
-        """Releases whole large segments that have been free for longer than the average, until the threshold is kept."""
+        """Releases whole large segments that have been free for the average time or longer, to keep the threshold."""
         wanted = self.reserved_bytes - int(self.settings.garbage_collection_threshold * self.limit_bytes)
         released, freed = 0, True
         while released < wanted and freed:
-            old = [(pool.searches - block.age, block) for _, pool in self._pools.values() for _, _, block in pool.free if block.whole and block.base is None]
-            average = sum(age for age, _ in old) / max(len(old), 1)
+            idle = [(pool.searches - block.age, block) for _, pool in self._pools.values() for _, _, block in pool.free if block.whole and block.base is None]
+            average = sum(age for age, _ in idle) / max(len(idle), 1)
             freed = False
-            for age, block in old:
+            for age, block in idle:
                 if age >= average:
                     released += block.size
                     self._release(block)
                     freed = True
 
-    # -- expandable segments: one reservation of addresses, pages mapped where they are needed --
+    # -- expandable segments: one reserved range of addresses; pages are mapped when they are needed --
 
     def _page(self, pool: Pool) -> int:
         return SMALL_SEGMENT if pool.small else self.settings.large_segment_bytes
 
-    def _expanded(self, pool: Pool, size: int) -> Block | None:
+    def _expand(self, pool: Pool, size: int) -> Block | None:
         start = self._growable(pool, size)
         page = self._page(pool)
         if start is None:
-            whole = self.total_bytes if self.total_bytes < 1 << 50 else 1 << 40
-            reserved = -(-whole * 9 // 8 // page) * page
+            card_bytes = self.total_bytes if self.total_bytes < 1 << 50 else 1 << 40
+            reserved = -(-card_bytes * 9 // 8 // page) * page
             base = self._place(reserved)
             start = Block(reserved, pool, base, base, mapped=False)
             pool.add_unmapped(start)
@@ -396,22 +406,22 @@ class Allocator:
             return None
         while start.size < size:
             following = start.following
-            assert following is not None  # `_growable` has seen that there is room
+            assert following is not None  # `_growable` checked that there is room
             if not self._map(following, min(size - start.size, following.size), page):
                 return None
-            start = following  # which has taken the mapped part before it in
+            start = following  # `_map` merged it with the mapped part before it
         pool.remove(start)
         return start
 
     def _growable(self, pool: Pool, size: int) -> Block | None:
-        """The first free block, at the lowest address, that can be grown to `size` by mapping what follows it."""
+        """The free block at the lowest address that can grow to `size` if the blocks after it are mapped, or None."""
         for _, unmapped in pool.unmapped:
             before = unmapped.preceding
             first = before if before is not None and not before.live else unmapped
-            room, near = 0, first
-            while room < size and near is not None and not near.live:
-                room += near.size
-                near = near.following  # type: ignore[assignment]
+            room, neighbour = 0, first
+            while room < size and neighbour is not None and not neighbour.live:
+                room += neighbour.size
+                neighbour = neighbour.following  # type: ignore[assignment]
             if room >= size:
                 return first
         return None
@@ -424,13 +434,13 @@ class Allocator:
         pool.remove_unmapped(block)
         block.mapped = True
         if nbytes < block.size:
-            rest = Block(block.size - nbytes, pool, block.address + nbytes, block.base, mapped=False)
-            rest.preceding, rest.following = block, block.following
-            if rest.following is not None:
-                rest.following.preceding = rest
-            block.following = rest
+            remainder = Block(block.size - nbytes, pool, block.address + nbytes, block.base, mapped=False)
+            remainder.preceding, remainder.following = block, block.following
+            if remainder.following is not None:
+                remainder.following.preceding = remainder
+            block.following = remainder
             block.size = nbytes
-            pool.add_unmapped(rest)
+            pool.add_unmapped(remainder)
         if self.observer is not None:
             self.observer("map", block.address, nbytes)
         self._merge(block, block.preceding)
@@ -439,7 +449,7 @@ class Allocator:
         return True
 
     def _unmap(self, block: Block) -> None:
-        """Pages that lie wholly inside a free block."""
+        """Unmaps the pages that lie completely inside a free block."""
         pool, base, page = block.pool, block.base or 0, self._page(block.pool)
         low = base + -(-(block.address - base) // page) * page
         high = base + (block.address + block.size - base) // page * page
@@ -469,7 +479,7 @@ class Allocator:
         pool.add_unmapped(block)
 
     def _out_of_memory(self, nbytes: int) -> Exception:
-        import torch  # for the class alone: what replays without running out needs none
+        import torch  # only for the exception class: without an out-of-memory the allocator needs no torch
 
         free = max(min(self.available_bytes, self.limit_bytes) - self.reserved_bytes, 0)
         return torch.OutOfMemoryError(

@@ -1,4 +1,4 @@
-"""How the caching allocator is set, read as torch reads `PYTORCH_CUDA_ALLOC_CONF`.
+"""Settings of the caching allocator, read from `PYTORCH_CUDA_ALLOC_CONF` as torch reads them.
 
 The grammar and the checks are those of c10/core/AllocatorConfig.cpp (torch 2.6 to 2.13).
 """
@@ -15,16 +15,18 @@ from autoaccum.errors import UsageError
 from autoaccum.units import MIB
 
 UNLIMITED = 1 << 62
-_CLASSES = 16  # of sizes, from 1 MiB to 64 GiB, each with its own number of divisions
+_CLASSES = 16  # classes of sizes from 1 MiB to 64 GiB; each has its own number of divisions
 
 
 @dataclass(frozen=True)
 class Settings:
-    """Knobs of the caching allocator; sizes in bytes.
+    """Settings of the caching allocator. Sizes are in bytes.
 
-    max_split_bytes: blocks of this size and more are never split. max_non_split_rounding_bytes: what an unsplit block
-    may waste. roundup_divisions: 16 numbers, one per power of two from 1 MiB on. garbage_collection_threshold: a
-    share of the limit, 0 for never. memory_fraction: of the card's memory, None without a limit.
+    max_split_bytes: blocks of this size or more are never split.
+    max_non_split_rounding_bytes: how many bytes a block of that size may waste.
+    roundup_divisions: 16 numbers, one for each power of two from 1 MiB on.
+    garbage_collection_threshold: a fraction of the memory limit; 0 turns garbage collection off.
+    memory_fraction: the fraction of the card's memory that the allocator may reserve; None for no limit.
     """
 
     max_split_bytes: int = UNLIMITED
@@ -38,63 +40,67 @@ class Settings:
 
 
 def settings_from_environment(environment: Mapping[str, str] | None = None) -> Settings:
-    """What the two variables say; the older name is read first, as torch does."""
-    found = os.environ if environment is None else environment
+    """The settings in `PYTORCH_CUDA_ALLOC_CONF` or, if that is not set, in `PYTORCH_ALLOC_CONF`.
+
+    Torch reads the older name first too. Raises `UsageError` with the name of the variable.
+    """
+    variables = os.environ if environment is None else environment
     for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if found.get(name):
+        if variables.get(name):
             try:
-                return parse(found[name])
+                return parse(variables[name])
             except UsageError as error:
                 raise UsageError(f"{name}: {error}") from None
     return Settings()
 
 
 def parse(text: str) -> Settings:
-    """`"max_split_size_mb:128,expandable_segments:True"` as `Settings`.
+    """Parses a text such as `"max_split_size_mb:128,expandable_segments:True"`.
 
-    Raises `UsageError` for what torch refuses, and for the asynchronous backend, whose rules are the driver's own.
+    Raises `UsageError` if torch refuses the text. Also raises it for the asynchronous backend, because there the driver's
+    rules apply, and they are not simulated.
     """
-    words = list(re.findall(r"[^,:\[\] ]+|[,:\[\]]", text))
-    found = Settings()
-    at = 0
-    while at < len(words):
-        key = words[at]
-        if at + 1 >= len(words) or words[at + 1] != ":":
+    tokens = list(re.findall(r"[^,:\[\] ]+|[,:\[\]]", text))
+    settings = Settings()
+    index = 0
+    while index < len(tokens):
+        key = tokens[index]
+        if index + 1 >= len(tokens) or tokens[index + 1] != ":":
             raise UsageError(f"{key!r} in {text!r} needs a value: {key}:VALUE")
-        value, at = _value(words, at + 2, text)
+        value, index = _value(tokens, index + 2, text)
         if key not in _READERS:
             raise UsageError(
                 f"{key!r} is not a setting of the caching allocator; those that count here: {', '.join(name for name in _READERS if _READERS[name])}"
             )
         reader = _READERS[key]
         if reader is not None:
-            found = replace(found, **reader(key, value))
-        if at < len(words):
-            if words[at] != ",":
-                raise UsageError(f"a comma is missing before {words[at]!r} in {text!r}")
-            at += 1
-    if found.max_split_bytes < found.large_segment_bytes:
-        raise UsageError(f"max_split_size_mb must be at least {found.large_segment_bytes // MIB}, a large segment's size, in {text!r}")
-    return found
+            settings = replace(settings, **reader(key, value))
+        if index < len(tokens):
+            if tokens[index] != ",":
+                raise UsageError(f"a comma is missing before {tokens[index]!r} in {text!r}")
+            index += 1
+    if settings.max_split_bytes < settings.large_segment_bytes:
+        raise UsageError(f"max_split_size_mb must be at least {settings.large_segment_bytes // MIB}, a large segment's size, in {text!r}")
+    return settings
 
 
-def _value(words: list[str], at: int, text: str) -> tuple[str | list[tuple[str, str]], int]:
-    if at < len(words) and words[at] == "[":
+def _value(tokens: list[str], index: int, text: str) -> tuple[str | list[tuple[str, str]], int]:
+    if index < len(tokens) and tokens[index] == "[":
         pairs = []
-        at += 1
-        while at < len(words) and words[at] != "]":
-            if at + 2 >= len(words) or words[at + 1] != ":":
+        index += 1
+        while index < len(tokens) and tokens[index] != "]":
+            if index + 2 >= len(tokens) or tokens[index + 1] != ":":
                 raise UsageError(f"a list in {text!r} is not of the form [256:1,512:2,>:4]")
-            pairs.append((words[at], words[at + 2]))
-            at += 3
-            if at < len(words) and words[at] == ",":
-                at += 1
-        if at >= len(words):
+            pairs.append((tokens[index], tokens[index + 2]))
+            index += 3
+            if index < len(tokens) and tokens[index] == ",":
+                index += 1
+        if index >= len(tokens):
             raise UsageError(f"a closing bracket is missing in {text!r}")
-        return pairs, at + 1
-    if at >= len(words) or words[at] in ",:]":
+        return pairs, index + 1
+    if index >= len(tokens) or tokens[index] in ",:]":
         raise UsageError(f"a value is missing in {text!r}")
-    return words[at], at + 1
+    return tokens[index], index + 1
 
 
 def _mebibytes(field: str, least: int) -> Any:
@@ -137,20 +143,20 @@ def _divisions(key: str, value: Any) -> dict[str, tuple[int, ...]]:
 
     if isinstance(value, str):
         return {"roundup_divisions": (power(value, or_zero=False),) * _CLASSES}
-    found = [0] * _CLASSES
+    by_class = [0] * _CLASSES
     last, first = 0, True
     for size, count in value:
         divisions = power(count, or_zero=True)
         if size == ">":
-            found[last:] = [divisions] * (_CLASSES - last)
+            by_class[last:] = [divisions] * (_CLASSES - last)
             continue
         index = min(power(size, or_zero=False).bit_length() - 1, _CLASSES - 1)
         if first:
-            found[:index] = [divisions] * index
+            by_class[:index] = [divisions] * index
             first = False
-        found[index] = divisions
+        by_class[index] = divisions
         last = index
-    return {"roundup_divisions": tuple(found)}
+    return {"roundup_divisions": tuple(by_class)}
 
 
 def _backend(key: str, value: Any) -> dict[str, Any]:
@@ -159,7 +165,7 @@ def _backend(key: str, value: Any) -> dict[str, Any]:
     return {}
 
 
-# None: settings that change no size, accepted and passed over.
+# None: accepted and ignored, because the setting changes no size.
 _READERS: dict[str, Any] = {
     "max_split_size_mb": _mebibytes("max_split_bytes", 20),
     "max_non_split_rounding_mb": _mebibytes("max_non_split_rounding_bytes", 20),

@@ -1,7 +1,7 @@
-"""How far a simulated peak may be from a real one: quantiles of residuals on rows that other people measured.
+"""Margins of error of a simulated peak: quantiles of its residuals against peaks that other people measured.
 
-Asymmetric, because saying "fits" wrongly costs an out-of-memory, and saying "does not fit" wrongly a smaller micro-batch.
-From `benchmarks/results/estimate_published.json`, which `benchmarks/estimate_published.py` makes.
+The margins are asymmetric. A wrong "fits" costs an out-of-memory; a wrong "does not fit" costs a smaller micro-batch.
+They come from `benchmarks/results/estimate_published.json`, which `benchmarks/estimate_published.py` writes.
 """
 
 from __future__ import annotations
@@ -12,14 +12,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Margin:
-    """The real peak lies between `(1 - low)` and `(1 + high)` times the simulated one in nine of ten cases seen."""
+    """In nine of ten measured cases, the real peak is between `(1 - low)` and `(1 + high)` times the simulated peak.
+
+    provenance: the source of the margin, in words.
+    """
 
     low: float
     high: float
     provenance: str
 
 
-# From the file named above, a test sees to that: 5 % of a family's rows lie beyond either end.
+# Copied from the file named above; a test compares them. 5 % of a family's rows lie beyond each end.
 _FROM = "{rows} published runs of {what}: nine of ten peaks lay between -{low:.1%} and +{high:.1%} of the simulated one (not our measurements)"
 SEEN = {
     "convolutions": Margin(0.071, 0.097, _FROM.format(rows=134, what="convolutional nets", low=0.071, high=0.097)),
@@ -29,10 +32,13 @@ APPROXIMATE = Margin(0.15, 0.30, "a guess: kernels other than the card's were tr
 
 
 def family(operators: Sequence[str]) -> str:
-    """`"convolutions"` where more than one block in a hundred is a convolution's, else `"others"`: a transformer cuts its patches by one."""
+    """`"convolutions"` if more than 1 % of the blocks come from convolutions, else `"others"`.
+
+    A single convolution does not count, because a transformer cuts its patches with one.
+    """
     return "convolutions" if sum(operator == "convolution" for operator in operators) > len(operators) / 100 else "others"
 
 
 def margin_of(operators: Sequence[str], *, approximate: bool = False) -> Margin:
-    """The margin for a tape with these operators."""
+    """The margin for a tape with these operators. approximate: the result is `APPROXIMATE`, for every family."""
     return APPROXIMATE if approximate else SEEN[family(operators)]

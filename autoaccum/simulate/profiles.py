@@ -1,4 +1,7 @@
-"""Reads and checks one GPU data file. Adding a card takes a file, not Python."""
+"""Profiles of GPUs: each card's data, read from a TOML file and checked.
+
+To add a card, add a data file. No Python code is needed.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from autoaccum.units import MIB, in_words, parse_size
 
 if sys.version_info >= (3, 11):
     import tomllib
-else:  # the standard library has it from 3.11
+else:  # tomllib is in the standard library from Python 3.11
     import tomli as tomllib
 
 BACKENDS = ("cuda", "rocm", "xpu", "mps")
@@ -27,7 +30,7 @@ _ARCHITECTURE = re.compile(r"sm_\d{2,3}|gfx[0-9a-f]{3,4}|xe-[a-z]+|apple|any")
 
 @dataclass(frozen=True)
 class Figure:
-    """A number with where it comes from. `estimated` where nobody has measured or published it."""
+    """A number and its source. estimated: True if the number was neither measured nor published."""
 
     value: int
     source: str
@@ -36,12 +39,14 @@ class Figure:
 
 @dataclass(frozen=True)
 class Profile:
-    """What is known of a card.
+    """The data of a card.
 
-    label: how the command line calls it. name: as its driver prints it. total_bytes: as torch reports it, not the
-    sticker. context_bytes: what the driver's context takes outside the allocator. cublas_workspace_bytes: per handle.
-    multiprocessors: on which sums that are shared out depend, None where nobody said.
-    flops: dense floating point operations per second by dtype.
+    label: the card's name on the command line. name: the name that the driver prints.
+    total: bytes, as torch reports them, not the advertised size.
+    context: bytes that the driver's context takes outside the allocator.
+    cublas_workspace: bytes for each cuBLAS handle. bandwidth: bytes per second, None if unknown.
+    flops: dense floating point operations per second, by dtype.
+    multiprocessors: sums that several thread blocks share depend on it (see `Staging`); None if unknown.
     """
 
     label: str
@@ -58,7 +63,7 @@ class Profile:
 
     @property
     def parallel(self) -> tuple[int, int]:
-        """Multiprocessors, and the threads that each holds at once; those of an A100 where nobody said."""
+        """The number of multiprocessors (an A100's if unknown), and the number of resident threads for each."""
         # CUDA C++ Programming Guide, technical specifications per compute capability
         threads = {75: 1024, 86: 1536, 87: 1536, 89: 1536, 120: 1536}.get(self.capability, 2048)
         return (108 if self.multiprocessors is None else self.multiprocessors.value), threads
@@ -73,17 +78,17 @@ class Profile:
 
     @property
     def available_bytes(self) -> int:
-        """What the allocator may have."""
+        """Bytes that the allocator may reserve: the total without the context."""
         return self.total.value - self.context.value
 
     @property
     def capability(self) -> int:
-        """75 for sm_75. Other makers' cards are taken for the generation that has the same attention kernels."""
-        found = re.fullmatch(r"sm_(\d+)", self.architecture)
-        return int(found[1]) if found else 80
+        """75 for sm_75. Cards of other makers count as the generation that has the same attention kernels."""
+        match = re.fullmatch(r"sm_(\d+)", self.architecture)
+        return int(match[1]) if match else 80
 
     def figures(self) -> Iterator[tuple[str, Figure]]:
-        """Every number by its name in the file."""
+        """Yields every number with its name in the data file."""
         yield from (("total_bytes", self.total), ("context_bytes", self.context), ("cublas_workspace_bytes", self.cublas_workspace))
         if self.multiprocessors is not None:
             yield "multiprocessors", self.multiprocessors
@@ -93,21 +98,21 @@ class Profile:
 
 
 def folder() -> Path:
-    """Where the data files are: beside the package's own once installed, one folder up in a checkout."""
-    here = Path(__file__).parent
+    """The folder of the data files: inside the installed package, or beside the package in a checkout."""
+    here = Path(__file__).parent.parent
     installed = here / "profiles"
     return installed if installed.is_dir() else here.parent / "profiles"
 
 
 def names() -> list[str]:
-    """Labels of all cards, alphabetically."""
+    """The labels of all cards, in alphabetical order."""
     return sorted(path.stem for path in folder().glob("*.toml"))
 
 
 def load(label: str) -> Profile:
-    """The card of that name (`"t4"`, `"Tesla T4"`), or a card without a name of that size (`"24GiB"`: all of it for the allocator).
+    """The card with this name (`"t4"`, `"Tesla T4"`), or an unnamed card of this size (`"24GiB"`, all of it for the allocator).
 
-    Raises `UsageError` for an unknown card, with the nearest names, and `ProfileError` for a file that is wrong.
+    Raises `UsageError` with the nearest names if the card is unknown, and `ProfileError` if its data file is wrong.
     """
     wanted = label.strip().lower().replace(" ", "-").replace("_", "-")
     file = folder() / f"{wanted}.toml"
@@ -115,25 +120,25 @@ def load(label: str) -> Profile:
         return read(file)
     if re.fullmatch(r"\d+(\.\d+)?-?(b|[kmgt](i?b)?)|\d{8,}", wanted) and not re.fullmatch(
         r"\d{1,7}", wanted
-    ):  # a bare number of up to seven digits is somebody's card, not bytes
+    ):  # a number of up to seven digits is the name of a card, not bytes
         return of_size(parse_size(label), label.strip())
-    known = _spellings()
-    labels = known.get(wanted, ())
+    spellings = _spellings()
+    labels = spellings.get(wanted, ())
     if len(labels) == 1:
         return read(folder() / f"{labels[0]}.toml")
     if labels:
         raise UsageError(f"{label!r} is what the driver calls {' and '.join(labels)}: say which")
-    near = sorted((name for name in known if wanted and name.startswith(wanted)), key=len) + difflib.get_close_matches(wanted, known, n=4, cutoff=0.5)
-    near = [*near, *sorted((name for name in known if wanted and wanted in name), key=len)]
+    near = sorted((name for name in spellings if wanted and name.startswith(wanted)), key=len) + difflib.get_close_matches(wanted, spellings, n=4, cutoff=0.5)
+    near = [*near, *sorted((name for name in spellings if wanted and wanted in name), key=len)]
     if wanted.isdigit():
-        near = [name for name in (f"rtx-{wanted}", f"rtx-{wanted}-ti", *near) if name in known]
-    nearest = list(dict.fromkeys(each for name in near for each in known[name]))[:5]
+        near = [name for name in (f"rtx-{wanted}", f"rtx-{wanted}-ti", *near) if name in spellings]
+    nearest = list(dict.fromkeys(card for name in near for card in spellings[name]))[:5]
     hint = f"the nearest {'is' if len(nearest) == 1 else 'are'} {', '.join(nearest)}" if nearest else "`autoaccum profiles list` shows all"
     raise UsageError(f"there is no GPU data file for {label!r}: {hint}; or give a size such as 24GiB")
 
 
 def of_size(nbytes: int, label: str = "") -> Profile:
-    """A card without a name whose allocator may have exactly that much. label: as the size was written."""
+    """An unnamed card whose allocator may reserve exactly `nbytes`. label: the size as the user wrote it."""
     given = Figure(nbytes, "as given", False)
     words = in_words(nbytes)
     return Profile(
@@ -150,37 +155,37 @@ def of_size(nbytes: int, label: str = "") -> Profile:
 
 @functools.cache
 def _spellings() -> dict[str, tuple[str, ...]]:
-    """Every spelling and the labels it may mean: a file's name and its aliases mean one, a driver's name may mean two."""
-    found: dict[str, tuple[str, ...]] = {}
+    """The labels that each spelling may mean. A file's name or an alias means one card; a driver's name may mean two."""
+    labels: dict[str, tuple[str, ...]] = {}
     cards = [read(folder() / f"{name}.toml") for name in names()]
     for card in cards:
         for spelling in (card.label, *card.aliases):
-            found[spelling] = (card.label,)
+            labels[spelling] = (card.label,)
     for card in cards:
         spelling = card.name.lower().replace(" ", "-")
-        if card.label not in found.get(spelling, ()):
-            found[spelling] = (*found.get(spelling, ()), card.label)
-    return found
+        if card.label not in labels.get(spelling, ()):
+            labels[spelling] = (*labels.get(spelling, ()), card.label)
+    return labels
 
 
 def read(path: Path) -> Profile:
-    """One file. Raises `ProfileError` with file, field and value."""
+    """Reads and checks one data file. Raises `ProfileError` with the file, the field and the value."""
 
     def wrong(name: str, value: Any, why: str) -> ProfileError:
         return ProfileError(f"{path.name}: {name} is {value!r}: {why}")
 
     try:
-        told = tomllib.loads(path.read_text())
+        data = tomllib.loads(path.read_text())
     except OSError as error:
         raise ProfileError(f"{path} cannot be read: {error.strerror}") from None
     except tomllib.TOMLDecodeError as error:
         raise ProfileError(f"{path.name} is not TOML: {error}") from None
-    for name in told:
+    for name in data:
         if name not in (*_NUMBERS, "name", "aliases", "backend", "architecture", "flops_per_second"):
-            raise wrong(name, told[name], "there is no such field")
+            raise wrong(name, data[name], "there is no such field")
 
     def text(name: str) -> str:
-        value = told.get(name)
+        value = data.get(name)
         if not isinstance(value, str) or not value:
             raise wrong(name, value, "it must be a text")
         return value
@@ -191,24 +196,24 @@ def read(path: Path) -> Profile:
         value = entry["value"]
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise wrong(name, value, f"it must be a whole number of at least {least}")
-        given = [word for word in ("source", "estimated") if isinstance(entry.get(word), str) and entry[word]]
-        if len(given) != 1 or set(entry) - {"value", *given}:
+        sources = [word for word in ("source", "estimated") if isinstance(entry.get(word), str) and entry[word]]
+        if len(sources) != 1 or set(entry) - {"value", *sources}:
             raise wrong(name, sorted(set(entry) - {"value"}), "beside its value goes one text, `source` or `estimated`")
-        return Figure(value, entry[given[0]], given[0] == "estimated")
+        return Figure(value, entry[sources[0]], sources[0] == "estimated")
 
     backend, architecture = text("backend"), text("architecture")
     if backend not in BACKENDS:
         raise wrong("backend", backend, f"it must be one of {', '.join(BACKENDS)}")
     if not _ARCHITECTURE.fullmatch(architecture):
         raise wrong("architecture", architecture, "write it as sm_80, gfx942, xe-hpc or apple")
-    aliases = told.get("aliases", [])
-    if not isinstance(aliases, list) or not all(isinstance(each, str) for each in aliases):
+    aliases = data.get("aliases", [])
+    if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
         raise wrong("aliases", aliases, "it must be a list of texts")
-    total = figure("total_bytes", told.get("total_bytes"), 256 * MIB)
-    context = figure("context_bytes", told.get("context_bytes"), 0)
+    total = figure("total_bytes", data.get("total_bytes"), 256 * MIB)
+    context = figure("context_bytes", data.get("context_bytes"), 0)
     if context.value >= total.value:
         raise wrong("context_bytes", context.value, f"it leaves nothing of {total.value} bytes")
-    rates = told.get("flops_per_second", {})
+    rates = data.get("flops_per_second", {})
     if not isinstance(rates, dict) or set(rates) - set(DTYPES):
         raise wrong("flops_per_second", sorted(rates) if isinstance(rates, dict) else rates, f"its tables are {', '.join(DTYPES)}")
     return Profile(
@@ -218,22 +223,22 @@ def read(path: Path) -> Profile:
         architecture,
         total,
         context,
-        figure("cublas_workspace_bytes", told.get("cublas_workspace_bytes"), 0),
-        figure("bandwidth_bytes_per_second", told["bandwidth_bytes_per_second"]) if "bandwidth_bytes_per_second" in told else None,
+        figure("cublas_workspace_bytes", data.get("cublas_workspace_bytes"), 0),
+        figure("bandwidth_bytes_per_second", data["bandwidth_bytes_per_second"]) if "bandwidth_bytes_per_second" in data else None,
         {dtype: figure(f"flops_per_second.{dtype}", rates[dtype]) for dtype in DTYPES if dtype in rates},
         tuple(aliases),
-        figure("multiprocessors", told["multiprocessors"]) if "multiprocessors" in told else None,
+        figure("multiprocessors", data["multiprocessors"]) if "multiprocessors" in data else None,
     )
 
 
 def document(profile: Profile) -> dict[str, Any]:
-    """A card as plain data."""
-    told = {"gpu": profile.label, "name": profile.name, "backend": profile.backend, "architecture": profile.architecture, "aliases": list(profile.aliases)}
-    return {**told, **{name: {"value": each.value, "source": each.source, "estimated": each.estimated} for name, each in profile.figures()}}
+    """The profile as plain data."""
+    header = {"gpu": profile.label, "name": profile.name, "backend": profile.backend, "architecture": profile.architecture, "aliases": list(profile.aliases)}
+    return {**header, **{name: {"value": figure.value, "source": figure.source, "estimated": figure.estimated} for name, figure in profile.figures()}}
 
 
 def written(profile: Profile) -> str:
-    """The data file of a card, as text."""
+    """The text of the card's data file."""
     lines = [f"name = {_quoted(profile.name)}", f"aliases = [{', '.join(map(_quoted, profile.aliases))}]"]
     lines += [f"backend = {_quoted(profile.backend)}", f"architecture = {_quoted(profile.architecture)}"]
     for name, figure in profile.figures():

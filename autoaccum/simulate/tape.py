@@ -1,4 +1,7 @@
-"""A window's memory as a tape: which blocks are born and die, in order. Replayed by an allocator; needs no torch."""
+"""A tape: the allocations and frees of a job's windows, in order.
+
+`replay` runs a tape through the simulated `Allocator`. Importing this file does not load torch.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +12,16 @@ from typing import Any
 
 from autoaccum.simulate.allocator import Allocator, Block
 
-EMPTY_CACHE = -(1 << 62)  # an event that is no block's: `torch.cuda.empty_cache()`, or cuDNN's benchmark doing the same
+EMPTY_CACHE = -(1 << 62)  # an event without a block: `torch.cuda.empty_cache()`, or cuDNN's benchmark, which does the same
 KINDS = ("parameters", "gradients", "optimizer", "activations", "workspace")
 
 
 @dataclass(frozen=True)
 class Mark:
-    """From this event on the job is in `phase`: "setup", "forward", "backward", "clip", "step" or "end", of that window and micro-batch."""
+    """The start of a phase: from `event` on the job is in `phase`.
+
+    phase: "setup", "forward", "backward", "clip", "step" or "end". window, piece: the window and its micro-batch, counted from 0.
+    """
 
     event: int
     phase: str
@@ -25,11 +31,12 @@ class Mark:
 
 @dataclass(frozen=True)
 class Staging:
-    """A sum over part of a tensor, whose thread blocks meet in memory if there are several for each result.
+    """A sum over part of a tensor. If several thread blocks share one result, it needs a staging buffer and semaphores in memory.
 
-    outputs, inputs: results, and how many values go into each. along: True where the values of a result lie side by side.
-    vector: how many results a thread makes at once. Rule: aten/src/ATen/native/cuda/Reduce.cuh, setReduceConfig (torch 2.11); the bytes
-    of all 312 different sums that were recorded on an H200.
+    outputs: the number of results. inputs: the number of values in each result.
+    along: True if the values of a result are contiguous. vector: how many results a thread computes at once.
+    The rule is setReduceConfig in aten/src/ATen/native/cuda/Reduce.cuh (torch 2.11). It gives the bytes of all 312 different
+    sums that were recorded on an H200.
     """
 
     outputs: int
@@ -38,25 +45,28 @@ class Staging:
     vector: int = 1
 
     def blocks(self, multiprocessors: int, threads: int) -> tuple[int, int]:
-        """Bytes of the meeting place and of its semaphores on a card of so many multiprocessors with so many threads each; 0 and 0 without one."""
-        most = 512 // self.vector
+        """Bytes of the staging buffer and bytes of its semaphores; (0, 0) if the sum needs none.
+
+        multiprocessors: of the card. threads: resident threads for each multiprocessor.
+        """
+        max_threads = 512 // self.vector
         across, down = (self.inputs, self.outputs) if self.along else (self.outputs // self.vector, self.inputs)
         if self.along and across > 128:
             across //= 4
-        across, down = min(_power(across), most), min(_power(down), most)
+        across, down = min(_power(across), max_threads), min(_power(down), max_threads)
         width = min(across, 32)
-        height = min(down, most // width)
-        width = min(across, most // height)
+        height = min(down, max_threads // width)
+        width = min(across, max_threads // height)
         step_in, step_out = (width, 1) if self.along else (1, width)
         if -(-self.inputs // step_in) >= min(height * 16, 256):
             step_in *= height
         else:
             return 0, 0
-        each = -(-self.inputs // step_in)
-        grid, wanted = -(-(self.outputs // self.vector) // step_out), multiprocessors * (threads // (width * height))
-        if each < 256 or grid > wanted:
+        values_per_thread = -(-self.inputs // step_in)
+        grid, target_grid = -(-(self.outputs // self.vector) // step_out), multiprocessors * (threads // (width * height))
+        if values_per_thread < 256 or grid > target_grid:
             return 0, 0
-        split = max(min(-(-wanted // grid), -(-each // 16)), -(-each // 256))
+        split = max(min(-(-target_grid // grid), -(-values_per_thread // 16)), -(-values_per_thread // 256))
         if split <= 1:
             return 0, 0
         return 4 * self.outputs * split * (1 if self.along else width * self.vector), 4 * grid
@@ -68,9 +78,12 @@ def _power(value: int) -> int:
 
 @dataclass
 class Tape:
-    """events: the number of a block that is born, or `~number` of one that dies. For each block its size in bytes, its
-    kind (one of `KINDS`) and the operator it came from. assumed: what was taken for granted along the way, in words.
-    staged: blocks whose size depends on the card, each with its rule and which of its two blocks it is.
+    """The memory events of a job's setup and windows.
+
+    events: `number` if that block is allocated, `~number` if it is freed, or `EMPTY_CACHE`.
+    sizes, kinds, operators: for each block its bytes, its kind (one of `KINDS`), and the operator that allocated it.
+    marks: where the phases start. assumed: the assumptions of the trace, in words.
+    staged: the blocks whose size depends on the card. Each has its rule, and 0 for the staging buffer or 1 for the semaphores.
     """
 
     events: list[int] = field(default_factory=list)
@@ -99,31 +112,31 @@ class Tape:
         self.marks.append(Mark(len(self.events), phase, window, piece))
 
     def phase_at(self, event: int) -> Mark:
-        """Where the job was at an event."""
+        """The phase of the job at an event."""
         return next((mark for mark in reversed(self.marks) if mark.event <= event), Mark(0, "setup", 0, 0))
 
     def on(self, cublas_bytes: int, multiprocessors: int, threads: int) -> Tape:
-        """The same on one card: with cuBLAS's workspace of that size, and with the sums of a card of so many multiprocessors.
+        """The same tape on one card. A block that the card does not need gets 0 bytes.
 
-        What such a card does not take has no bytes.
+        cublas_bytes: the card's cuBLAS workspace. multiprocessors, threads: as in `Staging.blocks`.
         """
         sizes = self.sizes.copy()
-        at = -1
+        index = -1
         for _ in range(self.operators.count("cublas")):
-            at = self.operators.index("cublas", at + 1)
-            sizes[at] = cublas_bytes
+            index = self.operators.index("cublas", index + 1)
+            sizes[index] = cublas_bytes
         for number, (rule, which) in self.staged.items():
             sizes[number] = rule.blocks(multiprocessors, threads)[which]
         return Tape(self.events, sizes, self.kinds, self.operators, self.marks, self.assumed)
 
     def without_nothing(self) -> Tape:
-        """The same without blocks that have no bytes."""
+        """The same tape without blocks of 0 bytes."""
         events: list[int] = []
         marks: list[Mark] = []
         pending = iter([*self.marks, None])
         mark = next(pending)
-        for at, event in enumerate(self.events):
-            while mark is not None and mark.event <= at:
+        for index, event in enumerate(self.events):
+            while mark is not None and mark.event <= index:
                 marks.append(Mark(len(events), mark.phase, mark.window, mark.piece))
                 mark = next(pending)
             if event == EMPTY_CACHE or self.sizes[event if event >= 0 else ~event]:
@@ -134,23 +147,25 @@ class Tape:
         return Tape(events, self.sizes, self.kinds, self.operators, marks, self.assumed, self.staged)
 
     def requested_peak(self) -> int:
-        """The most bytes that were asked for and alive at once, without any allocator."""
-        now = most = 0
+        """The most requested bytes that are live at the same time, without an allocator."""
+        live_bytes = peak = 0
         for event in self.events:
             if event >= 0:
-                now += self.sizes[event]
-                most = max(most, now)
+                live_bytes += self.sizes[event]
+                peak = max(peak, live_bytes)
             elif event != EMPTY_CACHE:
-                now -= self.sizes[~event]
-        return most
+                live_bytes -= self.sizes[~event]
+        return peak
 
 
 @dataclass(frozen=True)
 class Replayed:
-    """What an allocator made of a tape; bytes. `failed_at`: the event that ran out of memory, None where all went well.
+    """The result of a replay. Sizes are in bytes.
 
-    resident_bytes: alive between the last window's micro-batches and at its end, whichever is more.
-    activation_bytes: the most allocated in forward and backward of the last window that ran.
+    failed_at: the event at which the memory ran out, None if the replay finished.
+    peak_event: the event with the most allocated bytes.
+    base_bytes: allocated at the end of the last window that finished.
+    activation_bytes: the most allocated in forward and backward, over all windows that ran.
     """
 
     peak_reserved_bytes: int
@@ -164,39 +179,39 @@ class Replayed:
 
 
 def replay(tape: Tape, allocator: Allocator) -> Replayed:
-    """Runs a tape through an allocator. Running out of memory ends it, and is told, not raised."""
+    """Runs a tape through an allocator. An out-of-memory ends the replay and sets `failed_at`; it is not raised."""
     import torch
 
     blocks: dict[int, Block] = {}
     sizes, malloc, free = tape.sizes, allocator.malloc, allocator.free
     boundaries = [mark.event for mark in tape.marks] + [len(tape.events)]
     phases = [mark.phase for mark in tape.marks]
-    most, peak_event, failed_at, base, activation = 0, 0, None, 0, 0
-    at = 0
+    peak, peak_event, failed_at, base, activation = 0, 0, None, 0, 0
+    index = 0
     try:
         for number, phase in enumerate(["setup", *phases]):
             start, stop = (0 if number == 0 else boundaries[number - 1]), boundaries[number]
-            at = start
-            lap = allocator.allocated_bytes
+            index = start
+            phase_peak = allocator.allocated_bytes
             for event in tape.events[start:stop]:
                 if event >= 0:
                     if sizes[event]:
                         blocks[event] = malloc(sizes[event])
-                        if allocator.allocated_bytes > lap:
-                            lap = allocator.allocated_bytes
-                            if lap > most:
-                                most, peak_event = lap, at
+                        if allocator.allocated_bytes > phase_peak:
+                            phase_peak = allocator.allocated_bytes
+                            if phase_peak > peak:
+                                peak, peak_event = phase_peak, index
                 elif event == EMPTY_CACHE:
                     allocator.empty_cache()
                 elif sizes[~event]:
                     free(blocks.pop(~event))
-                at += 1
+                index += 1
             if phase in ("forward", "backward"):
-                activation = max(activation, lap)
+                activation = max(activation, phase_peak)
             if phase == "end":
                 base = allocator.allocated_bytes
     except torch.OutOfMemoryError:
-        failed_at = at
+        failed_at = index
     return Replayed(
         allocator.peak_reserved_bytes,
         allocator.peak_allocated_bytes,
@@ -210,30 +225,30 @@ def replay(tape: Tape, allocator: Allocator) -> Replayed:
 
 
 def held_at(tape: Tape, event: int) -> dict[str, int]:
-    """Bytes asked for and alive right after an event, by kind."""
-    held = dict.fromkeys(KINDS, 0)
-    for each in tape.events[: event + 1]:
-        if each == EMPTY_CACHE:
+    """Requested bytes that are live right after an event, by kind."""
+    live_bytes = dict.fromkeys(KINDS, 0)
+    for entry in tape.events[: event + 1]:
+        if entry == EMPTY_CACHE:
             continue
-        number = each if each >= 0 else ~each
-        held[tape.kinds[number]] += tape.sizes[number] if each >= 0 else -tape.sizes[number]
-    return held
+        number = entry if entry >= 0 else ~entry
+        live_bytes[tape.kinds[number]] += tape.sizes[number] if entry >= 0 else -tape.sizes[number]
+    return live_bytes
 
 
 def canonical(tape: Tape) -> Tape:
-    """The same tape with deaths that follow each other in order of birth: their order may be an accident of hashing."""
+    """The same tape with consecutive frees sorted by allocation, because their recorded order may depend on hashing."""
     events: list[int] = []
-    deaths: list[int] = []
-    bounds = {mark.event for mark in tape.marks}
-    for at, event in enumerate(tape.events):
-        if at in bounds or event >= 0 or event == EMPTY_CACHE:
-            events += sorted(deaths, reverse=True)
-            deaths = []
+    frees: list[int] = []
+    phase_starts = {mark.event for mark in tape.marks}
+    for index, event in enumerate(tape.events):
+        if index in phase_starts or event >= 0 or event == EMPTY_CACHE:
+            events += sorted(frees, reverse=True)
+            frees = []
         if event >= 0 or event == EMPTY_CACHE:
             events.append(event)
         else:
-            deaths.append(event)
-    events += sorted(deaths, reverse=True)
+            frees.append(event)
+    events += sorted(frees, reverse=True)
     return Tape(events, tape.sizes, tape.kinds, tape.operators, tape.marks, tape.assumed, tape.staged)
 
 
@@ -243,7 +258,11 @@ class NotAlike(Exception):
 
 @dataclass(frozen=True)
 class Growth:
-    """A tape as a function of the micro-batch: what happens stays, and each block's size is a line through two traces."""
+    """A tape as a function of the micro-batch, from two traces.
+
+    The events stay the same. The size of each block is a straight line through the two traces.
+    Raises `NotAlike` if the events of the traces differ.
+    """
 
     low: Tape
     high: Tape
@@ -270,25 +289,25 @@ class Growth:
 
     @cached_property
     def _growing(self) -> list[tuple[int, int, int]]:
-        """(block, bytes, how many more at the other trace) of those that are not always the same."""
+        """(block, bytes in `low`, how many more in `high`) for the blocks whose size changes."""
         return [(number, low, high - low) for number, (low, high) in enumerate(zip(self.low.sizes, self.high.sizes)) if high != low]
 
 
 def _first_difference(low: Tape, high: Tape) -> str:
-    for at, (one, other) in enumerate(zip(low.events, high.events)):
-        if one != other:
-            name = "emptying the cache" if one == EMPTY_CACHE else low.operators[one if one >= 0 else ~one]
-            return f"at event {at}, {name}"
+    for index, (low_event, high_event) in enumerate(zip(low.events, high.events)):
+        if low_event != high_event:
+            name = "emptying the cache" if low_event == EMPTY_CACHE else low.operators[low_event if low_event >= 0 else ~low_event]
+            return f"at event {index}, {name}"
     return f"{len(low.events)} and {len(high.events)} events"
 
 
 def same_tape(one: Tape, other: Tape) -> bool:
-    """True where both tapes hold the same events and sizes."""
+    """True if both tapes have the same events and sizes."""
     return one.events == other.events and one.sizes == other.sizes and one.staged == other.staged
 
 
 def tape_from_json(told: dict[str, Any]) -> Tape:
-    """A tape from `as_json`."""
+    """The tape that `tape_as_json` wrote."""
     names: Sequence[str] = told["names"]
     return Tape(
         told["events"],
@@ -302,7 +321,7 @@ def tape_from_json(told: dict[str, Any]) -> Tape:
 
 
 def tape_as_json(tape: Tape) -> dict[str, Any]:
-    """Plain lists and numbers, for a golden file or another process."""
+    """The tape as plain lists, numbers and strings, for a golden file or another process."""
     names = {name: number for number, name in enumerate(dict.fromkeys(tape.operators))}
     return {
         "events": tape.events,

@@ -1,4 +1,4 @@
-"""Who holds what, when: a tape as a picture's data, and as a snapshot that PyTorch's memory viewer opens."""
+"""The timeline of a tape: held bytes at each event, as data for a picture and as a snapshot for PyTorch's memory viewer."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from autoaccum.simulate.tape import EMPTY_CACHE, KINDS, Mark, Tape
 
 @dataclass(frozen=True)
 class Timeline:
-    """One window, step by step: for each event the bytes held by kind, and what the allocator had reserved.
+    """The memory of one window, event by event.
 
-    marks: (event, phase, micro-batch) where a phase begins, counted from the window's first event.
+    held: for each kind, the requested bytes that are live after each event.
+    reserved: the bytes that the allocator has reserved after each event.
+    marks: (event, phase, micro-batch) at the start of each phase. Event 0 is the first event of the window.
     """
 
     held: dict[str, list[int]]
@@ -26,34 +28,35 @@ class Timeline:
 
 
 def timeline(tape: Tape, allocator: Allocator) -> Timeline:
-    """The last window of a tape. Raises `torch.OutOfMemoryError` where the allocator runs out."""
+    """The timeline of a tape's last window. Raises `torch.OutOfMemoryError` if the allocator runs out of memory."""
     window = max(mark.window for mark in tape.marks)
     marks = [mark for mark in tape.marks if mark.window == window]
     first = marks[0].event
-    now = dict.fromkeys(KINDS, 0)
+    live = dict.fromkeys(KINDS, 0)
     held: dict[str, list[int]] = {kind: [] for kind in KINDS}
     reserved: list[int] = []
     blocks: dict[int, Block] = {}
-    for at, event in enumerate(tape.events):
+    for index, event in enumerate(tape.events):
         if event >= 0:
             blocks[event] = allocator.malloc(tape.sizes[event])
-            now[tape.kinds[event]] += tape.sizes[event]
+            live[tape.kinds[event]] += tape.sizes[event]
         elif event == EMPTY_CACHE:
             allocator.empty_cache()
         else:
             allocator.free(blocks.pop(~event))
-            now[tape.kinds[~event]] -= tape.sizes[~event]
-        if at >= first:
+            live[tape.kinds[~event]] -= tape.sizes[~event]
+        if index >= first:
             for kind in KINDS:
-                held[kind].append(now[kind])
+                held[kind].append(live[kind])
             reserved.append(allocator.reserved_bytes)
     return Timeline(held, reserved, [(mark.event - first, mark.phase, mark.piece) for mark in marks])
 
 
 def memory_snapshot(tape: Tape, allocator: Allocator, *, settings: dict[str, Any] | None = None) -> dict[str, Any]:
-    """What `torch.cuda.memory._snapshot()` would return after the tape: pickled, https://pytorch.org/memory_viz opens it.
+    """A snapshot of the tape in the format of `torch.cuda.memory._snapshot()`.
 
-    Each block's stack is its phase, its kind and the operator that made it.
+    If it is pickled, https://pytorch.org/memory_viz opens it.
+    The stack of each block holds the operator that allocated it, its kind and its phase.
     """
     trace: list[dict[str, Any]] = []
     clock = 0
@@ -64,12 +67,12 @@ def memory_snapshot(tape: Tape, allocator: Allocator, *, settings: dict[str, Any
     names = {"alloc": "segment_alloc", "free": "segment_free", "map": "segment_map", "unmap": "segment_unmap"}
     allocator.observer = lambda action, address, size: entry(names[action], address, size)
     marks = iter([*tape.marks, Mark(len(tape.events) + 1, "end", 0, 0)])
-    phase, following = Mark(0, "setup", 0, 0), next(marks)
+    phase, next_mark = Mark(0, "setup", 0, 0), next(marks)
     blocks: dict[int, Block] = {}
     stacks: dict[int, list[dict[str, Any]]] = {}
     for clock, event in enumerate(tape.events):
-        while following.event <= clock:
-            phase, following = following, next(marks)
+        while next_mark.event <= clock:
+            phase, next_mark = next_mark, next(marks)
         if event >= 0:
             block = blocks[event] = allocator.malloc(tape.sizes[event])
             where = f"window {phase.window + 1}, micro-batch {phase.piece + 1}, {phase.phase}" if phase.phase != "setup" else "setup"
@@ -92,12 +95,12 @@ def _frame(name: str) -> dict[str, Any]:
 
 
 def _segments(allocator: Allocator, stacks: dict[int, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = []
+    segments: list[dict[str, Any]] = []
     for block in allocator.blocks():
         if not block.mapped:
             continue
         if block.preceding is None or not block.preceding.mapped:
-            found.append(
+            segments.append(
                 {
                     "device": 0,
                     "address": block.address,
@@ -113,7 +116,7 @@ def _segments(allocator: Allocator, stacks: dict[int, list[dict[str, Any]]]) -> 
                     "blocks": [],
                 }
             )
-        segment = found[-1]
+        segment = segments[-1]
         segment["total_size"] += block.size
         if block.live:
             for name, size in (("allocated_size", block.size), ("active_size", block.size), ("requested_size", block.requested)):
@@ -127,4 +130,4 @@ def _segments(allocator: Allocator, stacks: dict[int, list[dict[str, Any]]]) -> 
                 "frames": stacks.get(block.address, []) if block.live else [],
             }
         )
-    return found
+    return segments

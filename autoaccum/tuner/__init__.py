@@ -1,6 +1,6 @@
 """From a job to its plan: trials, search and plan are put together here, on one device and on all ranks.
 
-It hands on the three doors: `tune` for objects at hand, `tune_source` for a job that a file builds, `tune_command` for a command.
+It exports the three doors: `tune` for objects at hand, `tune_source` for a job that a file builds, `tune_command` for a command.
 It imports the doorstep and the rooms from `data` to `probe`.
 """
 

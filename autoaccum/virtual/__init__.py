@@ -1,6 +1,6 @@
 """Jobs on cards that are not here: a phantom of the job is traced, and each card gets its estimate; a fleet of unlike cards gets its shares.
 
-It hands on `estimate_source`, `forecast`, `Simulation` and `VirtualGpu`.
+It exports `estimate_source`, `forecast`, `Simulation` and `VirtualGpu`.
 It imports the doorstep and the rooms from `data` to `tuner`; `loop` and `virtual` do not know each other.
 """
 

@@ -1,6 +1,6 @@
 """The job, and one window of it: the weight of each micro-batch, the order of things, one optimizer step, and the state that is noted and put back.
 
-It hands on `Job`, `Source`, `accumulation.run` and the snapshots; trials and training both run a window through it.
+It exports `Job`, `Source`, `accumulation.run` and the snapshots; trials and training both run a window through it.
 It imports the doorstep and the rooms from `data` to `distributed`.
 """
 

@@ -1,6 +1,6 @@
-"""One window, in the order things happen.
+"""`run`: one window, from the first forward to the optimizer step.
 
-Trials and training both run this, so that what was rehearsed is what is trained.
+Trials and training both call it, so a trial measures exactly what training runs.
 """
 
 from __future__ import annotations
@@ -34,15 +34,18 @@ def run(
     crossing: WindowVote | None = None,
     on_phase: PhaseCallback = silent,
 ) -> WindowResult:
-    """Forward and backward for every piece, then one optimizer step.
+    """Runs forward and backward for every micro-batch of a window, then one optimizer step.
 
-    loss: `loss(model, batch)`, as in `Job`. pieces: (micro-batch, its samples), on the host; each is moved when
-    its turn comes and dropped after. With a closure or a `count`, they are gone through more than once.
-    samples: of the pieces together.
-    scaler: a GradScaler, or None. stats: corrects BatchNorm's running statistics, where that was asked for.
-    crossing: where the window has other ranks, too. say: told of each phase: forward, backward, sync (gradients cross), clip (all between
-    that and the first optimizer's step), step.
-    Raises `JobError` for a loss of the wrong kind; what the job's own code raises comes through.
+    loss: `loss(model, batch)`, as in `Job`.
+    pieces: pairs of (micro-batch, number of its samples), on the host. Each micro-batch moves to the device when its turn comes,
+        and is dropped after its backward. With a closure or a `count`, the pieces are iterated more than once.
+    samples: the number of samples in all pieces together.
+    scaler: a GradScaler, or None.
+    stats: corrects BatchNorm's running statistics; None leaves them uncorrected.
+    crossing: the vote of all ranks on this window; None if there is one rank only.
+    on_phase: called at the start of each phase: forward, backward, sync (gradients are reduced across ranks), clip (everything
+        from there to the first optimizer's step), step.
+    Raises `JobError` for a loss of the wrong kind. Exceptions from the job's own code pass through unchanged.
     """
 
     def evaluated(on_phase: PhaseCallback) -> WindowGradients:
@@ -57,20 +60,20 @@ def run(
 
 
 def _stepped(job: Job, evaluated: Callable[[PhaseCallback], WindowGradients], samples: int, scaler: Any, on_phase: PhaseCallback) -> WindowResult:
-    made = evaluated(on_phase)
-    grad_norm = clip(job, scaler, made.micro_batches, on_phase)
-    on_phase("step", made.micro_batches - 1)
+    window_gradients = evaluated(on_phase)
+    grad_norm = clip(job, scaler, window_gradients.micro_batches, on_phase)
+    on_phase("step", window_gradients.micro_batches - 1)
     infs: tuple[torch.Tensor, ...] = ()
     if scaler is not None:
         infs = scaled_step(job, scaler)
     elif job.wants_closure:
-        step_with_closure(job, made, evaluated, on_phase)
+        step_with_closure(job, window_gradients, evaluated, on_phase)
     else:
         for optimizer in job.optimizers:
             optimizer.step()
     for optimizer in job.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return WindowResult(made.terms, samples, made.micro_batches, made.counted, grad_norm, infs)
+    return WindowResult(window_gradients.terms, samples, window_gradients.micro_batches, window_gradients.counted, grad_norm, infs)
 
 
 def gradients(
@@ -85,12 +88,15 @@ def gradients(
     crossing: WindowVote | None = None,
     on_phase: PhaseCallback = silent,
 ) -> WindowGradients:
-    """The first part of `run`, with the same arguments: forward and backward for every piece, and what crosses ranks."""
+    """Runs forward and backward for every micro-batch, and reduces gradients and loss across ranks.
+
+    This is the part of `run` before clipping, with the same arguments.
+    """
     autocast = torch.autocast(device.type, dtype=job.autocast) if job.autocast is not None else None
-    # On the host, beforehand: weights by count need the whole window's.
+    # Counted on the host before the first forward: a weight by count needs the count of the whole window.
     counted = [float(job.count(piece)) if size else 0.0 for piece, size in pieces] if job.count is not None else []
     of_samples, of_count = (float(samples), sum(counted)) if crossing is None else crossing.owed(counted)
-    for parameter in _graded(job):  # gradients that someone left would be added; `zero_grad` itself costs more
+    for parameter in _graded(job):  # backward adds to gradients that are left from before; `zero_grad` is slower
         parameter.grad = None
     if crossing is not None:
         crossing.gather()
@@ -114,7 +120,7 @@ def gradients(
                 returned, samples=size, of_samples=of_samples, count=counted[index] if counted else None, of_count=of_count if counted else None
             )
             on_phase("backward", index)
-            if counted and counted[index] == 0:  # owes nothing; a mean over nothing is nan, and so is its gradient
+            if counted and counted[index] == 0:  # contributes nothing; a mean over no items is nan, and so is its gradient
                 if crossing is not None and crossing.in_step:
                     term.nan_to_num().backward()
                 term = torch.zeros_like(term)
@@ -124,30 +130,30 @@ def gradients(
         terms.append(term.detach())
         if count is not None:
             counts.append(count)
-        del returned, term, batch, piece  # no graph and no activation outlives its micro-batch
+        del returned, term, batch, piece  # frees graph and activations before the next micro-batch
     if crossing is not None:
         on_phase("sync", max(index, 0))
         crossing.settle(backwards)
         total, total_count = crossing.totals(WindowLoss(terms, None).sum() if terms else None, counts, device)
-        # What crossed is divided by the window's samples; so is the loss.
+        # The reduced gradients are divided by the window's samples, and so is the loss.
         factor = None if total_count is None else weights.late_factor([total_count], crossing.samples)
-        made = WindowGradients(WindowLoss([total], factor), of_count * crossing.averaged if job.count is not None else total_count, index + 1)
+        window_gradients = WindowGradients(WindowLoss([total], factor), of_count * crossing.averaged if job.count is not None else total_count, index + 1)
     elif not terms:
         raise JobError("a window of no micro-batches: give at least one")
     else:
         factor = weights.late_factor(counts, samples) if counts else None
-        made = WindowGradients(WindowLoss(terms, factor), sum(counts) if counts else of_count if counted else None, index + 1)
+        window_gradients = WindowGradients(WindowLoss(terms, factor), sum(counts) if counts else of_count if counted else None, index + 1)
     if factor is not None:
-        # Under a scaler the gradients are still scaled, which a factor keeps.
+        # With a scaler the gradients are still scaled; the multiplication keeps that scale.
         _scale([parameter.grad for parameter in _graded(job) if parameter.grad is not None], factor)
-    return made
+    return window_gradients
 
 
 _ALONE: AbstractContextManager[object] = nullcontext()
 
 
 def _graded(job: Job) -> Iterator[torch.Tensor]:
-    """Every tensor that backward may give a gradient."""
+    """Yields every tensor that backward may give a gradient to."""
     yield from job.idle
     for optimizer in job.optimizers:
         for group in optimizer.param_groups:
@@ -155,10 +161,13 @@ def _graded(job: Job) -> Iterator[torch.Tensor]:
 
 
 def _scale(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
-    """One call per dtype and device, and a factor of that dtype: mixed ones are multiplied one by one."""
-    alike: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    """Multiplies the gradients by the factor, with one call per dtype and device.
+
+    The factor has the dtype of the gradients: `_foreach_mul_` handles mixed dtypes one tensor at a time.
+    """
+    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
     for grad in grads:
-        own = grad.to_local() if hasattr(grad, "to_local") else grad  # of a sharded one, this rank's part
-        alike.setdefault((own.dtype, own.device), []).append(own)
-    for (dtype, device), group in alike.items():
+        local = grad.to_local() if hasattr(grad, "to_local") else grad  # of a sharded gradient, this rank's shard
+        groups.setdefault((local.dtype, local.device), []).append(local)
+    for (dtype, device), group in groups.items():
         torch._foreach_mul_(group, factor.to(device, dtype))

@@ -1,4 +1,4 @@
-"""Ctrl-C while a job's state is changed: held back until the state is put back."""
+"""Ctrl-C (SIGINT) while a job's state is changed: it is held back until the state is restored."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 
 
 class Interrupts:
-    """SIGINT, held back except inside `allowed`."""
+    """Holds SIGINT back, except inside `allowed`.
+
+    raises: True while a SIGINT may interrupt. waiting: True if a SIGINT was held back.
+    """
 
     def __init__(self) -> None:
         self.raises = False
@@ -19,7 +22,7 @@ class Interrupts:
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
-        """A Ctrl-C interrupts what is inside, once; one that came before does so at once."""
+        """Context in which Ctrl-C interrupts, once. A Ctrl-C that was held back before raises `KeyboardInterrupt` on entry."""
         self.raises = True
         try:
             if self.waiting:
@@ -32,10 +35,10 @@ class Interrupts:
 
 @contextmanager
 def deferred_interrupts() -> Iterator[Interrupts]:
-    """Holds SIGINT back inside, except where the `Interrupts` it yields allows it. Does nothing outside the main thread."""
+    """Context that holds SIGINT back, except where the yielded `Interrupts` allows it. Does nothing outside the main thread."""
     interrupts = Interrupts()
     before = signal.getsignal(signal.SIGINT)
-    # A handler that was installed from outside Python (None) cannot be put back, so it is left alone.
+    # Python cannot restore a handler that was installed outside Python (None), so such a handler is not replaced.
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield interrupts
         return
@@ -44,7 +47,7 @@ def deferred_interrupts() -> Iterator[Interrupts]:
         if not interrupts.raises:
             interrupts.waiting = True
             return
-        interrupts.raises = False  # a further one waits until the state is back
+        interrupts.raises = False  # the next SIGINT waits until the state is restored
         _pass_on(before, number, frame)
 
     signal.signal(signal.SIGINT, on_interrupt)

@@ -1,4 +1,4 @@
-"""What is trained."""
+"""`Job`: what is trained, that is model, optimizer, loss and batch."""
 
 from __future__ import annotations
 
@@ -11,25 +11,27 @@ from typing import TYPE_CHECKING, Any
 
 from autoaccum.errors import JobError
 
-if TYPE_CHECKING:  # the command line reads this file's Source without paying for torch
+if TYPE_CHECKING:  # the command line imports this file without the cost of importing torch
     import torch
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is trained. Says each thing once, for tuning, for training and for checking.
+    """The training job. Tuning, training and the equivalence check all use the same `Job`.
 
-    model: the module whose parameters train.
-    optimizer: one optimizer, or a sequence that is stepped together.
-    loss: `loss(model, batch)`, the mean over the samples of `batch` (a scalar), or `(loss_sum, count)`.
-    batch: samples to measure with (repeated where a trial needs more), or `make_batch(n)`, the worst case
-        of n samples. Its shapes are what training must not exceed.
-    data: what `autoaccum train` trains on: a map-style dataset, or any iterable of batches.
-    autocast: a torch dtype, or None. max_grad_norm: clipped once per window, on the summed gradient.
-    count: `count(batch)`, e.g. its label tokens: a scalar loss is then the mean over what is counted, and is weighted
-        so; for a loss that returns `(loss_sum, count)` it tells the window's count beforehand. Called on the host.
-    split: `split(batch, sizes)`, where batches cannot be cut along the first dimension.
-    keep: other stateful things that the loss touches (EMA, discriminator); put back after tuning.
+    model: the module whose parameters are trained.
+    optimizer: one optimizer, or a sequence of optimizers that step together.
+    loss: `loss(model, batch)`: returns the mean over the samples of `batch` (a scalar), or `(loss_sum, count)`.
+    batch: a batch to measure with (its samples are repeated if a trial needs more), or `make_batch(n)`, which returns the
+        worst case of n samples. Training must not exceed its shapes.
+    data: the data for `autoaccum train`: a map-style dataset, or any iterable of batches.
+    autocast: a torch dtype, or None.
+    max_grad_norm: the norm to clip to, once per window, on the accumulated gradient; None for no clipping.
+    count: `count(batch)`, for example the number of its label tokens. A scalar loss is then the mean over the counted items,
+        and is weighted by their count. For a loss that returns `(loss_sum, count)`, `count` gives the window's count before
+        the first forward. Called on the host.
+    split: `split(batch, sizes)`, for batches that cannot be cut along the first dimension.
+    keep: other objects with state that the loss changes (EMA, discriminator). Their state is restored after tuning.
     """
 
     model: torch.nn.Module
@@ -50,7 +52,7 @@ class Job:
 
         if not isinstance(self.model, torch.nn.Module):
             raise JobError(f"model must be a torch.nn.Module, not {type(self.model).__name__}")
-        if not self.optimizers or not all(isinstance(each, torch.optim.Optimizer) for each in self.optimizers):
+        if not self.optimizers or not all(isinstance(optimizer, torch.optim.Optimizer) for optimizer in self.optimizers):
             raise JobError(f"optimizer must be a torch.optim.Optimizer or a list of them, not {type(self.optimizer).__name__}")
         if not callable(self.loss):
             raise JobError(f"loss must be a function loss(model, batch), not {type(self.loss).__name__}")
@@ -84,21 +86,21 @@ class Job:
 
     @cached_property
     def optimizers(self) -> tuple[torch.optim.Optimizer, ...]:
-        """The optimizers as a tuple, also where there is one."""
+        """The optimizers as a tuple, also if there is only one."""
         return tuple(self.optimizer) if isinstance(self.optimizer, Sequence) else (self.optimizer,)
 
     @cached_property
     def wants_closure(self) -> str:
-        """Name of an optimizer that evaluates the loss itself, inside `step(closure)`, as LBFGS does; "" without one."""
-        for each in self.optimizers:
-            closure = inspect.signature(each.step).parameters.get("closure")
+        """Class name of an optimizer that evaluates the loss itself inside `step(closure)`, as LBFGS does; "" if there is none."""
+        for optimizer in self.optimizers:
+            closure = inspect.signature(optimizer.step).parameters.get("closure")
             if closure is not None and closure.default is inspect.Parameter.empty:
-                return type(each).__name__
+                return type(optimizer).__name__
         return ""
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are. Raises `JobError` for a model without any that train."""
+        """Device of the first parameter that requires a gradient. Raises `JobError` if no parameter does."""
         for parameter in self.model.parameters():
             if parameter.requires_grad:
                 return parameter.device
@@ -107,75 +109,82 @@ class Job:
     def batch_of(self, samples: int) -> Any:
         """A batch of exactly `samples` samples, for measuring.
 
-        Raises `JobError` if `make_batch` returned another number of them.
+        Raises `JobError` if `make_batch` returned a different number of samples.
         """
         from autoaccum.data import batches
 
         if not callable(self.batch):
             return batches.resize(self.batch, samples)
-        made = self.batch(samples)
-        if self.split is None and (got := batches.count(made)) != samples:
+        batch = self.batch(samples)
+        if self.split is None and (got := batches.count(batch)) != samples:
             raise JobError(f"make_batch({samples}) returned {got} samples: return a batch of exactly the size asked for")
-        return made
+        return batch
 
     def moved(self, device: str) -> Job:
-        """This job with its model and optimizer state on `device`; parameters keep their identity."""
+        """Moves the model and the optimizer state to `device` and returns this job. The parameters stay the same objects."""
         self.model.to(device)
-        for each in self.optimizers:
-            if each.state:
-                each.load_state_dict(each.state_dict())
+        for optimizer in self.optimizers:
+            if optimizer.state:
+                optimizer.load_state_dict(optimizer.state_dict())
         return self
 
     def trained(self) -> list[torch.Tensor]:
-        """Every tensor that gets a gradient: the model's, and the optimizers' own (a loss head, a learned weight)."""
-        found = {id(p): p for group in self._groups() for p in group["params"] if p.requires_grad}
-        found |= {id(p): p for p in self.model.parameters() if p.requires_grad}
-        return list(found.values())
+        """Every tensor that gets a gradient: the model's parameters, and those that only the optimizers hold (a loss head, a learned weight)."""
+        tensors = {id(p): p for group in self._groups() for p in group["params"] if p.requires_grad}
+        tensors |= {id(p): p for p in self.model.parameters() if p.requires_grad}
+        return list(tensors.values())
 
     def stepped(self) -> list[torch.Tensor]:
-        """What the optimizers hold."""
+        """Every tensor that the optimizers hold and that requires a gradient."""
         return [p for group in self._groups() for p in group["params"] if p.requires_grad]
 
     @cached_property
     def idle(self) -> list[torch.Tensor]:
-        """The model's parameters that get gradients and that no optimizer of this job holds; as they were at first use."""
-        held = {id(p) for group in self._groups() for p in group["params"]}
-        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in held]
+        """Parameters of the model that get gradients but that no optimizer of this job holds.
+
+        Computed at first use; later changes of the model or the optimizers are not seen.
+        """
+        stepped_ids = {id(p) for group in self._groups() for p in group["params"]}
+        return [p for p in self.model.parameters() if p.requires_grad and id(p) not in stepped_ids]
 
     def _groups(self) -> list[dict[str, Any]]:
-        return [group for each in self.optimizers for group in each.param_groups]
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def gradient_bytes(self) -> int:
-        """Bytes of all gradients at once: what stays resident between micro-batches."""
+        """Bytes of all gradients together, which stay resident between micro-batches."""
         return sum(p.nbytes for p in self.trained())
 
 
 def as_jobs(jobs: Job | Sequence[Job]) -> tuple[Job, ...]:
-    """One job, or several that run one after the other in every window (a GAN's two), as a tuple.
+    """Returns one job, or several jobs that run one after the other in every window (a GAN has two), as a tuple.
 
     Raises `JobError` for anything else, and for jobs on different devices.
     """
-    found = (jobs,) if isinstance(jobs, Job) else tuple(jobs) if isinstance(jobs, (list, tuple)) else ()
-    if not found or not all(isinstance(each, Job) for each in found):
+    as_tuple = (jobs,) if isinstance(jobs, Job) else tuple(jobs) if isinstance(jobs, (list, tuple)) else ()
+    if not as_tuple or not all(isinstance(job, Job) for job in as_tuple):
         raise JobError(f"a Job or a list of Jobs is needed, not {type(jobs).__name__}")
-    if len({each.device for each in found}) > 1:
-        raise JobError(f"jobs that run in turn must be on one device, not on {' and '.join(str(each.device) for each in found)}")
-    return found
+    if len({job.device for job in as_tuple}) > 1:
+        raise JobError(f"jobs that run in turn must be on one device, not on {' and '.join(str(job.device) for job in as_tuple)}")
+    return as_tuple
 
 
 def is_compiled(jobs: Sequence[Job]) -> bool:
-    """True where `torch.compile` wraps a model or a part of it, or `model.compile()` was called."""
+    """True if `torch.compile` wraps a model or a part of it, or if `model.compile()` was called."""
     modules = [module for job in jobs for module in job.model.modules()]
     return any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None for module in modules)
 
 
 def fingerprint(jobs: Sequence[Job]) -> str:
-    """Sixteen hex digits that change with the parameters' shapes and types, the optimizers, autocast, clipping and scaler."""
+    """Sixteen hex digits that identify the jobs.
+
+    They change with the parameters (name, shape, dtype, requires_grad), the optimizer classes, autocast, clipping, and with or
+    without a scaler.
+    """
     from autoaccum.distributed import unwrapped
 
-    told = []
+    parts = []
     for job in jobs:
-        told += [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in unwrapped(job.model).named_parameters()]
-        told += [type(each).__name__ for each in job.optimizers]
-        told += [str(job.autocast), str(job.max_grad_norm), str(job.scaler is not None)]
-    return hashlib.sha256("\n".join(told).encode()).hexdigest()[:16]
+        parts += [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in unwrapped(job.model).named_parameters()]
+        parts += [type(optimizer).__name__ for optimizer in job.optimizers]
+        parts += [str(job.autocast), str(job.max_grad_norm), str(job.scaler is not None)]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

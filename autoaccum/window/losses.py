@@ -1,4 +1,4 @@
-"""A ready loss for models that compute their own: a mean over labels, made exact under accumulation."""
+"""`token_mean`: a ready loss for models that compute their own mean over labels, exact under gradient accumulation."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ import torch
 
 from autoaccum.errors import JobError
 
-IGNORED = -100  # what torch.nn.CrossEntropyLoss leaves out by default
+IGNORED = -100  # the label that torch.nn.CrossEntropyLoss ignores by default
 
 
 def token_mean(model: torch.nn.Module, batch: Mapping[str, Any], *, shifted: bool | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """`loss(model, batch)` for models that take `**batch` and return a `.loss` that is a mean over labels other than -100.
+    """A `loss(model, batch)` for models that take `**batch` and return a `.loss`: the mean over the labels other than -100.
 
-    Returns (sum over those labels, how many they are), which is normalised over the whole window: the mean of
-    micro-batch means is another number wherever their labels differ in count.
-    shifted: whether the model leaves out each sequence's first label, as those that predict the next token do. By
-    default told by the model's class (Transformers' causal language models do, encoder-decoders and masked ones do not);
-    `functools.partial(token_mean, shifted=True)` says it for others.
-    The mean must be one that gives no gradient where there are no labels, as `torch.nn.functional.cross_entropy` does.
-    Raises `JobError` for a batch without labels and a model without a `.loss`. A loss with further terms (a
-    router's balance) is not a mean over labels, and comes out scaled by their number like the rest.
+    Returns (sum over those labels, number of those labels). The sum is normalised over the whole window, because the mean of
+    the micro-batches' means is a different number if the micro-batches have different numbers of labels.
+    shifted: True if the model leaves out each sequence's first label, as models that predict the next token do. None decides by
+        the model's class: Transformers' causal language models do, encoder-decoders and masked language models do not.
+        For other models, use `functools.partial(token_mean, shifted=True)`.
+    For a batch without any labels, the model's mean must give no gradient, as `torch.nn.functional.cross_entropy` does.
+    Raises `JobError` for a batch without `labels` and for a model without a `.loss`. If the model's loss has further terms (a
+    router's balance), they are not means over labels, but they are multiplied by the number of labels like the rest.
     """
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(labels, torch.Tensor):
@@ -35,12 +35,15 @@ def token_mean(model: torch.nn.Module, batch: Mapping[str, Any], *, shifted: boo
     if shifted if shifted is not None else predicts_next(model):
         labels = labels[..., 1:]
     count = (labels != IGNORED).sum()
-    # A mean over no labels is nan, and owes nothing.
+    # A mean over no labels is nan; such a micro-batch contributes nothing.
     return torch.where(count > 0, loss, torch.zeros_like(loss)) * count, count
 
 
 def predicts_next(model: torch.nn.Module) -> bool:
-    """Whether a model leaves out each sequence's first label. Transformers' name for it: https://huggingface.co/docs/transformers/main_classes/model"""
+    """True if the model leaves out each sequence's first label.
+
+    Decides by the class names of Transformers: https://huggingface.co/docs/transformers/main_classes/model
+    """
     for inner in _inside(model):
         if getattr(getattr(inner, "config", None), "is_encoder_decoder", False):
             return False
@@ -50,7 +53,7 @@ def predicts_next(model: torch.nn.Module) -> bool:
 
 
 def _inside(model: Any) -> Iterator[Any]:
-    """The model, and what wrappers (DistributedDataParallel, torch.compile) hold."""
+    """Yields the model, and the models inside its wrappers (DistributedDataParallel, torch.compile)."""
     while model is not None:
         yield model
         model = getattr(model, "module", None) or getattr(model, "_orig_mod", None)

@@ -1,4 +1,4 @@
-"""The end of a window: unscale, clip, and step the optimizers once."""
+"""The optimizer step at the end of a window: unscale, clip, and step the optimizers once."""
 
 from __future__ import annotations
 
@@ -16,63 +16,73 @@ from autoaccum.window.result import WindowGradients
 
 
 def unmark(job: Job, scaler: Any) -> None:
-    """Takes the scaler's marks off this job's optimizers: "unscale_() has already been called" would meet the next window."""
+    """Removes the scaler's record of this job's optimizers.
+
+    Otherwise the next window raises "unscale_() has already been called".
+    """
     for optimizer in job.optimizers:
         getattr(scaler, "_per_optimizer_states", {}).pop(id(optimizer), None)
 
 
 def clip(job: Job, scaler: Any, micro_batches: int, on_phase: PhaseCallback) -> torch.Tensor | None:
-    """Unscales and clips once, on the gradient of the whole window; its norm before, if clipping was asked for."""
+    """Unscales and clips once, on the gradient of the whole window. Returns the norm before clipping, or None without clipping."""
     on_phase("clip", micro_batches - 1)
-    # Several optimizers step together or not at all, so all must have looked for inf before the first steps.
+    # Several optimizers step together or not at all, so all are checked for inf before the first one steps.
     if scaler is not None and (job.max_grad_norm is not None or len(job.optimizers) > 1):
         for optimizer in _with_gradients(job):
             scaler.unscale_(optimizer)
-    # Only what is stepped: a part of the model that is another job's, or nobody's, has no say in the norm.
+    # Only the tensors that this job steps: parameters of another job, or of no optimizer, must not change the norm.
     if job.max_grad_norm is None:
         return None
     norm = torch.nn.utils.clip_grad_norm_(job.stepped(), job.max_grad_norm)
-    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # of sharded gradients, every rank has a part
+    return norm.full_tensor() if hasattr(norm, "full_tensor") else norm  # with sharded gradients, each rank holds a part of the norm
 
 
 def scaled_step(job: Job, scaler: Any) -> tuple[torch.Tensor, ...]:
-    """An inf in any gradient skips the step of every optimizer. Returns the device's marks of what was found."""
-    together = len(job.optimizers) == 1 or not any(bool(inf > 0) for optimizer in _with_gradients(job) for inf in _infs(scaler, optimizer))
-    stepping = _with_gradients(job)
-    for optimizer in stepping:
-        if together:
+    """Steps every optimizer through the scaler, or none of them if any gradient holds an inf.
+
+    Returns the scaler's found-inf flags, which are tensors on the device.
+    """
+    may_step = len(job.optimizers) == 1 or not any(bool(inf > 0) for optimizer in _with_gradients(job) for inf in _infs(scaler, optimizer))
+    optimizers = _with_gradients(job)
+    for optimizer in optimizers:
+        if may_step:
             scaler.step(optimizer)
-    infs = tuple(inf for optimizer in stepping for inf in _infs(scaler, optimizer))
-    if stepping:
+    infs = tuple(inf for optimizer in optimizers for inf in _infs(scaler, optimizer))
+    if optimizers:
         scaler.update()
     return infs
 
 
 def _with_gradients(job: Job) -> list[torch.optim.Optimizer]:
-    """A scaler knows nothing to do with an optimizer that has none, for instance in a window in which nothing counts."""
-    return [each for each in job.optimizers if any(p.grad is not None for group in each.param_groups for p in group["params"])]
+    """The optimizers that have a gradient.
+
+    A scaler cannot step an optimizer without gradients, for instance in a window in which nothing counts.
+    """
+    return [optimizer for optimizer in job.optimizers if any(p.grad is not None for group in optimizer.param_groups for p in group["params"])]
 
 
 def _infs(scaler: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     if not scaler.is_enabled():
         return []
-    # No public way to ask without waiting for the device; `get_scale()` before and after waits twice.
+    # No public API reads this without waiting for the device; `get_scale()` before and after the step waits twice.
     return list(scaler._found_inf_per_device(optimizer).values())
 
 
 def step_with_closure(job: Job, first: WindowGradients, evaluated: Callable[[PhaseCallback], WindowGradients], on_phase: PhaseCallback) -> None:
-    """The optimizer's first evaluation is the one that has been made; what it asks for later runs the window again.
+    """Steps an optimizer that evaluates the loss itself, through a closure.
 
-    Made before `step`, the first evaluation can still run out of memory harmlessly: inside, weights may have moved.
+    The first call of the closure returns `first`, which is already computed. Each further call runs the window again.
+    The first evaluation runs before `step`, where an out-of-memory does no harm: inside `step`, weights may have changed already.
     """
-    made: list[WindowGradients] = [first]
+    pending: list[WindowGradients] = [first]
 
     def closure() -> torch.Tensor:
-        if made:
-            return made.pop().terms.sum()
-        found = evaluated(lambda _, index: on_phase("step", index))
-        clip(job, None, found.micro_batches, silent)
-        return found.terms.sum()
+        if pending:
+            return pending.pop().terms.sum()
+        window_gradients = evaluated(lambda _, index: on_phase("step", index))
+        clip(job, None, window_gradients.micro_batches, silent)
+        return window_gradients.terms.sum()
 
     (optimizer,) = job.optimizers
     optimizer.step(closure)  # type: ignore[arg-type] # a closure may return a tensor: https://docs.pytorch.org/docs/stable/optim.html
@@ -80,20 +90,20 @@ def step_with_closure(job: Job, first: WindowGradients, evaluated: Callable[[Pha
 
 @contextmanager
 def only_we_step(on_phase: PhaseCallback) -> Iterator[PhaseCallback]:
-    """Refuses an optimizer that steps inside backward, where each micro-batch would be a step of its own.
+    """Context that raises `JobError` if an optimizer steps inside backward, where each micro-batch would be a step of its own.
 
-    say: as in `run`, which gets the one that comes back. Costs 36 microseconds a window, so training has it around
-    its first window only.
+    on_phase: as in `run`. Pass the yielded callback to `run` instead: it calls this one.
+    The context costs 36 microseconds a window, so training uses it for its first window only.
     """
-    now = ""
+    current_phase = ""
 
     def noted(phase: str, index: int) -> None:
-        nonlocal now
-        now = phase
+        nonlocal current_phase
+        current_phase = phase
         on_phase(phase, index)
 
     def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if now == "backward":
+        if current_phase == "backward":
             raise JobError(
                 f"{type(optimizer).__name__} steps in a backward hook, so every micro-batch would change the weights: "
                 "gradients cannot be accumulated; step it after the window, or train without accumulation"

@@ -1,4 +1,4 @@
-"""What a window leaves behind: its loss, what is known of its gradient, and its result."""
+"""The result of a window: its loss, the figures of its gradient, and the outcome of its optimizer step."""
 
 from __future__ import annotations
 
@@ -10,23 +10,29 @@ _HALVES = (torch.float16, torch.bfloat16)
 
 
 class WindowLoss:
-    """The loss of a window, left on the device as what each micro-batch contributed: adding up waits until somebody asks."""
+    """The loss of a window, kept on the device as one term per micro-batch.
+
+    The terms are added up when the loss is read.
+    """
 
     def __init__(self, terms: list[torch.Tensor], factor: torch.Tensor | None) -> None:
         self._terms, self._factor = terms, factor
-        if len(terms) > 16:  # not to hold on to as many tensors for every result that somebody keeps
+        if len(terms) > 16:  # limits how many tensors a stored result keeps alive
             self._terms = [self.sum()]
             self._factor = None
 
     def sum(self) -> torch.Tensor:
-        """Their sum, 0-d. In single precision at least."""
+        """The sum of the terms, 0-d, in single precision at least."""
         wide = [term.float() for term in self._terms] if self._terms[0].dtype in _HALVES else self._terms
         total = torch.stack(wide).sum()
         return total if self._factor is None else total * self._factor
 
 
 class WindowGradients(NamedTuple):
-    """The window's gradient is in `.grad`; this is what is known of it."""
+    """The figures of a window's gradient. The gradient itself is in `.grad`.
+
+    terms: the loss. counted: the number that loss sums were divided by; None for means over samples.
+    """
 
     terms: WindowLoss
     counted: torch.Tensor | float | None
@@ -34,11 +40,12 @@ class WindowGradients(NamedTuple):
 
 
 class WindowResult(NamedTuple):
-    """One window that ran. Tensors stay on their device; reading them is the caller's choice to wait.
+    """The result of one window. Its tensors stay on their device; reading a value waits for the device.
 
-    terms: the loss. counted: what sums were divided by, None for means over samples.
-    infs: of several optimizers and devices, more than 0 where the scaler found inf or nan in a gradient, and no
-    optimizer stepped then; empty without a scaler.
+    terms: the loss. counted: the number that loss sums were divided by; None for means over samples.
+    grad_norm: the gradient norm before clipping; None without clipping.
+    infs: the scaler's found-inf flags, by optimizer and device. A flag above 0 means an inf or nan in a gradient, and then
+        no optimizer stepped. Empty without a scaler.
     """
 
     terms: WindowLoss
@@ -50,10 +57,10 @@ class WindowResult(NamedTuple):
 
     @property
     def loss(self) -> torch.Tensor:
-        """The window's mean, 0-d, on its device."""
+        """The mean loss of the window, 0-d, on its device."""
         return self.terms.sum()
 
     @property
     def skipped(self) -> bool:
-        """True if the optimizers did not step, because of inf or nan in a gradient. Waits for the device."""
+        """True if the optimizers did not step, because a gradient had an inf or nan. Waits for the device."""
         return any(bool(inf > 0) for inf in self.infs)

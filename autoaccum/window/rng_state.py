@@ -1,8 +1,8 @@
-"""States of the random number generators that training draws from, noted before every window.
+"""`RngState`: the states of the random number generators that training draws from, saved before every window.
 
-`random.getstate` and `numpy.random.get_state` build their answers number by number: 9 and 31 microseconds warm,
-several times that between kernels, more than all else that a window notes. Most training never draws from them,
-so their memory is compared first, read only, and they are asked for their state where it changed.
+`random.getstate` and `numpy.random.get_state` build their results number by number. They take 9 and 31 microseconds warm, and
+several times that between kernels: more than everything else that a window saves. Most training never draws from these two
+generators. Their memory is therefore compared first, read-only, and their state is fetched only if the memory changed.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from typing import Any
 
 import torch
 
-# Where an object's memory begins is its id in CPython alone.
+# Only in CPython is the id of an object the address of its memory.
 _READABLE = sys.implementation.name == "cpython"
 _HEADER = object.__basicsize__  # reference count and type
 
 
 class RngState:
-    """Python's, NumPy's (if it is in use), torch's, the device's, and further ones that were given."""
+    """The states of the generators of Python, NumPy (if it is imported), torch and the device, and of further generators."""
 
     def __init__(self, device: torch.device, further: Sequence[torch.Generator] = ()) -> None:
         self._device, self._further = device, further
@@ -39,7 +39,7 @@ class RngState:
                 self._numpy, self._numpy_memory = sys.modules["numpy"].random.get_state(), memory
         self._torch = torch.get_rng_state()
         self._of_device = _device_state(self._device)
-        self._of_further = [each.get_state() for each in self._further]
+        self._of_further = [generator.get_state() for generator in self._further]
 
     def put_back(self) -> None:
         random.setstate(self._python)
@@ -54,29 +54,29 @@ class RngState:
 
 
 def _python_memory() -> tuple[object, ...] | None:
-    """What changes with every draw: the generator's position and first words, and the second of a pair of Gaussians.
+    """Memory that changes with every draw: the generator's position, its first words, and the second value of a Gaussian pair.
 
-    A position comes again after 624 words, with another state: 15 words of it tell. RandomObject in CPython's
-    Modules/_randommodule.c is a position and 624 words.
+    The position repeats after 624 words, but with another state, and 15 words are enough to see that. In CPython's
+    Modules/_randommodule.c, RandomObject is a position and 624 words.
     """
-    one: Any = random._inst if _READABLE else None  # type: ignore[attr-defined]
-    if one is None:
+    generator: Any = random._inst if _READABLE else None  # type: ignore[attr-defined]
+    if generator is None:
         return None
-    return ctypes.string_at(id(one) + _HEADER, 64), one.gauss_next
+    return ctypes.string_at(id(generator) + _HEADER, 64), generator.gauss_next
 
 
 def _numpy_memory() -> tuple[object, ...] | None:
-    """As above, of the legacy global generator; the second Gaussian is in the object itself.
+    """The same for NumPy's legacy global generator. The second Gaussian is in the memory of the object itself.
 
-    mt19937_state in numpy/random/src/mt19937/mt19937.h is 624 words and a position.
+    In numpy/random/src/mt19937/mt19937.h, mt19937_state is 624 words and a position.
     """
-    one = getattr(sys.modules["numpy"].random.mtrand, "_rand", None)
-    bits = getattr(one, "_bit_generator", None)
+    generator = getattr(sys.modules["numpy"].random.mtrand, "_rand", None)
+    bits = getattr(generator, "_bit_generator", None)
     if bits is None or not _READABLE or type(bits).__name__ != "MT19937":
         return None
     address = bits.ctypes.state_address
-    own = ctypes.string_at(id(one) + _HEADER, type(one).__basicsize__ - _HEADER)
-    return bits, ctypes.string_at(address, 64), ctypes.string_at(address + 624 * 4, 4), own
+    object_memory = ctypes.string_at(id(generator) + _HEADER, type(generator).__basicsize__ - _HEADER)
+    return bits, ctypes.string_at(address, 64), ctypes.string_at(address + 624 * 4, 4), object_memory
 
 
 def _device_state(device: torch.device) -> tuple[Callable[[torch.Tensor], None], torch.Tensor] | None:

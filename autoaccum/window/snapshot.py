@@ -1,9 +1,8 @@
-"""Keep the training state, hand it back untouched.
+"""`Snapshot`: a copy of the training state, from which the state is restored after trials.
 
-What is kept is what the objects hold, not what their `state_dict` shows: contents of every tensor
-(non-persistent buffers and plain attributes of modules too), which object sits under which name,
-gradients, modes, and the random number generators. Tensors are kept by storage, so tied weights and
-views are copied once and come back in place.
+It copies what the objects hold, not what their `state_dict` shows: the contents of every tensor (also non-persistent buffers
+and plain attributes of modules), which object has which name, gradients, modes, and the random number generators. Tensors
+are copied by storage, so tied weights and views are copied once and restored in place.
 """
 
 from __future__ import annotations
@@ -27,33 +26,38 @@ from autoaccum.window.interrupts import Interrupts, deferred_interrupts
 from autoaccum.window.job import Job, as_jobs
 
 Undo = Callable[[], object]
-_OURS = {f"autoaccum.{name}" for name in ("loop", "rescue", "rewinding", "generators", "running_stats", "plan", "job")}
+_OURS = {
+    f"autoaccum.{name}" for name in ("loop.accumulator", "loop.rescue", "window.start", "window.rng_state", "window.batch_norm", "plan.plan", "window.job")
+}
 
 
 class Snapshot:
-    """The state of a job, or of several that run in turn, at one moment.
+    """The state of a job, or of several jobs that run in turn, at one moment.
 
-    host_bytes: what the copies take in host memory. gradient_bytes: gradients that were there already; they
-    stay where they are, beside those of the trials, and come back as the very same objects.
-    keep: further objects, kept whole. parameters: False leaves out the contents of trainable parameters, for a process whose weights nobody
-    needs afterwards. Raises `DeviceError` with the figures when host memory is too short for the copies.
+    host_bytes: host memory that the copies take.
+    gradient_bytes: bytes of the gradients that existed already. They stay in place, beside those of the trials, and are
+        restored as the very same objects.
+    keep: further objects, copied completely.
+    parameters: False leaves out the contents of trainable parameters, for a process whose weights are not used afterwards.
+    Raises `DeviceError` with the figures if host memory is too small for the copies.
     """
 
     def __init__(self, jobs: Sequence[Job], *, keep: Sequence[Any] = (), parameters: bool = True) -> None:
         self._parameters = parameters
-        self._seen: dict[int, Any] = {}  # holds the objects too, so that no id is used twice
+        self._visited: dict[int, Any] = {}  # holds the objects too, so that no id is used again
         self._undo: list[Undo] = []
         self._storages: dict[tuple[str, int], torch.UntypedStorage] = {}
         self._leaves: list[torch.Tensor] = []
         self._frozen: list[tuple[torch.Tensor, int]] = []
         self.host_bytes = 0
-        for each in (*keep, *(kept for job in jobs for kept in job.keep)):  # first: what is given to keep is kept whole, also where a model holds it too
-            self._visit(each, deep=True)
+        # First, because an object in `keep` is copied completely, even if a model holds it too.
+        for item in (*keep, *(kept for job in jobs for kept in job.keep)):
+            self._visit(item, deep=True)
         for job in jobs:
-            for each in (job.model, *job.optimizers, job.scaler, job.scheduler, job.loss):
-                self._visit(each)
-            for each in (*job.model.parameters(), *job.model.buffers()):  # of TorchScript modules, which have no __dict__
-                self._visit(each)
+            for item in (job.model, *job.optimizers, job.scaler, job.scheduler, job.loss):
+                self._visit(item)
+            for item in (*job.model.parameters(), *job.model.buffers()):  # for TorchScript modules, which have no __dict__
+                self._visit(item)
         self.host_bytes += sum(storage.nbytes() for storage in self._storages.values())
         free = Cpu().memory(who=False).free_bytes
         if self.host_bytes > free:
@@ -68,10 +72,10 @@ class Snapshot:
         self._undo += [*_modes(), *_rng()]
 
     def rewind(self) -> None:
-        """Makes everything as it was, but for gradients: those are set aside, so that trials start without.
+        """Restores everything except gradients. Gradients are set aside, so that trials start without any.
 
-        May be called again and again. One thing that cannot be put back does not keep the others from it:
-        the first error is raised when all has been tried.
+        May be called several times. If one thing cannot be restored, the others still are: `DeviceError` is raised at the end, from
+        the first error.
         """
         errors = []
         for undo in self._undo:
@@ -88,7 +92,7 @@ class Snapshot:
             ) from errors[0]
 
     def put_back(self) -> None:
-        """Makes everything as it was, gradients included."""
+        """Restores everything, gradients included. Warns if a parameter that does not train was changed."""
         try:
             self.rewind()
         finally:
@@ -99,10 +103,10 @@ class Snapshot:
 
     def _visit(self, item: Any, *, deep: bool = False) -> None:
         if type(item).__module__ in _OURS:
-            return  # a trainer that is kept may hold the loop; putting that back would undo what it just decided
-        if id(item) in self._seen or isinstance(item, (str, bytes, int, float, type(None), type, ModuleType, FunctionType, MethodType)):
+            return  # a trainer in `keep` may hold the training loop; restoring the loop would undo its last decisions
+        if id(item) in self._visited or isinstance(item, (str, bytes, int, float, type(None), type, ModuleType, FunctionType, MethodType)):
             return
-        self._seen[id(item)] = item
+        self._visited[id(item)] = item
         if isinstance(item, torch.Tensor):
             self._keep_tensor(item, deep)
         elif isinstance(item, random.Random):
@@ -139,12 +143,12 @@ class Snapshot:
         if tensor.is_leaf and tensor.requires_grad:
             self._leaves.append(tensor)
         if tensor.grad_fn is not None or tensor.is_meta or tensor.layout != torch.strided:
-            return  # an intermediate result is nobody's state; its owner still gets the object back
+            return  # an intermediate result is not state; its owner still gets the same object back
         if hasattr(tensor, "__tensor_flatten__"):  # a wrapper around other tensors has no storage of its own
             self.host_bytes += tensor.nbytes
             self._undo.append(partial(_copy_into, tensor.detach(), tensor.detach().clone()))
             return
-        alias = tensor.detach()  # keeps hold of the storage that the tensor has now
+        alias = tensor.detach()  # keeps the tensor's current storage alive
         self._undo.append(partial(_same_data, tensor, alias, tensor.requires_grad))
         parameter = isinstance(tensor, torch.nn.Parameter)
         if parameter and not tensor.requires_grad and not deep:
@@ -160,23 +164,22 @@ class Snapshot:
 
 @contextmanager
 def preserved(jobs: Job | Sequence[Job], *, parameters: bool = True) -> Iterator[tuple[Snapshot, Interrupts]]:
-    """Whatever happens inside, the jobs' state is afterwards what it was before.
+    """Context that restores the jobs' state on exit, whatever happens inside.
 
-    Ctrl-C takes effect where the second value is `allowed()`, which is while a trial runs; anywhere else it
-    waits until the state is back: half a restored model is worse than a second's patience. Outside the main
-    thread no signal arrives here.
+    Ctrl-C takes effect inside `allowed()` of the second value, that is while a trial runs. At any other time it waits until the
+    state is restored, because a half-restored model is useless. Outside the main thread no signal arrives.
     """
-    kept = Snapshot(as_jobs(jobs), parameters=parameters)
+    snapshot = Snapshot(as_jobs(jobs), parameters=parameters)
     with deferred_interrupts() as interrupts:
         try:
-            kept.rewind()
-            yield kept, interrupts
+            snapshot.rewind()
+            yield snapshot, interrupts
         finally:
-            kept.put_back()
+            snapshot.put_back()
 
 
 def _holds_training_state(item: Any) -> bool:
-    # By the name of a base class where importing it would load more than is needed.
+    # Compares the names of base classes where an import would load more than is needed.
     return isinstance(item, (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)) or any(
         base.__name__ in ("GradScaler", "ReduceLROnPlateau") for base in type(item).__mro__
     )
@@ -188,19 +191,19 @@ def _is_array(item: Any) -> bool:
 
 
 def host_copy(storage: torch.UntypedStorage) -> torch.UntypedStorage:
-    """The bytes of a storage, in host memory."""
+    """A copy of a storage's bytes in host memory."""
     copied: torch.UntypedStorage = storage.clone() if storage.device.type == "cpu" else storage.cpu()
     return copied
 
 
 def same_content(storage: torch.UntypedStorage, content: torch.UntypedStorage) -> bool:
-    """Whether a storage holds these bytes."""
+    """True if the storage holds these bytes."""
     now = storage if storage.device.type == "cpu" else storage.cpu()
-    return torch.equal(*(torch.empty(0, dtype=torch.uint8).set_(each) for each in (now, content)))  # type: ignore[call-overload]
+    return torch.equal(*(torch.empty(0, dtype=torch.uint8).set_(content_bytes) for content_bytes in (now, content)))  # type: ignore[call-overload]
 
 
 def write_content(storage: torch.UntypedStorage, content: torch.UntypedStorage) -> None:
-    """Writes only where something changed: a page that nobody may write (a mapped file) is not touched."""
+    """Writes the bytes into a storage. Host memory is written only if it changed: a read-only page (a mapped file) is not touched."""
     if storage.device.type != "cpu" or not same_content(storage, content):
         storage.copy_(content)
 
@@ -239,7 +242,7 @@ def _refill_mapping(mapping: Any, content: Any) -> None:
 
 
 def _modes() -> list[Undo]:
-    """Switches of torch that a job may turn: gradients, default dtype, autocast, cuDNN."""
+    """Undo functions for torch's global switches that a job may change: gradients, default dtype, autocast, cuDNN."""
     cudnn = torch.backends.cudnn
     undo: list[Undo] = [
         partial(torch.set_grad_enabled, torch.is_grad_enabled()),
@@ -255,7 +258,7 @@ def _modes() -> list[Undo]:
 
 
 def _rng() -> list[Undo]:
-    """Generators of Python, NumPy (if it is in use), torch, and every device in use."""
+    """Undo functions for the generators of Python, NumPy (if it is imported), torch, and every device in use."""
     undo: list[Undo] = [partial(random.setstate, random.getstate())]
     numpy = sys.modules.get("numpy")
     if numpy is not None:

@@ -1,4 +1,4 @@
-"""Where a job comes from: JOB as the command line gives it, read and imported."""
+"""`Source`: where a job comes from, that is JOB of the command line, which is parsed and imported here."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DEMO = "autoaccum.cli.demo:make_job"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a job comes from: `file.py[:make_job]` or `package.module[:make_job]`, and its arguments.
+    """The place of a job: `file.py[:make_job]` or `package.module[:make_job]`, with its arguments.
 
-    settings are keyword arguments of the function; argv is what the file sees as `sys.argv[1:]`.
+    settings: keyword arguments of the function. argv: what the file sees as `sys.argv[1:]`.
     """
 
     where: str
@@ -34,7 +34,7 @@ class Source:
 
     @property
     def label(self) -> str:
-        """How reports call it: `"demo"` for the built-in job."""
+        """The name of the job in reports: `"demo"` for the built-in job."""
         return "demo" if self.where == DEMO else self.where
 
     @property
@@ -44,15 +44,16 @@ class Source:
         return place, function or "make_job"
 
     def digest(self) -> str:
-        """Of the file's text; "" for a module, whose file is not known before it is imported."""
+        """Hash of the file's text, 16 hex digits; "" for a module, whose file is not known before the import."""
         place, _ = self.parts
         return hashlib.sha256(Path(place).read_bytes()).hexdigest()[:16] if place.endswith(".py") else ""
 
 
 def parse_source(where: str | None, settings: Iterable[str] = (), argv: Iterable[str] = ()) -> Source:
-    """Reads JOB and the `name=value` texts of `--set` as the command line gives them.
+    """Parses JOB and the `name=value` texts of `--set` from the command line.
 
-    Values are Python literals where they can be read as one, else text. None is the built-in demo.
+    where: JOB; None means the built-in demo.
+    settings: the texts of `--set`. A value that is a Python literal becomes that literal; any other value stays text.
     Raises `UsageError` for an empty or missing file and for a setting without a name.
     """
     if where is not None and not where.strip():
@@ -66,8 +67,8 @@ def parse_source(where: str | None, settings: Iterable[str] = (), argv: Iterable
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             values[name] = value
-    found = Source(DEMO if where in (None, "demo") else where, values, tuple(argv))
-    place, function = found.parts
+    source = Source(DEMO if where in (None, "demo") else where, values, tuple(argv))
+    place, function = source.parts
     if not function.isidentifier():
         raise UsageError(f"{function!r} in JOB {where!r} is not the name of a function: write file.py:make_job")
     if place.endswith(".py"):
@@ -75,45 +76,48 @@ def parse_source(where: str | None, settings: Iterable[str] = (), argv: Iterable
             raise UsageError(f"there is no file {place!r}: JOB is file.py:make_job or package.module:make_job")
     elif "/" in place or not all(part.isidentifier() for part in place.split(".")):
         raise UsageError(f"JOB {place!r} is neither a .py file nor a module's dotted name: write file.py:make_job or package.module:make_job")
-    return found
+    return source
 
 
 def load(where: Source | str, *, device: str | None = None) -> Job | Sequence[Job]:
-    """Imports the file, calls its function and returns the `Job` (or the list of jobs that run in turn), on `device` if one is given.
+    """Imports the file, calls its function and returns the `Job`, or the list of jobs that run in turn.
 
-    A function with a parameter `device` gets it; else model and optimizer are moved.
-    Raises `UsageError` where there is no such module or function, `JobError` where importing the file trains
-    or ends the process, and where something else than a `Job` comes back. What the user's own code raises comes
-    through as it is.
+    device: the device for the jobs. A function with a parameter `device` gets it; otherwise model and optimizer are moved.
+    Raises `UsageError` if there is no such module or function. Raises `JobError` if importing the file trains or ends the
+    process, and if the function returns something else than a `Job`. Exceptions from the user's own code pass through unchanged.
     """
     origin = parse_source(where) if isinstance(where, str) else where
     place, name = origin.parts
     module = _imported(place, origin)
     make = getattr(module, name, None)
     if not callable(make):
-        near = [each for each in vars(module) if callable(getattr(module, each)) and each.startswith("make")]
+        near = [attribute for attribute in vars(module) if callable(getattr(module, attribute)) and attribute.startswith("make")]
         hint = f"; it has {', '.join(near[:5])}" if near else f": add `def {name}(): return autoaccum.Job(model, optimizer, loss, batch)`"
         raise UsageError(f"{place} has no function {name}(){hint}")
     arguments = _arguments(make, name, origin, device)
-    made: Job | Sequence[Job] = make(**arguments)
-    if not isinstance(made, (Job, list, tuple)):
-        raise JobError(f"{place}:{name}() returned {type(made).__name__}: return autoaccum.Job(model, optimizer, loss, batch)")
-    for job in as_jobs(made):
+    jobs: Job | Sequence[Job] = make(**arguments)
+    if not isinstance(jobs, (Job, list, tuple)):
+        raise JobError(f"{place}:{name}() returned {type(jobs).__name__}: return autoaccum.Job(model, optimizer, loss, batch)")
+    for job in as_jobs(jobs):
         if device is not None and str(job.device) != device:
             job.moved(device)
-    return made
+    return jobs
 
 
 def _arguments(make: Callable[..., Any], name: str, origin: Source, device: str | None) -> dict[str, Any]:
     parameters = inspect.signature(make).parameters
-    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     for setting in origin.settings:
         if setting not in parameters and not takes_any:
-            known = ", ".join(each for each in parameters if each != "device") or "none"
+            known = ", ".join(parameter for parameter in parameters if parameter != "device") or "none"
             raise UsageError(f"--set {setting}=...: {name}() has no parameter {setting!r}; its parameters are: {known}")
-    for each in parameters.values():
-        if each.default is each.empty and each.name not in (*origin.settings, "device") and each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY):
-            raise UsageError(f"{name}() needs a value for {each.name!r}: give --set {each.name}=VALUE")
+    for parameter in parameters.values():
+        if (
+            parameter.default is parameter.empty
+            and parameter.name not in (*origin.settings, "device")
+            and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+        ):
+            raise UsageError(f"{name}() needs a value for {parameter.name!r}: give --set {parameter.name}=VALUE")
     arguments = dict(origin.settings)
     if "device" in parameters and "device" not in arguments and device is not None:
         arguments["device"] = device
@@ -130,7 +134,7 @@ def _imported(place: str, origin: Source) -> ModuleType:
                 return importlib.import_module(place)
             path = Path(place).resolve()
             sys.path.insert(0, str(path.parent))  # as `python file.py` does
-            # Not under a name that is taken: a file called random.py must not replace the library.
+            # The module gets a name that is free: a file called random.py must not replace the library.
             name = path.stem if path.stem not in sys.modules else f"autoaccum_job_{path.stem}"
             spec = importlib.util.spec_from_file_location(name, path)
             assert spec is not None and spec.loader is not None  # a .py path always has both
@@ -154,7 +158,7 @@ def _imported(place: str, origin: Source) -> ModuleType:
 
 @contextmanager
 def _training_refused(place: str) -> Any:
-    """Turns an optimizer step at import into an error: such a file would train once per trial."""
+    """Context that raises `JobError` if an optimizer steps during the import: such a file would train once per trial."""
     from torch.optim.optimizer import register_optimizer_step_pre_hook
 
     def refuse(*_: Any) -> None:

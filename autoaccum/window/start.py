@@ -1,7 +1,7 @@
-"""What a window changes before its optimizer steps, noted when it starts and put back if it has to run again.
+"""`WindowStart`: the state that a window changes before its optimizer steps, saved at its start and restored if it runs again.
 
-That is little: gradients, buffers (BatchNorm's statistics), random number generators, the scaler's marks, and
-what the job's own `keep` holds.
+This state is small: gradients, buffers (BatchNorm's statistics), random number generators, the scaler's record of unscaled
+optimizers, and the contents of the job's `keep`.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ _SMALL_BYTES = MIB
 
 
 class WindowStart:
-    """The state of jobs when a window starts, as far as forward and backward change it.
+    """The part of the jobs' state that forward and backward change, at the start of a window.
 
-    Contiguous buffers up to 1 MiB are copied on their own device before every window. Others (tables, masks, queues)
-    are copied on the host, and again only after their version changed. BatchNorm's statistics change without
-    their version being counted, so versions are trusted only where they proved right. Of `keep`, modules and
-    tensors are treated as buffers are; anything else is copied whole before every window.
+    Contiguous buffers up to 1 MiB are copied on their own device before every window. Other buffers (tables, masks, queues) are
+    copied to the host, and again only after their version changed. BatchNorm changes its statistics without a change of the
+    version, so a buffer's version is trusted only if it has proved right. Modules and tensors in `keep` are treated like buffers.
+    Anything else in `keep` is copied completely before every window.
     """
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
-        kept = [each for job in jobs for each in job.keep]
-        self._generators = RngState(jobs[0].device, [each for each in kept if isinstance(each, torch.Generator)])
-        self._others = [each for each in kept if not isinstance(each, (torch.nn.Module, torch.Tensor, torch.Generator))]
+        keep = [item for job in jobs for item in job.keep]
+        self._generators = RngState(jobs[0].device, [item for item in keep if isinstance(item, torch.Generator)])
+        self._others = [item for item in keep if not isinstance(item, (torch.nn.Module, torch.Tensor, torch.Generator))]
         self._modules = [
-            module for root in (*(job.model for job in jobs), *(each for each in kept if isinstance(each, torch.nn.Module))) for module in root.modules()
+            module for root in (*(job.model for job in jobs), *(item for item in keep if isinstance(item, torch.nn.Module))) for module in root.modules()
         ]
-        self._loose = [each for each in kept if isinstance(each, torch.Tensor)]
-        self._loose += [parameter for each in kept if isinstance(each, torch.nn.Module) for parameter in each.parameters()]
+        self._loose = [item for item in keep if isinstance(item, torch.Tensor)]
+        self._loose += [parameter for item in keep if isinstance(item, torch.nn.Module) for parameter in item.parameters()]
         self._snapshot: snapshot.Snapshot | None = None
         self._find()
 
     def note(self) -> None:
-        """Called before a window's first forward."""
+        """Saves the state. Called before the first forward of a window."""
         if self._moved():
             self._find()
         with torch.no_grad():
@@ -55,16 +55,16 @@ class WindowStart:
             for large in self._large:
                 large.note()
         self._generators.note()
-        self._snapshot = None  # not two at once
+        self._snapshot = None  # frees the old copy before the new one is made
         if self._others:
             try:
                 self._snapshot = snapshot.Snapshot((), keep=self._others)
-            except DeviceError as short:
-                warnings.warn(f"what is in keep=[...] is not put back if a window has to run again: {short}", stacklevel=2)
+            except DeviceError as error:
+                warnings.warn(f"what is in keep=[...] is not put back if a window has to run again: {error}", stacklevel=2)
                 self._others = []
 
     def put_back(self) -> None:
-        """Makes everything as it was at `note`, and gradients empty."""
+        """Restores the state that `note` saved, and sets every gradient to None."""
         for job in self._jobs:
             forget_gradients(job)
             optimizer_step.unmark(job, job.scaler)  # the scale itself changes only in update()
@@ -85,7 +85,7 @@ class WindowStart:
         self._generators.put_back()
 
     def _moved(self) -> bool:
-        """Whether a buffer was added, taken away, or given another tensor or other memory since."""
+        """True if a buffer was added, removed, or given another tensor or other memory since `_find`."""
         for owner, _, tensors in self._slots:
             if len(owner) != len(tensors):
                 return True
@@ -96,13 +96,16 @@ class WindowStart:
 
     def _find(self) -> None:
         # A scripted module keeps its buffers elsewhere, and they stay the same tensors.
+        """Finds all buffers, and allocates the copies of the small ones."""
         owners = [module._buffers for module in self._modules]
         self._slots = [(owner, tuple(owner), tuple(owner.values())) for owner in owners if isinstance(owner, dict)]
-        found = {id(each): each for each in (*(buffer for module in self._modules for buffer in module._buffers.values()), *self._loose) if each is not None}
+        tensors = {
+            id(tensor): tensor for tensor in (*(buffer for module in self._modules for buffer in module._buffers.values()), *self._loose) if tensor is not None
+        }
         self._large: list[_Large | _Unwritable] = []
         self._aliases: list[tuple[torch.Tensor, torch.Tensor]] = []
-        alike: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
-        for tensor in found.values():
+        groups: dict[tuple[torch.device, torch.dtype], list[torch.Tensor]] = {}
+        for tensor in tensors.values():
             if tensor.is_meta or tensor.is_inference():
                 continue
             if tensor.layout != torch.strided or hasattr(tensor, "__tensor_flatten__"):
@@ -110,23 +113,23 @@ class WindowStart:
                 continue
             self._aliases.append((tensor, tensor.detach()))
             if tensor.nbytes <= _SMALL_BYTES and tensor.is_contiguous():
-                alike.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach().view(-1))
+                groups.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach().view(-1))
             else:
                 self._large.append(_Large(tensor))
         self._addresses = [tensor.data_ptr() for tensor, _ in self._aliases]
-        # One copy for all of a kind: `cat` takes a third of the time of copying one by one.
-        self._small = [(live, torch.cat(live)) for live in alike.values()]
+        # One copy per device and dtype: `cat` takes a third of the time of one copy per tensor.
+        self._small = [(live, torch.cat(live)) for live in groups.values()]
 
 
 class _Large:
-    """The memory of a tensor too large to be copied before every window: copied when its version changed."""
+    """A tensor too large to copy before every window: its memory is copied when its version changed."""
 
     _PROOFS, _AGAIN = 3, 64
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor, self._version = tensor.detach(), -1
         self._content: torch.UntypedStorage | None = None
-        self._counted = True  # whether its version tells of every change, as far as seen
+        self._counted = True  # False once the content changed without a change of the version
         self._notes = 0
 
     def note(self) -> None:
@@ -146,7 +149,7 @@ class _Large:
 
 
 class _Unwritable:
-    """A sparse or wrapped tensor: cloned when its version changed, and written as a whole."""
+    """A sparse or wrapped tensor, whose memory cannot be written directly: it is cloned when its version changed, and copied back as a whole."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor, self._version = tensor, -1
@@ -162,9 +165,9 @@ class _Unwritable:
 
 
 def forget(error: BaseException, jobs: Iterable[Job], outside: BaseException | None = None) -> None:
-    """Lets go of what a failed window still holds: frames of the exceptions, gradients, cycles.
+    """Frees what a failed window still holds: the frames of its exceptions, gradients, reference cycles.
 
-    outside: an exception that was being handled already when the window began; it and what led to it stay whole.
+    outside: an exception that was being handled already when the window began. Its frames and those of its causes are kept.
     """
     for link in oom.chain(error, outside):
         traceback.clear_frames(link.__traceback__)
@@ -175,6 +178,6 @@ def forget(error: BaseException, jobs: Iterable[Job], outside: BaseException | N
 
 
 def forget_gradients(job: Job) -> None:
-    """Makes every gradient of the job empty."""
+    """Sets every gradient of the job to None."""
     for parameter in job.trained():
         parameter.grad = None

@@ -355,7 +355,7 @@ def machine(device: str) -> dict[str, Any]:
 
 def imported() -> None:
     """All that a case may need, so that forks have it."""
-    for name in ("torch", "torch._dynamo", "torchvision", "timm", "transformers", "accelerate", "lightning", "workloads", "recorder", "estimate_published", "contestant", "networks", "autoaccum.tuning"):  # fmt: skip
+    for name in ("torch", "torch._dynamo", "torchvision", "timm", "transformers", "accelerate", "lightning", "workloads", "recorder", "estimate_published", "contestant", "networks", "autoaccum.tuner.in_place"):  # fmt: skip
         try:
             __import__(name)
         except ImportError as missing:

@@ -17,10 +17,10 @@ def run(system, work):
 
     warnings.simplefilter("ignore")
     if work.device is not None:
-        from autoaccum import devices
+        from autoaccum.devices import table
 
         Simulated.device = work.device
-        devices._TABLE["cpu"] = (__name__, "Simulated", lambda: True)
+        table._TABLE["cpu"] = (__name__, "Simulated", lambda: True)
     optimizer = work.optimizer()
 
     def loss(model, batch):

@@ -143,7 +143,7 @@ def test_a_job_that_fails_is_exit_5_with_what_was_wrong(job, says):
 
 
 def test_a_module_by_its_dotted_name_is_a_job_too():
-    assert autoaccum("tune", "autoaccum.demo:make_job", "-b", 12, "--json").returncode == 0
+    assert autoaccum("tune", "autoaccum.cli.demo:make_job", "-b", 12, "--json").returncode == 0
 
 
 def test_a_failure_in_json_is_one_document_too():

@@ -50,8 +50,8 @@ def test_a_failure_at_build_comes_with_the_users_frames():
     with pytest.raises(autoaccum.JobFailed, match="the checkpoint is corrupt") as raised:
         tune("fails_at_build")
     assert raised.value.kind == "RuntimeError"
-    assert "fails_at_build" in raised.value.text and "importlib" not in raised.value.text and "child.py" not in raised.value.text
-    assert "child.py" in raised.value.whole
+    assert "fails_at_build" in raised.value.text and "importlib" not in raised.value.text and "worker.py" not in raised.value.text
+    assert "worker.py" in raised.value.whole
 
 
 def test_a_failure_above_a_size_says_which_sizes_had_worked():
@@ -89,14 +89,14 @@ def test_a_file_that_fails_at_import_shows_its_own_line_and_with_traceback_all(t
     script = tmp_path / "broken.py"
     script.write_text("import math\nvalue = math.sqrt(-1)\n")
     finished = run("tune", script, "-b", 12)
-    assert finished.returncode == 5 and "line 2" in finished.stderr and "child.py" not in finished.stderr
+    assert finished.returncode == 5 and "line 2" in finished.stderr and "worker.py" not in finished.stderr
     assert finished.stderr.strip().splitlines()[-1].startswith("autoaccum: ValueError:")
-    assert "child.py" in run("tune", script, "-b", 12, "--traceback").stderr
+    assert "worker.py" in run("tune", script, "-b", 12, "--traceback").stderr
 
 
 def test_a_file_named_like_a_library_does_not_replace_it(tmp_path):
     script = tmp_path / "random.py"
-    script.write_text((ROOT / "autoaccum/demo.py").read_text())
+    script.write_text((ROOT / "autoaccum/cli/demo.py").read_text())
     assert run("tune", script, "-b", 12, "-d", "cpu").returncode == 0
 
 

@@ -40,7 +40,7 @@ def test_figures_by_hand_are_what_the_roofline_says():
     found = autoaccum.fleet("t4", target_batch=10, **BY_HAND, parameters=100e6, flops_per_sample=1e12, bytes_per_sample=1e9, link=1e9)
     curve = found.fleet.curves[0]
     assert isinstance(curve, AffineCurve)
-    # fp16: 65e12 operations a second at 42 %, 320e9 bytes a second at 70 %; README of the formula: autoaccum/forecasting.py.
+    # fp16: 65e12 operations a second at 42 %, 320e9 bytes a second at 70 %; README of the formula: autoaccum/virtual/roofline.py.
     assert curve.sample_seconds == pytest.approx(1e12 / (65e12 * 0.42))
     assert curve.step_seconds == pytest.approx(0.012 + 1e9 / (320e9 * 0.7))
     assert curve.window_seconds == pytest.approx(2.8e9 / (320e9 * 0.7))
