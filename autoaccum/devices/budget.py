@@ -1,4 +1,4 @@
-"""What a window may peak at, and what that is made of."""
+"""The memory budget of a window: the highest peak that is allowed, and the terms it is computed from."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from autoaccum.units import MIB, in_words, parse_headroom
 
 @dataclass(frozen=True)
 class Budget:
-    """What a window may peak at, and what that was made of; all bytes.
+    """The highest peak that a window may reach, and the terms it is computed from. All sizes are bytes.
 
-    cap_bytes is the limit that the user gave, None without one. bucket_bytes: kept free for what other ranks' engine will take.
+    cap_bytes: the limit that the user gave; None without one.
+    bucket_bytes: kept free for the gradient buckets that DistributedDataParallel allocates later.
     """
 
     budget_bytes: int
@@ -22,63 +23,64 @@ class Budget:
     bucket_bytes: int = 0
 
 
-SHARED = "shared by ranks"  # as a binding limit: of what is free, other ranks of the job have their parts
+SHARED = "shared by ranks"  # as a binding limit: other ranks of the job use parts of the free memory of this device
 
 LEAST_GPU_HEADROOM = 256 * MIB
 
-# Used only where a cap is given and nobody can tell what the context holds: about what a CUDA context
-# with cuBLAS and cuDNN loaded takes on recent cards.
+# Used only if a cap is given and the size of the context is unknown. It is about the size of a CUDA context
+# with cuBLAS and cuDNN loaded on recent cards.
 ASSUMED_OUTSIDE = 512 * MIB
 
 
 def make_budget(memory: Memory, *, kind: str, limit_bytes: int | None = None, headroom: str | int = "3%") -> Budget:
-    """`min(cap - outside, ours + free) - headroom`, in the terms of the peak.
+    """The budget `min(cap - outside, ours + free) - headroom`, in the unit of the peak (see `Watch.peak_bytes`).
 
-    The headroom is a size or a percentage of what there is; on a GPU a percentage keeps at least 256 MiB.
-    The result may be zero or less where nothing is left; the caller says so. Raises `UsageError` for a headroom
-    that cannot be read.
+    kind: the kind of the device. limit_bytes: the cap.
+    headroom: a size, or a percentage of the available memory. On a GPU a percentage keeps at least 256 MiB.
+    The result is zero or negative if nothing is left; the caller reports that. Raises `UsageError` if the headroom cannot
+    be parsed.
     """
-    there_is = memory.ours_bytes + memory.free_bytes
+    available = memory.ours_bytes + memory.free_bytes
     if limit_bytes is not None:
         outside = ASSUMED_OUTSIDE if memory.outside_bytes is None else memory.outside_bytes
-        there_is = min(there_is, limit_bytes - outside)
-    kept = parse_headroom(headroom, max(there_is, 0))
+        available = min(available, limit_bytes - outside)
+    headroom_bytes = parse_headroom(headroom, max(available, 0))
     if kind != "cpu" and "%" in str(headroom):
-        kept = max(kept, LEAST_GPU_HEADROOM)
-    return Budget(there_is - kept, kept, memory, limit_bytes)
+        headroom_bytes = max(headroom_bytes, LEAST_GPU_HEADROOM)
+    return Budget(available - headroom_bytes, headroom_bytes, memory, limit_bytes)
 
 
 def budget_terms(budget: Budget) -> tuple[tuple[int, str], ...]:
-    """What the budget was made of: the first term, less the rest. A remainder nobody explains is "in use"."""
+    """The terms of the budget, each with its name: the budget is the first term minus all others. An unexplained rest is "in use"."""
     memory = budget.memory
-    kept = ((budget.bucket_bytes, "gradient buckets"),) if budget.bucket_bytes else ()
+    buckets = ((budget.bucket_bytes, "gradient buckets"),) if budget.bucket_bytes else ()
     headroom = (budget.headroom_bytes, "headroom")
     outside = memory.outside_bytes if memory.outside_bytes is not None else ASSUMED_OUTSIDE if budget.cap_bytes is not None else 0
     context = ((outside, "context"),) if outside else ()
-    whole = budget.budget_bytes + budget.headroom_bytes + budget.bucket_bytes
-    if budget.cap_bytes is not None and whole == budget.cap_bytes - outside:
-        return ((budget.cap_bytes, "limit"), *context, *kept, headroom)
-    others = tuple((other.bytes, f"{other.name} {other.pid}") for other in memory.others if other.bytes)
-    rest = memory.total_bytes - whole - sum(bytes_ for bytes_, _ in (*others, *context))
-    if rest < 0:  # resident pages that processes share are counted with each
-        others, rest = (), memory.total_bytes - whole - sum(bytes_ for bytes_, _ in context)
-    word = "cgroup limit" if memory.binding_limit.startswith("cgroup") else "total"
+    available = budget.budget_bytes + budget.headroom_bytes + budget.bucket_bytes
+    if budget.cap_bytes is not None and available == budget.cap_bytes - outside:
+        return ((budget.cap_bytes, "limit"), *context, *buckets, headroom)
+    others = tuple((process.bytes, f"{process.name} {process.pid}") for process in memory.others if process.bytes)
+    unexplained = memory.total_bytes - available - sum(bytes_ for bytes_, _ in (*others, *context))
+    if unexplained < 0:  # resident pages that several processes share are counted in each of them
+        others, unexplained = (), memory.total_bytes - available - sum(bytes_ for bytes_, _ in context)
+    first_term = "cgroup limit" if memory.binding_limit.startswith("cgroup") else "total"
     return (
-        (memory.total_bytes, word),
+        (memory.total_bytes, first_term),
         *others,
         *context,
-        *(((rest, "in use or other ranks'" if memory.binding_limit == SHARED else "in use"),) if rest > 0 else ()),
-        *kept,
+        *(((unexplained, "in use or other ranks'" if memory.binding_limit == SHARED else "in use"),) if unexplained > 0 else ()),
+        *buckets,
         headroom,
     )
 
 
 def drift(before: Budget, after: Budget) -> tuple[str, ...]:
-    """Free memory that others took or gave while we measured, if it is more than the headroom."""
-    taken = before.budget_bytes - after.budget_bytes
-    if taken <= after.headroom_bytes:
+    """A warning if the budget shrank by more than the headroom between `before` and `after`: other processes took the memory."""
+    lost_bytes = before.budget_bytes - after.budget_bytes
+    if lost_bytes <= after.headroom_bytes:
         return ()
-    known = {other.pid: other.bytes or 0 for other in before.memory.others}
-    grown = sorted(((other.bytes or 0) - known.get(other.pid, 0), other.name, other.pid) for other in after.memory.others)
-    who = f", {grown[-1][1]} (process {grown[-1][2]}) took {in_words(grown[-1][0])}" if grown and grown[-1][0] > 0 else ""
-    return (f"{in_words(taken)} of memory went to others while measuring{who}: leave more headroom, or tune again",)
+    bytes_before = {process.pid: process.bytes or 0 for process in before.memory.others}
+    growth = sorted(((process.bytes or 0) - bytes_before.get(process.pid, 0), process.name, process.pid) for process in after.memory.others)
+    who = f", {growth[-1][1]} (process {growth[-1][2]}) took {in_words(growth[-1][0])}" if growth and growth[-1][0] > 0 else ""
+    return (f"{in_words(lost_bytes)} of memory went to others while measuring{who}: leave more headroom, or tune again",)

@@ -1,4 +1,4 @@
-"""Measures the card that is here, for a data file of its own."""
+"""Calibration: measures the card in this machine and returns its profile, which `profiles/` keeps as a data file."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ _DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, 
 
 
 def calibrate(label: str) -> Profile:
-    """The profile of a CUDA card. Takes some seconds of its time and about 2 GiB of it.
+    """The measured profile of a CUDA card. The measurement takes some seconds and about 2 GiB of the card's memory.
 
-    Raises `NoSuchDevice` without a card, `DeviceError` where the driver does not say what the context takes.
+    Raises `NoSuchDevice` if there is no such card, and `DeviceError` if it is not a CUDA card or the driver does not report
+    the size of the context.
     """
     device = devices.get(label)
     if device.facts.kind != "cuda" or device.facts.index is None:
@@ -27,7 +28,7 @@ def calibrate(label: str) -> Profile:
     properties = torch.cuda.get_device_properties(index)
     with torch.cuda.device(index):
         device.prepare()
-        workspace = _cublas_workspace()  # before anything else makes a handle in another thread, which would be used again
+        workspace = _cublas_workspace()  # first: a handle that another thread created before would be reused
         warm_up()
         torch.cuda.empty_cache()
         memory = device.memory()
@@ -57,8 +58,10 @@ def calibrate(label: str) -> Profile:
 
 
 def warm_up() -> None:
-    """A training step with convolutions, attention and the usual optimizers: libraries load their kernels when they are first used, and what
-    they take lies beside the allocator from then on."""
+    """Runs a training step with convolutions, attention and the usual optimizers.
+
+    Libraries load their kernels at first use. From then on the kernels take memory outside of the allocator.
+    """
     net = torch.nn.Sequential(torch.nn.Conv2d(3, 64, 3), torch.nn.BatchNorm2d(64), torch.nn.ReLU(), torch.nn.Conv2d(64, 64, 3)).cuda()
     for autocast in (False, True):
         with torch.autocast("cuda", torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16, enabled=autocast):
@@ -75,21 +78,21 @@ def _native(name: str, properties: object) -> bool:
 
 
 def _cublas_workspace() -> int:
-    """What a fresh thread's first product leaves allocated."""
+    """Bytes that stay allocated after the first matrix product of a new thread."""
     import threading
 
-    found = []
+    allocated = []
 
     def product() -> None:
         a = torch.ones(256, 256, device="cuda")
         before = torch.cuda.memory_allocated()
         out = a @ a
-        found.append(torch.cuda.memory_allocated() - before - out.nbytes)
+        allocated.append(torch.cuda.memory_allocated() - before - out.nbytes)
 
     thread = threading.Thread(target=product)
     thread.start()
     thread.join()
-    return max(found[0], 0)
+    return max(allocated[0], 0)
 
 
 def _bandwidth() -> int:
@@ -102,16 +105,16 @@ def _flops(dtype: torch.dtype, *, tf32: bool) -> int:
     size = 8192
     a = torch.randn(size, size, device="cuda", dtype=dtype)
     b = torch.randn(size, size, device="cuda", dtype=dtype)
-    kept = torch.backends.cuda.matmul.allow_tf32
+    tf32_before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = tf32
     try:
         return int(2 * size**3 / _seconds(lambda: torch.mm(a, b)))
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = kept
+        torch.backends.cuda.matmul.allow_tf32 = tf32_before
 
 
 def _seconds(run: Callable[[], object]) -> float:
-    """The median of five, with the device idle before and after."""
+    """The median of five runs, in seconds, after two warm-up runs. The device is idle before and after each run."""
     times = []
     for _ in range(7):
         torch.cuda.synchronize()

@@ -1,6 +1,6 @@
-"""What control groups allow: version 1 and 2, over the whole ancestry.
+"""The memory limits of control groups (cgroups), version 1 and 2.
 
-A container's limit may sit on any ancestor of this process's group, so each one up to the root is asked.
+A container's limit may be set on any ancestor of this process's group, so all ancestors up to the root are read.
 https://docs.kernel.org/admin-guide/cgroup-v2.html, https://docs.kernel.org/admin-guide/cgroup-v1/memory.html
 """
 
@@ -12,13 +12,13 @@ from pathlib import Path, PurePosixPath
 
 from autoaccum.units import TIB
 
-# Version 1 says "no limit" as the largest multiple of a page below 2**63.
+# Version 1 writes "no limit" as the largest multiple of a page below 2**63.
 _NO_LIMIT = 2**20 * TIB
 
 
 @dataclass(frozen=True)
 class Limit:
-    """A memory limit of one control group: its path, the limit and what it leaves, in bytes."""
+    """The memory limit of one control group: the group's path, the limit, and the memory left below the limit, in bytes."""
 
     path: str
     limit_bytes: int
@@ -26,9 +26,9 @@ class Limit:
 
 
 def tightest(root: Path = Path("/")) -> Limit | None:
-    """The limit that leaves least, or None where no group limits this process.
+    """The limit with the least memory left; None if no group limits this process.
 
-    root: where /proc and /sys are looked for; tests give a folder with recorded files.
+    root: the folder that holds /proc and /sys. Tests pass a folder with recorded files.
     """
     return min(_limits(root), key=lambda limit: limit.left_bytes, default=None)
 
@@ -42,7 +42,7 @@ def _limits(root: Path) -> Iterator[Limit]:
 
 
 def _memberships(root: Path) -> Iterator[tuple[int, Path, str, str]]:
-    """(version, mount point, group that is mounted there, our group) of each memory hierarchy."""
+    """(version, mount point, group that is mounted there, our group) for each memory hierarchy."""
     groups: dict[int, str] = {}
     for line in _lines(root / "proc/self/cgroup"):
         hierarchy, controllers, path = line.split(":", 2)
@@ -61,10 +61,10 @@ def _memberships(root: Path) -> Iterator[tuple[int, Path, str, str]]:
 
 
 def _ancestry(mount: Path, mounted_at: str, group: str) -> Iterator[Path]:
-    """Folders of our group and all its ancestors that can be seen below the mount point.
+    """Folders of our group and of all its ancestors that are visible below the mount point.
 
-    In a container without a namespace of its own /proc/self/cgroup shows the host's path, of which the
-    mount shows only the part below `mounted_at`; the container's own group is then the mount point itself.
+    In a container without its own cgroup namespace, /proc/self/cgroup shows the host's path. The mount shows only the
+    part of it below `mounted_at`. Then the container's group is the mount point itself.
     """
     try:
         below = PurePosixPath(group).relative_to(mounted_at)
@@ -82,7 +82,7 @@ def _ancestry(mount: Path, mounted_at: str, group: str) -> Iterator[Path]:
 
 
 def _limit_v2(folder: Path) -> Limit | None:
-    # memory.high throttles instead of killing, but a training that is throttled to a crawl did not fit either.
+    # memory.high throttles instead of killing. A training that is throttled does not fit either.
     limits = [int(text) for name in ("memory.max", "memory.high") if (text := _text(folder / name)).isdigit()]
     if not limits:
         return None
@@ -97,7 +97,7 @@ def _limit_v1(folder: Path) -> Limit | None:
 
 
 def _limit(folder: Path, limit_bytes: int, used: str, reclaimable: str) -> Limit:
-    """Usage counts page cache; what is inactive of it is given back before anything is killed."""
+    """A limit without the inactive page cache in its usage: the kernel frees that before it kills a process."""
     cache = next((int(line.split()[1]) for line in _lines(folder / "memory.stat") if line.split()[0] == reclaimable), 0)
     used_bytes = max(int(used or 0) - cache, 0)
     return Limit(str(folder), limit_bytes, max(limit_bytes - used_bytes, 0))

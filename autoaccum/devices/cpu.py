@@ -1,7 +1,8 @@
-"""The CPU as a device whose memory can run out: a measured peak, a steady allocator, an enforced cap.
+"""The CPU as a device: a measured peak, an allocator with repeatable peaks, and an enforced cap.
 
-Three quantities differ. Resident bytes (VmRSS) are what a container counts and what budgets and peaks
-are given in. VmData is what RLIMIT_DATA limits, pages never touched included. VmHWM is the peak of VmRSS.
+Three quantities of /proc/self/status differ. VmRSS is the resident bytes: a container counts them, and budgets and peaks
+are in this unit. VmData is the size that RLIMIT_DATA limits; it includes pages that were never touched. VmHWM is the
+peak of VmRSS.
 https://man7.org/linux/man-pages/man5/proc_pid_status.5.html
 """
 
@@ -26,17 +27,17 @@ from autoaccum.devices.sampled_peak import SampledPeak
 from autoaccum.errors import MemoryUnknown
 from autoaccum.units import KIB, MIB
 
-RLIMIT = "RLIMIT_DATA"  # as a binding limit: this process's own, which no other shares
+RLIMIT = "RLIMIT_DATA"  # as a binding limit: a limit of this process alone
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def fill_thread_pools() -> None:
-    """Starts torch's worker threads.
+    """Starts torch's worker threads before a memory limit is set.
 
-    Under a memory limit libgomp ends the process when it cannot create one ("libgomp: Thread creation
-    failed"), which nothing can catch. Forward and backward use pools of their own; 32,768 elements is
-    the size from which elementwise kernels run in parallel (at::internal::GRAIN_SIZE).
+    Under a memory limit libgomp ends the process if it cannot create a thread ("libgomp: Thread creation failed").
+    Nothing can catch that. Forward and backward have separate pools, so both run once. Elementwise kernels run in
+    parallel from 32,768 elements on (at::internal::GRAIN_SIZE).
     """
     import torch
 
@@ -97,10 +98,10 @@ class Cpu:
 
 
 class _DataLimit:
-    """RLIMIT_DATA such that resident bytes stay within the budget.
+    """A context manager that sets RLIMIT_DATA so that resident bytes stay within the budget.
 
-    Only the soft limit: a hard limit that was lowered cannot be raised again. A class and not a generator,
-    because leaving it happens when there is no memory: it does nothing but one system call.
+    It changes only the soft limit, because a lowered hard limit cannot be raised again. It is a class and not a
+    generator, because there may be no memory left when it exits: the exit is one system call.
     """
 
     def __init__(self, budget_bytes: int) -> None:
@@ -111,8 +112,8 @@ class _DataLimit:
 
         self._setrlimit, self._data = resource.setrlimit, resource.RLIMIT_DATA
         self._before = resource.getrlimit(resource.RLIMIT_DATA)
-        # Pages that are resident without being data (libraries) count against the budget, data that was
-        # never touched does not: so what may still be added is the budget less what is resident.
+        # Resident pages that are not data (libraries) count against the budget. Data that was never touched does
+        # not. So the process may add the budget minus the resident bytes.
         cap = max(_status("VmData") + self.budget_bytes - _status("VmRSS"), 0)
         soft, hard = self._before
         for bound in (soft, hard):
@@ -124,7 +125,7 @@ class _DataLimit:
 
 
 class _Peak:
-    """The kernel's own high-water mark, set back at each lap."""
+    """The kernel's high-water mark VmHWM, which each lap resets."""
 
     def __init__(self) -> None:
         self._most = 0
@@ -155,7 +156,7 @@ def _sampled() -> Iterator[Watch]:
 
 
 def _left_of_rlimit() -> int | None:
-    """What a limit that somebody set for this process leaves of data; None without one."""
+    """Bytes of data left below this process's RLIMIT_DATA; None without a limit."""
     if not LINUX:
         return None
     import resource
@@ -165,7 +166,7 @@ def _left_of_rlimit() -> int | None:
 
 
 def _can_reset_peak() -> bool:
-    """/proc/self/clear_refs is refused to processes that may not be dumped."""
+    """True if the peak can be reset. The kernel refuses /proc/self/clear_refs to processes that may not be dumped."""
     try:
         _CLEAR_REFS.write_text("5")
         return _status("VmHWM") > 0
@@ -182,13 +183,13 @@ def _status(field: str) -> int:
 
 
 def _largest_others(count: int = 3, least_bytes: int = 256 * MIB) -> tuple[Consumer, ...]:
-    """The processes with most resident memory besides this one."""
-    others = []
+    """The other processes with the most resident memory, largest first."""
+    consumers = []
     for process in psutil.process_iter(["name", "memory_info"]):
         info = process.info["memory_info"]
         if process.pid != os.getpid() and info is not None and info.rss >= least_bytes:
-            others.append(Consumer(process.pid, info.rss, process.info["name"] or "?"))
-    return tuple(sorted(others, key=lambda other: -(other.bytes or 0))[:count])
+            consumers.append(Consumer(process.pid, info.rss, process.info["name"] or "?"))
+    return tuple(sorted(consumers, key=lambda consumer: -(consumer.bytes or 0))[:count])
 
 
 def _name() -> str:

@@ -1,7 +1,7 @@
-"""NVIDIA cards, and AMD's through ROCm, which torch calls by the same name.
+"""CUDA devices: NVIDIA cards, and AMD cards through ROCm, which torch also calls "cuda".
 
-`torch.cuda.mem_get_info` is the authority on what is free: it is the driver's answer for the very device
-that will be used, MIG slices and reordered devices included. NVML adds who else is there.
+Free memory comes from `torch.cuda.mem_get_info`: the driver answers for the device that torch uses, also for MIG slices
+and for reordered devices. NVML adds the other processes on the device.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ class Cuda:
         self.allocator = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or ""
 
     def memory(self, *, who: bool = True) -> Memory:
-        told = nvml.ask(self._uuid, _pci(self._properties)) if torch.version.hip is None else nvml.DriverAnswer(why_not="NVML: not an NVIDIA card")
+        driver = nvml.ask(self._uuid, _pci(self._properties)) if torch.version.hip is None else nvml.DriverAnswer(why_not="NVML: not an NVIDIA card")
         reserved = torch.cuda.memory_reserved(self._index)
         try:
             free, total = torch.cuda.mem_get_info(self._index)
         except (RuntimeError, AttributeError) as error:
-            # Some unified-memory systems and old drivers: what NVML counts is the next best.
-            if told.total_bytes is None or told.used_bytes is None:
+            # Some unified-memory systems and old drivers do not answer. NVML's figures are the second choice.
+            if driver.total_bytes is None or driver.used_bytes is None:
                 raise MemoryUnknown(
                     f"nobody said how much memory cuda:{self._index} ({self.facts.name}) has; asked torch.cuda.mem_get_info ({_first_line(error)}) "
-                    f"and {told.why_not or 'NVML: not supported'}"
+                    f"and {driver.why_not or 'NVML: not supported'}"
                 ) from error
-            free, total = told.total_bytes - told.used_bytes, told.total_bytes
-        outside = None if told.ours_bytes is None else max(told.ours_bytes - reserved, 0)
-        return Memory(total, free, reserved, outside, told.others if who else (), "physical")
+            free, total = driver.total_bytes - driver.used_bytes, driver.total_bytes
+        outside = None if driver.ours_bytes is None else max(driver.ours_bytes - reserved, 0)
+        return Memory(total, free, reserved, outside, driver.others if who else (), "physical")
 
     def held_bytes(self) -> int:
         return int(torch.cuda.memory_reserved(self._index))
@@ -64,7 +64,7 @@ class Cuda:
 
     @contextmanager
     def capped(self, budget_bytes: int) -> Iterator[None]:
-        """The caching allocator refuses to reserve more; the context is outside of it."""
+        """Inside, the caching allocator refuses to reserve more than `budget_bytes`. The CUDA context does not count."""
         before = _fraction(self._index)
         fraction = min(max(budget_bytes / self._properties.total_memory, 0.0), 1.0)
         torch.cuda.set_per_process_memory_fraction(fraction, self._index)
@@ -74,10 +74,10 @@ class Cuda:
             torch.cuda.set_per_process_memory_fraction(before, self._index)
 
     def prepare(self) -> None:
-        """Creates the context and loads cuBLAS, so that neither is taken for a part of the first trial."""
+        """Creates the context and loads cuBLAS, so that the first trial does not measure them."""
         with torch.cuda.device(self._index):
-            one = torch.ones(64, 64, device="cuda")
-            (one @ one).sum().item()
+            matrix = torch.ones(64, 64, device="cuda")
+            (matrix @ matrix).sum().item()
 
     def synchronize(self) -> None:
         torch.cuda.synchronize(self._index)
@@ -109,13 +109,13 @@ class _Peak:
 
 
 def _fraction(index: int) -> float:
-    """The cap that was in force; torch before 2.8 cannot say, then it is taken as none."""
+    """The memory fraction that is set now; 1.0 (no cap) for torch before 2.8, which cannot read it."""
     get: Any = getattr(torch.cuda, "get_per_process_memory_fraction", None)
     return float(get(index)) if get is not None else 1.0
 
 
 def _pci(properties: Any) -> str | None:
-    """`"00000000:65:00.0"`, where this torch tells it."""
+    """The PCI bus id, as in `"00000000:65:00.0"`; None if this torch does not report it."""
     if not hasattr(properties, "pci_bus_id"):
         return None
     return f"{properties.pci_domain_id:08X}:{properties.pci_bus_id:02X}:{properties.pci_device_id:02X}.0"

@@ -1,4 +1,4 @@
-"""The C allocator on a CPU, made to give freed memory back at once, so that peaks repeat."""
+"""Settings of the C allocator with which it returns freed memory to the system at once, so that peaks on a CPU are repeatable."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from autoaccum.units import KIB
 
 LINUX = sys.platform.startswith("linux")
 
-# glibc keeps freed memory in arenas, which makes peaks depend on what ran before. With these two settings
-# every tensor of 64 KiB and more is mapped and unmapped on its own. Seen on a small GPT under 600 MiB:
-# defaults 100 to 109 samples, fewer after other trials; steady 164, 164, 164.
+# glibc keeps freed memory in arenas, so peaks depend on earlier allocations. With these two settings every tensor
+# of 64 KiB or more has its own mapping. Largest micro-batch of a small GPT under 600 MiB: 100 to 109 samples with
+# the defaults (fewer after other trials); 164, 164, 164 with these settings.
 # https://www.gnu.org/software/libc/manual/html_node/Malloc-Tunable-Parameters.html
 STEADY_MALLOC = {"MALLOC_MMAP_THRESHOLD_": 64 * KIB, "MALLOC_TRIM_THRESHOLD_": 64 * KIB}
 
@@ -21,15 +21,15 @@ _MALLOPT = {"MALLOC_TRIM_THRESHOLD_": -1, "MALLOC_MMAP_THRESHOLD_": -3}  # M_...
 
 
 def steady_wanted() -> bool:
-    """True where the C allocator is glibc's and `AUTOACCUM_MALLOC=default` does not turn it off."""
+    """True if the C allocator is glibc's and `AUTOACCUM_MALLOC=default` is not set."""
     return os.environ.get("AUTOACCUM_MALLOC") != "default" and LINUX and platform.libc_ver()[0] == "glibc"
 
 
 def steady_malloc() -> bool:
-    """Makes the C allocator give freed memory back at once; the one switch for trials and training alike.
+    """Makes the C allocator return freed memory to the system at once. Trials and training both call this function.
 
-    True if it is in force; it stays so for the life of the process. `AUTOACCUM_MALLOC=default` turns it off;
-    only glibc has it.
+    Returns True if the settings are active. They stay active until the process ends. They need glibc, and
+    `AUTOACCUM_MALLOC=default` turns them off.
     """
     if not steady_wanted():
         return False

@@ -1,4 +1,4 @@
-"""One reading of a device's memory, and who holds it."""
+"""A reading of a device's memory, and the processes that hold it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Consumer:
-    """A process that holds memory of the device. `bytes` is None where nobody would say."""
+    """A process that holds memory of the device. `bytes` is None if the driver does not report it."""
 
     pid: int
     bytes: int | None
@@ -17,14 +17,14 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Memory:
-    """One reading of a device, in bytes.
+    """A reading of a device's memory, in bytes.
 
-    total_bytes: what the device has (on a MIG slice: the slice).
-    free_bytes: what this process could still take: the least that any limit leaves.
-    ours_bytes: held by this process: the allocator's reserved bytes on a GPU, resident bytes on a CPU.
-    outside_bytes: held by this process beyond its allocator (context, libraries); None if unknown.
-    others: other processes that hold memory of the device, largest first, as far as anyone would say.
-    binding_limit: what binds: "physical", a cgroup's path, "cap".
+    total_bytes: memory of the device (of a MIG slice: of the slice).
+    free_bytes: memory that this process can still take, under the tightest limit.
+    ours_bytes: memory that this process holds: the allocator's reserved bytes on a GPU, resident bytes on a CPU.
+    outside_bytes: memory that this process holds outside of its allocator (context, libraries); None if unknown.
+    others: other processes that hold memory of the device, largest first; only the known ones.
+    binding_limit: the limit that sets free_bytes: "physical", a cgroup's path, "cap".
     """
 
     total_bytes: int
@@ -44,7 +44,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class Facts:
-    """Which device it is. `uuid` is None where the device has none."""
+    """The identity of a device. `uuid` is None if the device has none."""
 
     kind: str
     index: int | None
@@ -53,5 +53,5 @@ class Facts:
 
     @property
     def label(self) -> str:
-        """`"cuda:0"`, `"cpu"`: what `torch.device` takes."""
+        """The device's name for `torch.device`: `"cuda:0"`, `"cpu"`."""
         return self.kind if self.index is None else f"{self.kind}:{self.index}"

@@ -1,6 +1,6 @@
-"""Apple GPUs. Best effort: the backend keeps no peak, so it is sampled, and it cannot tell its own cap.
+"""Apple GPUs. Best effort: the backend records no peak, so the peak is sampled, and it cannot report its cap.
 
-Memory is shared with the host: what the system has left bounds it as much as Metal's recommendation does.
+The GPU shares memory with the host. So both Metal's recommendation and the host's free memory limit it.
 https://pytorch.org/docs/stable/mps.html
 """
 
@@ -22,7 +22,7 @@ from autoaccum.errors import MemoryUnknown
 class Mps:
     """The GPU of this Mac."""
 
-    shared_with_host = False  # what is measured is what Metal allocated; copies on the host are beside it
+    shared_with_host = False  # the peak counts only what Metal allocated, without copies on the host
     allocator = ""
     exact_peak = False
     enforces = True
@@ -50,8 +50,8 @@ class Mps:
 
     @contextmanager
     def capped(self, budget_bytes: int) -> Iterator[None]:
-        # The fraction is of the recommended size, up to 2. There is a setter and no getter: 1.7 is the
-        # default high watermark (PYTORCH_MPS_HIGH_WATERMARK_RATIO).
+        # The fraction is relative to the recommended size, at most 2. torch has a setter and no getter, so the default
+        # high watermark of 1.7 (PYTORCH_MPS_HIGH_WATERMARK_RATIO) is set afterwards.
         torch.mps.set_per_process_memory_fraction(min(max(budget_bytes / torch.mps.recommended_max_memory(), 0.0), 2.0))
         try:
             yield

@@ -1,8 +1,8 @@
-"""What the NVIDIA driver knows beyond torch: other processes, names, MIG slices.
+"""Queries to NVML, the NVIDIA driver's library, for facts that torch does not know: other processes, names, MIG slices.
 
-Optional at run time: it may be missing (Jetson), forbidden (containers), or answer "not supported"
-(WSL2, GB10). Devices are found by UUID or PCI id, never by index: NVML counts all cards in PCI order,
-CUDA only the visible ones, fastest first. https://docs.nvidia.com/deploy/nvml-api/
+NVML is optional at run time. It may be missing (Jetson), forbidden (containers), or answer "not supported" (WSL2, GB10).
+Devices are looked up by UUID or PCI id, never by index: NVML counts all cards in PCI order, CUDA counts only the visible
+ones, fastest first. https://docs.nvidia.com/deploy/nvml-api/
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from autoaccum.devices.memory import Consumer
 
 @dataclass(frozen=True)
 class DriverAnswer:
-    """What NVML told of one device; None for each answer it did not give.
+    """NVML's answers about one device; None for each missing answer.
 
-    used_bytes: of all processes. ours_bytes: of this process, its context included. uuid: as NVML writes
-    it, "GPU-..." or "MIG-...". why_not: which call failed and how, where nothing was told.
+    uuid: as NVML writes it, "GPU-..." or "MIG-...".
+    used_bytes: memory of all processes. ours_bytes: memory of this process, including its context.
+    why_not: the reason if NVML gave no answers at all.
     """
 
     uuid: str | None = None
@@ -35,7 +36,7 @@ class DriverAnswer:
 
 
 def ask(uuid: str | None, pci: str | None) -> DriverAnswer:
-    """What NVML says of the device with this UUID (without prefix) or this PCI bus id."""
+    """NVML's answers about the device with this UUID (without prefix) or this PCI bus id."""
     try:
         import pynvml  # from nvidia-ml-py
     except ImportError:
@@ -48,14 +49,14 @@ def ask(uuid: str | None, pci: str | None) -> DriverAnswer:
         handle = _handle(pynvml, uuid, pci)
         if handle is None:
             return DriverAnswer(why_not=f"NVML: no device with UUID {uuid} or PCI id {pci}")
-        return _told(pynvml, handle)
+        return _driver_answer(pynvml, handle)
     finally:
-        with suppress(pynvml.NVMLError):  # a lost card must not lose the answer
+        with suppress(pynvml.NVMLError):  # the answer is still good if the card is lost now
             pynvml.nvmlShutdown()
 
 
 def driver_version() -> str:
-    """As NVML tells it, "unknown" where it does not."""
+    """The driver's version from NVML; "unknown" if NVML does not report it."""
     try:
         import pynvml
 
@@ -69,36 +70,36 @@ def driver_version() -> str:
 
 
 def _handle(nvml: Any, uuid: str | None, pci: str | None) -> Any:
-    # A MIG slice has a UUID of its own; its PCI id is that of the whole card, so it comes last.
-    names = [f"{prefix}{uuid}" for prefix in ("GPU-", "MIG-", "")] if uuid else []
-    for find, name in [(nvml.nvmlDeviceGetHandleByUUID, name) for name in names] + ([(nvml.nvmlDeviceGetHandleByPciBusId, pci)] if pci else []):
+    # The PCI id comes last: a MIG slice has its own UUID, but the PCI id of the full card.
+    uuids = [f"{prefix}{uuid}" for prefix in ("GPU-", "MIG-", "")] if uuid else []
+    for handle_by, key in [(nvml.nvmlDeviceGetHandleByUUID, key) for key in uuids] + ([(nvml.nvmlDeviceGetHandleByPciBusId, pci)] if pci else []):
         try:
-            return find(name)
+            return handle_by(key)
         except nvml.NVMLError:
             continue
     return None
 
 
-def _told(nvml: Any, handle: Any) -> DriverAnswer:
+def _driver_answer(nvml: Any, handle: Any) -> DriverAnswer:
     memory = _answer(nvml, nvml.nvmlDeviceGetMemoryInfo, handle)
-    # Under MIG the processes of a slice are listed with the slice's handle.
+    # Under MIG the slice's handle lists the processes of the slice.
     processes = _answer(nvml, nvml.nvmlDeviceGetComputeRunningProcesses, handle) or []
-    ours = [each.usedGpuMemory for each in processes if each.pid == os.getpid() and each.usedGpuMemory is not None]
-    others = [Consumer(each.pid, each.usedGpuMemory, _name_of(each.pid)) for each in processes if each.pid != os.getpid()]
+    ours = [process.usedGpuMemory for process in processes if process.pid == os.getpid() and process.usedGpuMemory is not None]
+    others = [Consumer(process.pid, process.usedGpuMemory, _name_of(process.pid)) for process in processes if process.pid != os.getpid()]
     return DriverAnswer(
         uuid=_text(_answer(nvml, nvml.nvmlDeviceGetUUID, handle)),
         name=_text(_answer(nvml, nvml.nvmlDeviceGetName, handle)),
         total_bytes=memory.total if memory else None,
         used_bytes=memory.used if memory else None,
         ours_bytes=sum(ours) if ours else None,
-        others=tuple(sorted(others, key=lambda other: -(other.bytes or 0))),
+        others=tuple(sorted(others, key=lambda consumer: -(consumer.bytes or 0))),
     )
 
 
 def _answer(nvml: Any, call: Any, handle: Any) -> Any:
     try:
         return call(handle)
-    except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):  # not supported, no permission, lost, an old driver: each question stands alone
+    except (nvml.NVMLError, nvml.NVMLLibraryMismatchError):  # not supported, no permission, a lost card, an old driver: other calls may still work
         return None
 
 
@@ -107,7 +108,7 @@ def _text(answer: Any) -> str | None:
 
 
 def _name_of(pid: int) -> str:
-    """A process of another container has a number that means nothing here."""
+    """The name of a process. A pid from another container means nothing here, so the process may be unknown."""
     try:
         process = psutil.Process(pid)
         mine = process.username() == psutil.Process().username()

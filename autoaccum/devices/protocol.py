@@ -1,4 +1,4 @@
-"""What a device answers: a Protocol, and the records it hands out."""
+"""The protocol that each kind of device implements, and the protocol of its peak watch."""
 
 from __future__ import annotations
 
@@ -9,47 +9,47 @@ from autoaccum.devices.memory import Facts, Memory
 
 
 class Watch(Protocol):
-    """Watches the peak between `device.watch()` and `peak_bytes()`."""
+    """Records the peak memory since `device.watch()`."""
 
     def peak_bytes(self) -> int:
-        """The most that was held since: reserved bytes on a GPU, resident bytes on a CPU."""
+        """The peak since the watch started: reserved bytes on a GPU, resident bytes on a CPU."""
 
     def lap_bytes(self) -> int:
-        """The most that live tensors took since the last lap (as `live_bytes`); a new lap begins."""
+        """The peak of `live_bytes` since the last lap. Starts a new lap."""
 
     def retries(self) -> int:
-        """How often the allocator had to flush its cache and ask again since."""
+        """How many times the allocator flushed its cache and retried an allocation since the watch started."""
 
 
 class Device(Protocol):
-    """One device. All figures are bytes; nothing here is cached between calls."""
+    """One device. All sizes are bytes. No figure is cached between calls."""
 
     facts: Facts
-    allocator: str  # settings of the allocator that change peaks, in words; "" for its defaults
-    exact_peak: bool  # False where the peak is sampled
-    enforces: bool  # True where `capped` really refuses memory above the cap
-    shared_with_host: bool  # True where snapshots of the training state and whole batches sit in the measured memory
+    allocator: str  # settings of the allocator that change peaks, as text; "" for the defaults
+    exact_peak: bool  # False if the peak is sampled
+    enforces: bool  # True if `capped` really refuses memory above the cap
+    shared_with_host: bool  # True if the measured memory also holds snapshots of the training state and full batches
 
     def memory(self, *, who: bool = True) -> Memory:
-        """A reading; without `who` other processes are not looked up. Raises `MemoryUnknown`."""
+        """A reading of the memory. `who=False` does not look up other processes. Raises `MemoryUnknown`."""
 
     def held_bytes(self) -> int:
-        """What this process holds now, in the terms of the peak."""
+        """Bytes that this process holds now: reserved bytes on a GPU, resident bytes on a CPU, as in `Watch.peak_bytes`."""
 
     def live_bytes(self) -> int:
-        """What live tensors take now: allocated bytes on a GPU, resident bytes on a CPU."""
+        """Bytes of live tensors now: allocated bytes on a GPU, resident bytes on a CPU."""
 
     def watch(self) -> AbstractContextManager[Watch]:
-        """Starts watching the peak."""
+        """A context in which the peak is recorded."""
 
     def capped(self, budget_bytes: int) -> AbstractContextManager[object]:
-        """Refuses this process more than `budget_bytes`, in the terms of the peak, while inside."""
+        """A context in which this process cannot hold more than `budget_bytes`, in the unit of `held_bytes`."""
 
     def prepare(self) -> None:
-        """Whatever must exist before a cap is set: contexts, thread pools, the allocator's settings."""
+        """Creates what must exist before a cap is set: contexts, thread pools, the allocator's settings."""
 
     def synchronize(self) -> None:
-        """Waits until the device is idle. Called around every clock."""
+        """Waits until the device is idle. Called before and after each timing."""
 
     def release(self) -> None:
-        """Gives cached free memory back, so that trials start alike."""
+        """Returns cached free memory to the system, so that every trial starts from the same state."""

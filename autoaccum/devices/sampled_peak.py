@@ -1,4 +1,4 @@
-"""The peak on systems that keep none: read every two milliseconds."""
+"""The sampled peak, for systems that record none: a thread reads the memory every two milliseconds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Callable
 
 
 class SampledPeak:
-    """A `Watch` for systems that keep no peak themselves: a thread reads what is held, and what is live, every 2 ms."""
+    """A `Watch` for systems that record no peak. A thread reads the held bytes and the live bytes every 2 ms."""
 
     def __init__(self, held: Callable[[], int], live: Callable[[], int] | None = None, every_s: float = 0.002) -> None:
         self._held, self._live, self._every_s = held, live or held, every_s
-        self._over, self._lock = threading.Event(), threading.Lock()
+        self._stopped, self._lock = threading.Event(), threading.Lock()
         self._most = self._lap = 0
         self._thread = threading.Thread(target=self._sample, name="autoaccum-peak", daemon=True)
 
@@ -20,7 +20,7 @@ class SampledPeak:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._over.set()
+        self._stopped.set()
         self._thread.join()
 
     def peak_bytes(self) -> int:
@@ -41,5 +41,5 @@ class SampledPeak:
             self._most, self._lap = max(self._most, self._held()), max(self._lap, self._live())
 
     def _sample(self) -> None:
-        while not self._over.wait(self._every_s):
+        while not self._stopped.wait(self._every_s):
             self._read()

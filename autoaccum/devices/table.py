@@ -1,7 +1,6 @@
-"""The table of devices, and which of them are here.
+"""The table of the kinds of devices, and the devices of this machine.
 
-Nothing is imported, and no device is touched, before it is asked for: a machine without an accelerator's driver answers
-without importing torch.
+A device and its module are not touched before they are needed. A machine without an accelerator's driver does not import torch.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ from autoaccum.errors import NoSuchDevice
 
 
 def _cuda_driver() -> bool:
-    # NVIDIA on Linux, WSL2 and Jetson; AMD through ROCm, which torch also calls "cuda".
+    # NVIDIA on Linux, WSL2 and Jetson; AMD through ROCm, because torch also calls it "cuda".
     paths = ("/dev/nvidiactl", "/dev/nvidia[0-9]*", "/dev/dxg", "/dev/nvhost-gpu", "/dev/nvgpu", "/dev/kfd")
     return os.name == "nt" or any(glob.glob(path) for path in paths)
 
@@ -29,7 +28,7 @@ def _xpu_driver() -> bool:
     return os.name == "nt" or bool(glob.glob("/dev/dri/renderD*"))
 
 
-# kind -> (its module and class, is a driver here), in the order in which "auto" prefers them.
+# kind -> (module, class, function that checks for the driver), in the order in which "auto" prefers them.
 _TABLE: dict[str, tuple[str, str, Callable[[], bool]]] = {
     "cuda": ("autoaccum.devices.cuda", "Cuda", _cuda_driver),
     "xpu": ("autoaccum.devices.xpu", "Xpu", _xpu_driver),
@@ -39,23 +38,23 @@ _TABLE: dict[str, tuple[str, str, Callable[[], bool]]] = {
 
 
 def here() -> builtins.list[str]:
-    """Labels of the devices that can be used, best first: `["cuda:0", "cuda:1", "cpu"]`."""
+    """Labels of the usable devices, best first: `["cuda:0", "cuda:1", "cpu"]`."""
     return [label for kind, (_, _, driver) in _TABLE.items() if driver() for label in _labels(kind)]
 
 
 def accelerator_driver() -> bool:
-    """True if the driver of any accelerator is here; says nothing of cards, and costs nothing."""
+    """True if the driver of any accelerator is installed. It does not check for cards, and it is fast."""
     return any(driver() for kind, (_, _, driver) in _TABLE.items() if kind != "cpu")
 
 
 def get(label: str = "auto") -> Device:
-    """The device of that label: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"xpu"`.
+    """The device with this label: `"auto"`, `"cpu"`, `"cuda"`, `"cuda:1"`, `"mps"`, `"xpu"`.
 
-    Raises `NoSuchDevice` with what is here.
+    Raises `NoSuchDevice`; its message lists the devices of this machine.
     """
-    label = "mps" if label == "mps:0" else label  # as torch writes the device of a tensor there
-    found = re.fullmatch(r"(auto|cpu|mps|(?:cuda|xpu)(?::\d+)?)", label)
-    if not found:
+    label = "mps" if label == "mps:0" else label  # torch writes the device of an MPS tensor so
+    match = re.fullmatch(r"(auto|cpu|mps|(?:cuda|xpu)(?::\d+)?)", label)
+    if not match:
         raise NoSuchDevice(f"{label!r} is not a device: use auto, cpu, cuda, cuda:INDEX, mps or xpu; devices here: {', '.join(here())}")
     if label == "auto":
         label = here()[0]
@@ -71,7 +70,7 @@ def get(label: str = "auto") -> Device:
 
 
 def list() -> builtins.list[tuple[Facts, Memory]]:
-    """Every device here with a reading of its memory. Raises `MemoryUnknown`."""
+    """Every device of this machine with a reading of its memory. Raises `MemoryUnknown`."""
     return [(device.facts, device.memory()) for device in map(get, here())]
 
 

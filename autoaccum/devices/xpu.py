@@ -1,4 +1,4 @@
-"""Intel GPUs. Best effort: written from torch's documentation, not yet run on one of these cards."""
+"""Intel GPUs. Best effort: written from torch's documentation, not yet run on an Intel GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the ranks bring to a window, announced by each before any of them runs."""
+"""The announcement of a window: before any rank runs it, each rank announces its samples and counts to all ranks."""
 
 from __future__ import annotations
 
@@ -18,7 +18,12 @@ log = logging.getLogger("autoaccum")
 
 @dataclass(frozen=True)
 class WindowAnnouncement:
-    """A window over all ranks. held: samples by rank. counts: of each job, what all counted beforehand, None where nobody does. careful: with a vote."""
+    """A window over all ranks.
+
+    held: samples of each rank.
+    counts: for each job, the sum of `job.count` over all ranks; None for a job without `count`.
+    careful: True if the ranks vote on this window.
+    """
 
     held: tuple[int, ...]
     counts: tuple[float | None, ...]
@@ -30,9 +35,10 @@ class WindowAnnouncement:
 
 
 class RankTeam:
-    """The ranks that train together, window by window, each calling at the same moment.
+    """The ranks that train together. All ranks call `announce` and `handed_over` together, window by window.
 
-    careful_windows: how many windows, at first and after trouble, are voted on; None for all. in_step: whether forward communicates.
+    careful_windows: the number of windows with a vote, at the start and after trouble; None for all windows.
+    in_step: True if forward communicates.
     """
 
     def __init__(self, ranks: Ranks, fleet: Fleet, careful_windows: int | None, *, in_step: bool) -> None:
@@ -44,75 +50,82 @@ class RankTeam:
         self._largest_sample, self._short = 0.0, 0
 
     def announce(self, whole: Window, counts: Sequence[Callable[[Any], Any] | None]) -> WindowAnnouncement:
-        """What all ranks bring to this window. counts: each job's. Raises `PlanError` on every rank where the plan and the loaders do not agree."""
+        """Tells all ranks the samples and counts of this rank's window, and returns those of all ranks.
+
+        whole: this rank's window, before ranks that cannot run hand over samples. counts: `count` of each job.
+        Raises `PlanError` on every rank if the loaders do not match the plan. If `count` fails on one rank, that rank raises
+        the error and the others raise `RanksDisagree`.
+        """
         failure: Exception | None = None
         parts = [(part, size) for part, size in zip(whole.parts, whole.sizes) if size]
-        larger = max((batches.nbytes(part) / size for part, size in parts), default=0.0)
-        careful = self._careful_windows is None or self._careful_left > 0 or larger > self._largest_sample
-        self._largest_sample = max(larger, self._largest_sample)
+        bytes_per_sample = max((batches.nbytes(part) / size for part, size in parts), default=0.0)
+        careful = self._careful_windows is None or self._careful_left > 0 or bytes_per_sample > self._largest_sample
+        self._largest_sample = max(bytes_per_sample, self._largest_sample)
         counted = [0.0] * len(counts)
         try:
             counted = [0.0 if count is None else sum(float(count(part)) for part, _ in parts) for count in counts]
-        except Exception as error:  # the others are told before it is raised
+        except Exception as error:  # raised after the other ranks know about it
             failure = error
         table = self.ranks.table([whole.samples, careful, bool(whole.parts), failure is not None, *counted], "announcing a window")
         if failure is not None:
             raise failure
         if failed := [rank for rank, row in enumerate(table) if row[3]]:
             raise RanksDisagree(f"{ranks_in_words(failed)} failed in counting this window, so no rank steps: its own output says why")
-        held = tuple(int(row[0]) for row in table)
-        totals = tuple(None if count is None else sum(row[4 + at] for row in table) for at, count in enumerate(counts))
-        self._check(found := WindowAnnouncement(held, totals, any(row[1] for row in table)), [rank for rank, row in enumerate(table) if not row[2]])
-        return found
+        samples_by_rank = tuple(int(row[0]) for row in table)
+        totals = tuple(None if count is None else sum(row[4 + job] for row in table) for job, count in enumerate(counts))
+        self._check(
+            announcement := WindowAnnouncement(samples_by_rank, totals, any(row[1] for row in table)), [rank for rank, row in enumerate(table) if not row[2]]
+        )
+        return announcement
 
-    def _check(self, found: WindowAnnouncement, without: Sequence[int]) -> None:
+    def _check(self, announcement: WindowAnnouncement, empty_ranks: Sequence[int]) -> None:
         shares, target = self._fleet.shares, self._fleet.target
-        if not found.samples:
+        if not announcement.samples:
             raise PlanError("a window of no samples: give a batch with at least one")
-        if self._in_step and without:
+        if self._in_step and empty_ranks:
             raise PlanError(
-                f"{ranks_in_words(without)} has no sample to run while the others meet in forward: loop over plan.windows(loader) with plan.batch_sampler(dataset)"
+                f"{ranks_in_words(empty_ranks)} has no sample to run while the others meet in forward: loop over plan.windows(loader) with plan.batch_sampler(dataset)"
             )
-        for rank, (held, share) in enumerate(zip(found.held, shares)):
-            if held > share and rank not in self.out:
+        for rank, (samples, share) in enumerate(zip(announcement.held, shares)):
+            if samples > share and rank not in self.out:
                 raise PlanError(
-                    f"the loader of rank {rank} gives {held} samples a step, and its share is {share}: "
+                    f"the loader of rank {rank} gives {samples} samples a step, and its share is {share}: "
                     "loop over plan.windows(DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset)))"
                 )
-        self._short = self._short + 1 if found.samples < target else 0
+        self._short = self._short + 1 if announcement.samples < target else 0
         if self._short > 1:
-            missing = [f"rank {rank} {held} of {share}" for rank, (held, share) in enumerate(zip(found.held, shares)) if held < share]
+            missing = [f"rank {rank} {samples} of {share}" for rank, (samples, share) in enumerate(zip(announcement.held, shares)) if samples < share]
             raise PlanError(
-                f"the loaders give {found.samples} samples a step for a target batch of {target}, twice in a row ({', '.join(missing[:4])}): "
+                f"the loaders give {announcement.samples} samples a step for a target batch of {target}, twice in a row ({', '.join(missing[:4])}): "
                 "loop over plan.windows(DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset)))"
             )
 
     def handed_over(self, whole: Window, found: WindowAnnouncement) -> Window:
-        """This rank's window, with its part of what ranks bring that cannot run it."""
-        held = [0 if rank in self.out else samples for rank, samples in enumerate(found.held)]
-        mine = whole
+        """This rank's window, plus its part of the samples of ranks that are out; an empty window if this rank is out."""
+        samples_by_rank = [0 if rank in self.out else samples for rank, samples in enumerate(found.held)]
+        window = whole
         for source in self.out:
             if not found.held[source]:
                 continue
-            here = self.ranks.rank
-            parts, sizes, told = self.ranks.handed(
-                (whole.parts, whole.sizes, whole.told) if here == source else ((), (), False), source, "handing samples over"
+            own_rank = self.ranks.rank
+            parts, sizes, sizes_given = self.ranks.handed(
+                (whole.parts, whole.sizes, whole.told) if own_rank == source else ((), (), False), source, "handing samples over"
             )
-            takes = self._fleet.with_more(held, found.held[source], self.out)
-            start = sum(takes[:here])
-            if here == source:
-                mine = Window((), ())
-            elif takes[here]:
-                mine = mine.joined(Window(parts, sizes, whole.split, told=told).between(start, start + takes[here]))
-            held = [before + more for before, more in zip(held, takes)]
-        return mine
+            extra = self._fleet.with_more(samples_by_rank, found.held[source], self.out)
+            start = sum(extra[:own_rank])
+            if own_rank == source:
+                window = Window((), ())
+            elif extra[own_rank]:
+                window = window.joined(Window(parts, sizes, whole.split, told=sizes_given).between(start, start + extra[own_rank]))
+            samples_by_rank = [before + more for before, more in zip(samples_by_rank, extra)]
+        return window
 
     def steps(self, found: WindowAnnouncement) -> int:
-        """Micro-steps of a window in which all ranks run the same number of them; 0 where they need not."""
+        """The number of micro-steps that every rank runs in this window; 0 if ranks may run different numbers."""
         return self._fleet.steps_of(found.held) if self._fleet.lockstep else 0
 
     def ran_out(self, out: Sequence[int]) -> None:
-        """From now on these ranks hand their samples over. Raises `RanksDisagree` where nobody is left."""
+        """From now on these ranks run nothing, and the others run their samples. Raises `RanksDisagree` if no rank is left."""
         self.out = tuple(sorted({*self.out, *out}))
         if len(self.out) == self.ranks.world_size:
             raise RanksDisagree("no rank is left that can hold one sample: start again with a plan that is tuned anew")
@@ -120,11 +133,11 @@ class RankTeam:
         self.trouble()
 
     def trouble(self) -> None:
-        """The next windows are voted on."""
+        """From now on, `careful_windows` windows are run with a vote."""
         self._careful_left = self._careful_windows or 0
 
     def went_by(self, rescued: bool) -> None:
-        """A window has ended."""
+        """Called at the end of each window. rescued: True if an out-of-memory changed how this rank ran it."""
         if rescued:
             self.trouble()
         else:

@@ -1,4 +1,7 @@
-"""Who carries gradients across ranks: torch's own DistributedDataParallel and FSDP2, each told when to and when not."""
+"""The engines that reduce gradients across ranks: torch's DistributedDataParallel and FSDP2.
+
+autoaccum only controls when they communicate.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,14 @@ from autoaccum.errors import UsageError
 
 
 class Engine(Protocol):
-    """One model's.
+    """Controls the communication of one model. A crossing is the reduction of a window's gradients over all ranks.
 
-    group: the ranks that its gradients cross. averages_over: how many ranks' sum it divides by; 1 where it adds.
-    in_step: True where forward communicates, so that all ranks must run the same number of micro-steps.
-    pulses_apart: True where a rank's `pulse` does not meet the other ranks' `crossing`, so that all must pulse or none.
-    redone: who runs a window again after one rank ran out of memory in it: that rank "alone", all "together", or nobody ("never"), because
-    forward itself communicates.
+    group: the process group over which gradients are reduced.
+    averages_over: the number that the sum over ranks is divided by; 1 if the engine only sums.
+    in_step: True if forward communicates. Then all ranks must run the same number of micro-steps.
+    pulses_apart: True if a `pulse` on one rank does not match a `crossing` on another. Then all ranks must pulse, or none.
+    redone: who runs a window again after one rank ran out of memory in it: "alone" (that rank), "together" (all ranks), or
+    "never" (nobody can, for example because forward communicates).
     """
 
     group: Any
@@ -32,64 +36,64 @@ class Engine(Protocol):
     redone: Literal["alone", "together", "never"]
 
     def gather(self) -> None:
-        """Whatever has to be fetched from other ranks for a window whose forward and backward are to be local."""
+        """Prepares a window: fetches from other ranks what forward and backward need to run without communication."""
 
     def quiet(self) -> AbstractContextManager[object]:
-        """Forward and backward in here keep their gradients to themselves."""
+        """A context in which forward and backward keep the gradients on this rank."""
 
     def crossing(self) -> AbstractContextManager[object]:
-        """Backward in here carries all gradients since the last crossing over."""
+        """A context in which backward reduces all gradients since the last crossing over the ranks."""
 
     def check(self) -> None:
-        """After a rank's last quiet backward: raises `UsageError` where a crossing in a backward could not work."""
+        """Called after a rank's last quiet backward. Raises `UsageError` if a crossing in a backward cannot work for this model."""
 
     def pulse(self) -> None:
-        """A crossing without a micro-batch: carries over what `quiet` backwards have left; none at all counts as zero."""
+        """A crossing without a micro-batch: reduces the gradients of the `quiet` backwards. No gradients count as zeros."""
 
     def void(self) -> None:
-        """Forgets what `quiet` backwards left, also after one that failed half-way."""
+        """Drops the gradients of the `quiet` backwards, also after a backward that failed half-way."""
 
 
 def parallel(model: torch.nn.Module, *, lockstep: bool = False, by_hand: bool = False) -> Engine | None:
-    """The engine that a model is wrapped in; None for a model that knows no ranks.
+    """The engine for a model in DistributedDataParallel or FSDP2; None for any other model.
 
-    lockstep: all ranks run the same number of micro-steps, so FSDP2 may fetch its parameters for each. by_hand: for a
-    loop that is not ours: gradients are averaged over the ranks, as is usual.
-    Raises `UsageError` for wrappers that cannot be exact.
+    lockstep: all ranks run the same number of micro-steps, so FSDP2 may fetch its parameters in each micro-step.
+    by_hand: the user writes the training loop, so gradients are averaged over the ranks, as torch does.
+    Raises `UsageError` for wrappers with which the gradient cannot be exact.
     """
-    own = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
-    if isinstance(own, DataParallel):
+    inner = getattr(model, "_orig_mod", model)  # torch.compile's wrapper
+    if isinstance(inner, DataParallel):
         raise UsageError("DataParallel splits batches evenly in one process and knows no ranks: use DistributedDataParallel under torchrun")
-    if isinstance(own, DistributedDataParallel):
-        return Ddp(own)
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in own.modules()):
+    if isinstance(inner, DistributedDataParallel):
+        return Ddp(inner)
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in inner.modules()):
         raise UsageError("FSDP1 (FullyShardedDataParallel) communicates in every micro-step: use FSDP2 (torch.distributed.fsdp.fully_shard) or DDP")
-    if any(isinstance(module, DistributedDataParallel) for module in own.modules()):
+    if any(isinstance(module, DistributedDataParallel) for module in inner.modules()):
         raise UsageError("a part of the model is wrapped in DistributedDataParallel, not the whole: wrap the model that the loss is given")
-    if _sharded(own):
-        return Fsdp2(own, lockstep=lockstep, by_hand=by_hand)
+    if _sharded(inner):
+        return Fsdp2(inner, lockstep=lockstep, by_hand=by_hand)
     return None
 
 
 def synced_norms(model: torch.nn.Module) -> list[str]:
-    """Names of SyncBatchNorm layers, which communicate in forward."""
+    """Names of the model's SyncBatchNorm layers. These communicate in forward."""
     return [name for name, module in model.named_modules() if isinstance(module, torch.nn.SyncBatchNorm)]
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside of DistributedDataParallel, compiled or not, for a rehearsal that must not communicate."""
-    own = getattr(model, "_orig_mod", model)
-    return own.module if isinstance(own, DistributedDataParallel) else model
+    """The model inside of DistributedDataParallel, compiled or not. Trials run it, because they must not communicate."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner.module if isinstance(inner, DistributedDataParallel) else model
 
 
 def group_of(model: Any) -> Any:
-    """The ranks that a model in DistributedDataParallel crosses; None for another model."""
-    own = getattr(model, "_orig_mod", model)
-    return own.process_group if isinstance(own, DistributedDataParallel) else None
+    """The process group of a model in DistributedDataParallel; None for any other model."""
+    inner = getattr(model, "_orig_mod", model)
+    return inner.process_group if isinstance(inner, DistributedDataParallel) else None
 
 
 class Ddp:
-    """DistributedDataParallel."""
+    """The engine for DistributedDataParallel."""
 
     pulses_apart = False
 
@@ -106,14 +110,15 @@ class Ddp:
     def gather(self) -> None:
         if self._model._join_config.enable:
             raise UsageError("Join makes up for ranks that run out of data, one backward at a time: leave it out, a plan's windows end together on all ranks")
-        # DDP agrees on new buckets once, in the first forward after the first crossing. Here every rank is at the same
-        # place, also one that has no forward: https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/parallel/distributed.py
+        # DDP's ranks agree on new buckets once, in the first forward after the first crossing. That is done here because
+        # every rank comes here, also a rank without a forward:
+        # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/nn/parallel/distributed.py
         self._model.reducer._rebuild_buckets()
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        # Buffers cross once a window, with the gradients. In the first forward, as DDP would have it, an
-        # out-of-memory could not be redone by one rank alone.
+        # Buffers are broadcast once a window, with the gradients. DDP would do it in the first forward; then one rank
+        # alone could not run again after an out-of-memory.
         self._model.require_forward_param_sync = False
         with self._model.no_sync():
             yield
@@ -136,7 +141,7 @@ class Ddp:
     def pulse(self) -> None:
         inside = self._model.module
         with torch.enable_grad(), self.crossing():
-            # DDP starts to reduce once its forward has run and every parameter got a gradient. This one takes no data.
+            # DDP starts to reduce when its forward has run and every parameter has a gradient. This forward needs no data.
             self._model._modules["module"] = _Pulse(self._touched(inside), inside)
             try:
                 self._model().backward()
@@ -144,42 +149,43 @@ class Ddp:
                 self._model._modules["module"] = inside
 
     def _touched(self, inside: torch.nn.Module) -> list[torch.Tensor]:
-        """The parameters that are to have a gradient."""
+        """The parameters that must have a gradient after the crossing."""
         trained: list[torch.Tensor] = [parameter for parameter in inside.parameters() if parameter.requires_grad]
         if not self._model.find_unused_parameters:
             return trained
-        # One that no rank used must stay without, as it would with one process: optimizers tell zero from none.
+        # A parameter that no rank used must keep `grad=None`, as with one process: optimizers treat None and zero differently.
         return [parameter for parameter in trained if parameter.grad is not None] or trained[:1]
 
     def void(self) -> None: ...
 
 
 class _Pulse(torch.nn.Module):
-    """Zero, with a gradient of zero for each of the parameters. It has the model's buffers, which DDP broadcasts in forward."""
+    """A module whose output is zero, with a zero gradient for each parameter. It has the model's buffers, because DDP broadcasts
+    them in forward."""
 
-    def __init__(self, of: Sequence[torch.Tensor], model: torch.nn.Module) -> None:
+    def __init__(self, parameters: Sequence[torch.Tensor], model: torch.nn.Module) -> None:
         super().__init__()
-        self._of, self._model = tuple(of), (model,)  # in tuples: nothing of it its own
+        self._tensors, self._model = tuple(parameters), (model,)  # in tuples, so that torch does not register them in this module
 
-    def named_buffers(self, *arguments: Any, **given: Any) -> Iterator[tuple[str, torch.Tensor]]:
-        yield from self._model[0].named_buffers(*arguments, **given)
+    def named_buffers(self, *arguments: Any, **options: Any) -> Iterator[tuple[str, torch.Tensor]]:
+        yield from self._model[0].named_buffers(*arguments, **options)
 
     def forward(self) -> torch.Tensor:
-        return _zero(self._of)
+        return _zero(self._tensors)
 
 
-def _zero(of: Iterable[torch.Tensor]) -> torch.Tensor:
-    return torch.stack([(parameter.sum() * 0).float() for parameter in of]).sum()
+def _zero(parameters: Iterable[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([(parameter.sum() * 0).float() for parameter in parameters]).sum()
 
 
 class Fsdp2:
-    """`torch.distributed.fsdp.fully_shard`.
+    """The engine for FSDP2, `torch.distributed.fsdp.fully_shard`.
 
-    Without lockstep a window's parameters are fetched once and kept to its end, so that ranks may run different
-    numbers of micro-steps: that takes the memory of all parameters and gradients, unsharded.
+    Without lockstep, parameters are fetched once a window and kept until its end. So ranks may run different numbers of
+    micro-steps. This needs the memory of all parameters and gradients, unsharded.
     """
 
-    pulses_apart = True  # it reduces the root's gradients first, a backward through the layers last
+    pulses_apart = True  # a pulse reduces the root's gradients first; a backward through the layers reduces them last
 
     def __init__(self, model: Any, *, lockstep: bool, by_hand: bool) -> None:
         self._model, self._lockstep, self.in_step = model, lockstep, lockstep
@@ -189,26 +195,26 @@ class Fsdp2:
         missing = [name for name in ("set_force_sum_reduction_for_comms", "set_gradient_divide_factor", "set_is_last_backward") if not hasattr(model, name)]
         if missing:
             raise UsageError(f"FSDP2 of torch {torch.__version__} has no {missing[0]}: torch 2.11 or later is needed")
-        # Each call of fully_shard without a mesh makes one of its own, over the same ranks.
+        # Each call of fully_shard without a mesh creates a new mesh, over the same ranks.
         meshes = [parameter.device_mesh for parameter in model.parameters() if hasattr(parameter, "device_mesh")]
         mesh = meshes[0]
-        if any(each.ndim > 1 for each in meshes):
+        if any(shard_mesh.ndim > 1 for shard_mesh in meshes):
             raise UsageError("FSDP2 over a mesh of several dimensions (hybrid sharding, tensor parallelism) is not supported: give one dimension")
-        if len({tuple(dist.get_process_group_ranks(each.get_group())) for each in meshes}) > 1:
+        if len({tuple(dist.get_process_group_ranks(shard_mesh.get_group())) for shard_mesh in meshes}) > 1:
             raise UsageError("parts of the model are sharded over different ranks: shard all of it over the same")
         self.group = mesh.get_group()
         world = dist.get_world_size(self.group)
         self.averages_over = world if by_hand else 1
         can_reset = hasattr(model, "reset_iter_state")  # torch 2.13
         self.redone: Literal["alone", "together", "never"] = "together" if can_reset and not lockstep else "never"
-        self._open = False  # whether a window began and its gradients have not crossed yet
+        self._open = False  # True if a window began and its gradients have not crossed yet
 
     def gather(self) -> None:
         if self._open:
             self._clear()
         self._open = True
         if not self._lockstep:
-            # Before the first forward the root does not know itself, and could not be reset.
+            # Before the first forward FSDP2 has not found its root yet, and could not be reset.
             self._model._get_fsdp_state()._lazy_init()
             for module in self._modules:
                 module.set_reshard_after_forward(False, recurse=False)
@@ -227,8 +233,9 @@ class Fsdp2:
 
     def _last(self, last: bool) -> None:
         for module in self._modules:
-            # Neither reaches submodules. The factor on the root alone would scale the gradients of all others, silently;
-            # and backends such as gloo can add but not average. Every time, since a model may be trained by several loops.
+            # Neither call reaches submodules. A factor on the root alone would silently scale the gradients of all other
+            # modules. Backends such as gloo can sum but not average. It is set every time because several loops may train
+            # the same model.
             module.set_gradient_divide_factor(float(self.averages_over))
             module.set_force_sum_reduction_for_comms(True)
         self._model.set_requires_gradient_sync(last)
@@ -242,7 +249,7 @@ class Fsdp2:
     def pulse(self) -> None:
         model = self._model
         with torch.enable_grad(), self.crossing():
-            # The root's hooks reduce whatever its groups hold once a backward through it has ended.
+            # The root's hooks reduce all gradients of its groups when a backward through the root has ended.
             model.forward = lambda: _zero(parameter for parameter in model.parameters() if parameter.requires_grad)
             try:
                 model().backward()
@@ -261,17 +268,17 @@ class Fsdp2:
             )
         self._model.reset_iter_state()
         for module in self._modules:
-            # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp/_fully_shard/_fsdp_param.py: no public
-            # way to drop what was accumulated unsharded.
+            # https://github.com/pytorch/pytorch/blob/v2.13.0/torch/distributed/fsdp/_fully_shard/_fsdp_param.py: there is
+            # no public way to drop the accumulated unsharded gradients.
             for group in module._get_fsdp_state()._fsdp_param_groups:
-                for held in group.fsdp_params:
-                    held.unsharded_accumulated_grad = None
-                    if hasattr(held, "_unsharded_param"):
-                        held.unsharded_param.grad = None
+                for shard in group.fsdp_params:
+                    shard.unsharded_accumulated_grad = None
+                    if hasattr(shard, "_unsharded_param"):
+                        shard.unsharded_param.grad = None
 
 
 def _sharded(model: Any) -> list[Any]:
-    if "torch.distributed.fsdp" not in sys.modules:  # whose import takes its time; without it nothing was sharded
+    if "torch.distributed.fsdp" not in sys.modules:  # its import is slow, and without it nothing is sharded
         return []
     from torch.distributed.fsdp import FSDPModule
 
@@ -279,13 +286,14 @@ def _sharded(model: Any) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def _of_hand(model: torch.nn.Module) -> Engine | None:
+def _engine_by_hand(model: torch.nn.Module) -> Engine | None:
     return parallel(model, by_hand=True)
 
 
 def for_hand(model: torch.nn.Module, *, last: bool) -> AbstractContextManager[object]:
-    """Around one forward and backward of a loop that is not ours: gradients cross in the window's last one."""
-    engine = _of_hand(model)
+    """A context for one forward and backward in the user's own loop. last: True for the window's last micro-batch, in which
+    gradients cross."""
+    engine = _engine_by_hand(model)
     if engine is None:
         return nullcontext()
     return engine.crossing() if last else engine.quiet()

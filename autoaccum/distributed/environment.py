@@ -1,4 +1,4 @@
-"""What torchrun told us. No torch here."""
+"""The rank and world size of this process, from torchrun's environment variables. This file does not import torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from autoaccum.errors import UsageError
 
 @dataclass(frozen=True)
 class Launched:
-    """What torchrun says in the environment: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables."""
+    """The values that torchrun sets in the environment: https://docs.pytorch.org/docs/stable/elastic/run.html#environment-variables."""
 
     rank: int
     world_size: int
@@ -18,12 +18,12 @@ class Launched:
 
 
 def launched() -> Launched | None:
-    """This process as torchrun started it; None without torchrun, or with one rank. Raises `UsageError` for values that make no sense."""
-    told = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if told["RANK"] is None or told["WORLD_SIZE"] is None:
+    """The values of this process; None without torchrun, or with one rank. Raises `UsageError` if a value is not a whole number."""
+    variables = {name: os.environ.get(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if variables["RANK"] is None or variables["WORLD_SIZE"] is None:
         return None
     try:
-        found = Launched(int(told["RANK"]), int(told["WORLD_SIZE"]), int(told["LOCAL_RANK"] or 0))
+        launch = Launched(int(variables["RANK"]), int(variables["WORLD_SIZE"]), int(variables["LOCAL_RANK"] or 0))
     except ValueError:
-        raise UsageError(f"the environment has {', '.join(f'{name}={value!r}' for name, value in told.items())}: these must be whole numbers") from None
-    return found if found.world_size > 1 else None
+        raise UsageError(f"the environment has {', '.join(f'{name}={value!r}' for name, value in variables.items())}: these must be whole numbers") from None
+    return launch if launch.world_size > 1 else None

@@ -1,7 +1,7 @@
-"""How ranks agree: by explicit reduction on a gloo group of their own, with a timeout.
+"""The ranks of a job, and how they agree: by collectives on the host, in a separate gloo group with a timeout.
 
-A device's own collectives would wait in its queue behind the work, cannot say who is missing, and lose the context
-when they time out. So ranks agree on the host.
+Collectives on the device would wait in its queue behind the training's work. They cannot report which rank is missing,
+and a timeout destroys the context.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ Told = TypeVar("Told")
 
 
 def here(group: Any = None, timeout_s: float = TIMEOUT_S) -> Ranks | None:
-    """The ranks of `group` (of all, without one), None where this process is alone. Every rank of the group calls it at the same moment.
+    """The ranks of `group`, or of the world without a group; None for a single rank. Every rank of the group must call it.
 
-    Raises `UsageError` where torchrun started several ranks and `torch.distributed` is not initialised.
+    Raises `UsageError` if torchrun started several ranks and `torch.distributed` is not initialised, or if the timeout is
+    not positive.
     """
     if not (dist.is_available() and dist.is_initialized()):
-        if (told := launched()) is not None:
+        if (launch := launched()) is not None:
             raise UsageError(
-                f"torchrun started {told.world_size} ranks, and torch.distributed is not initialised: call torch.distributed.init_process_group() first"
+                f"torchrun started {launch.world_size} ranks, and torch.distributed is not initialised: call torch.distributed.init_process_group() first"
             )
         return None
     members = dist.get_process_group_ranks(group if group is not None else dist.group.WORLD)
@@ -41,54 +42,57 @@ def here(group: Any = None, timeout_s: float = TIMEOUT_S) -> Ranks | None:
         return None
     if not timeout_s > 0:
         raise UsageError(f"rank_timeout_s must be more than 0 seconds, not {timeout_s!r}")
-    met = _met.setdefault(dist.group.WORLD, {})
-    known = (tuple(members), timeout_s)
-    if known not in met:
-        met[known] = Ranks(members, timeout_s)
-    return met[known]
+    ranks_by_key = _ranks_by_world.setdefault(dist.group.WORLD, {})
+    key = (tuple(members), timeout_s)
+    if key not in ranks_by_key:
+        ranks_by_key[key] = Ranks(members, timeout_s)
+    return ranks_by_key[key]
 
 
-# By the world that they are part of: one that was destroyed takes its groups along.
-_met: WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], float], Ranks]] = WeakKeyDictionary()
+# By the world that the ranks belong to. The entry goes when that process group is destroyed.
+_ranks_by_world: WeakKeyDictionary[Any, dict[tuple[tuple[int, ...], float], Ranks]] = WeakKeyDictionary()
 
 
 class Ranks:
-    """The ranks of one data-parallel job. Every method is called by all of them at the same moment.
+    """The ranks of one data-parallel job. `table`, `gathered`, `handed` and `same` are collectives: all ranks must call them.
 
-    A rank that does not come within the timeout, or whose process has ended, makes the others raise `RanksDisagree`.
+    If a rank does not call within the timeout, or its process has ended, the others raise `RanksDisagree`.
     """
 
     def __init__(self, members: Sequence[int], timeout_s: float) -> None:
         self.members, self.timeout_s = tuple(members), timeout_s
         self.rank, self.world_size = self.members.index(dist.get_rank()), len(self.members)
         self._lost = False
-        whole = len(self.members) == dist.get_world_size()
-        # Groups of their own, so that no collective of the job can be mistaken for one of ours.
+        is_world = len(self.members) == dist.get_world_size()
+        # A separate group, so that collectives of the job and of autoaccum cannot be mixed up.
         try:
-            self._group = dist.new_group(list(self.members), timedelta(seconds=timeout_s), "gloo", use_local_synchronization=not whole)
+            self._group = dist.new_group(list(self.members), timedelta(seconds=timeout_s), "gloo", use_local_synchronization=not is_world)
         except RuntimeError as error:
             raise self.lost(error, "meeting the others") from error
 
     def table(self, row: Sequence[float], what: str) -> list[list[float]]:
-        """Every rank's row of figures, by rank. what: the ranks are doing, for the message if one is missing."""
+        """The rows of all ranks, by rank; every row has the same length.
+
+        what: the current action, in words, for the error message if a rank is missing.
+        """
         figures = torch.zeros(self.world_size, len(row), dtype=torch.float64)
         figures[self.rank] = torch.tensor(row, dtype=torch.float64)
         self._meet(lambda: dist.all_reduce(figures, group=self._group), what)
         return figures.tolist()  # type: ignore[no-any-return]
 
     def gathered(self, told: Told, what: str) -> list[Told]:
-        """What every rank told, by rank."""
+        """The values of all ranks, by rank. told: this rank's value, which must pickle. what: as in `table`."""
         own = pickle.dumps(told)
         sizes = [int(row[0]) for row in self.table([len(own)], what)]
         # Not `all_gather_object`, which needs NumPy.
         buffers = [bytearray(max(sizes)) for _ in sizes]
         mine = bytearray(max(sizes))
         mine[: len(own)] = own
-        self._meet(lambda: dist.all_gather([_shared(each) for each in buffers], _shared(mine), group=self._group), what)
+        self._meet(lambda: dist.all_gather([_shared(buffer) for buffer in buffers], _shared(mine), group=self._group), what)
         return [pickle.loads(buffer[:size]) for buffer, size in zip(buffers, sizes)]
 
     def handed(self, told: Told, source: int, what: str) -> Told:
-        """What rank `source` told; what the others give is not looked at."""
+        """The value of rank `source`. told: this rank's value; only the source's is sent. what: as in `table`."""
         own = pickle.dumps(told) if self.rank == source else b""
         buffer = bytearray(int(self.table([len(own)], what)[source][0]))
         buffer[: len(own)] = own
@@ -96,14 +100,17 @@ class Ranks:
         return pickle.loads(buffer)  # type: ignore[no-any-return]
 
     def same(self, what: str, told: Told) -> Told:
-        """`told`, where all ranks told the same. Raises `RanksDisagree` that names those which did not."""
-        found = self.gathered(told, f"comparing {what}")
-        values = list(dict.fromkeys(map(repr, found)))
-        if len(values) > 1:
-            usual = max(values, key=[repr(each) for each in found].count)
-            other = [rank for rank, each in enumerate(found) if repr(each) != usual]
-            says = "; ".join(f"rank {rank} has {found[rank]!r}" for rank in other[:4])
-            raise RanksDisagree(f"ranks disagree on {what}: {says}, the others {usual}: start every rank with the same")
+        """Returns `told` if it is the same on all ranks. Otherwise raises `RanksDisagree`, which names the ranks that differ.
+
+        what: a name for the value, for the error message.
+        """
+        answers = self.gathered(told, f"comparing {what}")
+        variants = list(dict.fromkeys(map(repr, answers)))
+        if len(variants) > 1:
+            majority = max(variants, key=[repr(answer) for answer in answers].count)
+            deviating = [rank for rank, answer in enumerate(answers) if repr(answer) != majority]
+            differences = "; ".join(f"rank {rank} has {answers[rank]!r}" for rank in deviating[:4])
+            raise RanksDisagree(f"ranks disagree on {what}: {differences}, the others {majority}: start every rank with the same")
         return told
 
     def _meet(self, collective: Any, what: str) -> None:
@@ -115,7 +122,7 @@ class Ranks:
             raise self.lost(error, what) from error
 
     def lost(self, error: RuntimeError, what: str) -> RanksDisagree:
-        """What to raise for a collective that failed with `error`: it names who is missing, as far as that can be found out."""
+        """The exception for a collective that failed with `error`. It names the missing ranks if they are known. what: as in `table`."""
         self._lost = True
         missing = self._missing()
         who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}" if missing else "a rank"
@@ -125,18 +132,21 @@ class Ranks:
         )
 
     def _missing(self) -> list[int]:
-        """Who does not answer the store either, asked by all who are still there; nobody where the store is gone, too."""
+        """Ranks that do not write to torch's store within some seconds; an empty list if the store is gone, too.
+
+        All ranks that still run call this.
+        """
         with suppress(Exception):
             store = dist.distributed_c10d._get_default_store()
             name = "autoaccum/still_here/" + "-".join(map(str, self.members))
             store.set(f"{name}/{self.rank}", "1")
-            until, missing = time.monotonic() + 8.0, []  # others may have begun to wait, and so give up, later
+            deadline, missing = time.monotonic() + 8.0, []  # other ranks may have started to wait later, and so give up later
             for rank in range(self.world_size):
                 key = f"{name}/{rank}"
                 if rank == self.rank or store.check([key]):
                     continue
                 try:
-                    store.wait([key], timedelta(seconds=max(until - time.monotonic(), 0.05)))
+                    store.wait([key], timedelta(seconds=max(deadline - time.monotonic(), 0.05)))
                 except RuntimeError:
                     missing.append(rank)
             return missing
@@ -144,10 +154,10 @@ class Ranks:
 
 
 def _shared(buffer: bytearray) -> torch.Tensor:
-    """A tensor of the same memory."""
+    """A tensor that shares the buffer's memory."""
     return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
 def host() -> str:
-    """A name for this machine that its ranks share, and no other's."""
+    """The name of this machine: the same for all ranks on it, different on other machines."""
     return socket.gethostname()
