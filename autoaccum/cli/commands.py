@@ -1,4 +1,7 @@
-"""The command line. Each command parses, calls one function, and prints: stdout is the answer, stderr is talk."""
+"""The commands of the command line.
+
+Each parses its options, calls one function, and prints the answer on stdout. All other text goes to stderr.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ def cli() -> None:
 
 
 def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that tune, check and train have in common."""
+    """Adds the options that tune, check and train share."""
     options = [
         click.argument("job", required=False),
         click.option("-b", "--target-batch", type=int, help="The effective batch: samples that one optimizer step sees."),
@@ -98,8 +101,8 @@ def tune(rest: list[str] | None, /, **given: Any) -> None:
 
     autoaccum tune -b 120 -- python train.py --batch-size {micro_batch} --accum {accumulation_steps}
     """
-    asked = CallOptions(rest, **given)
-    asked.answer(asked.tuned())
+    call = CallOptions(rest, **given)
+    call.answer(call.tuned())
 
 
 @cli.command(epilog=_EPILOG)
@@ -118,8 +121,8 @@ def check(rest: list[str] | None, /, micro_batch: int | None, equivalence: bool,
         raise UsageError("Missing option '-m' / '--micro-batch': the size to rehearse")
     if given["objective"] == "throughput":
         raise UsageError("check rehearses one size, so there is nothing to choose from: leave --objective out")
-    asked = CallOptions(rest, **given)
-    asked.answer(asked.checked(micro_batch), asked.equivalence() if equivalence else None)
+    call = CallOptions(rest, **given)
+    call.answer(call.checked(micro_batch), call.equivalence() if equivalence else None)
 
 
 @cli.command(epilog=_EPILOG)
@@ -128,14 +131,14 @@ def check(rest: list[str] | None, /, micro_batch: int | None, equivalence: bool,
 @click.pass_obj
 def train(rest: list[str] | None, /, epochs: int, **given: Any) -> None:
     """Tune, then train with the accumulating loop. A demonstration and a smoke test, not a trainer."""
-    asked = CallOptions(rest, **given)
-    if asked.command:
+    call = CallOptions(rest, **given)
+    if call.command:
         raise UsageError("train needs a JOB that builds the model: a command trains by itself")
-    asked.alone("train runs in one process", "in a script of your own, autoaccum.tune and Accumulator run on every rank (examples/ddp.py)")
-    if asked.form not in ("text", "json"):
-        raise UsageError(f"train prints text or json: use tune for --format {asked.form}")
-    planned = asked.tuned()
-    asked.trained(planned, epochs)
+    call.alone("train runs in one process", "in a script of your own, autoaccum.tune and Accumulator run on every rank (examples/ddp.py)")
+    if call.form not in ("text", "json"):
+        raise UsageError(f"train prints text or json: use tune for --format {call.form}")
+    plan = call.tuned()
+    call.trained(plan, epochs)
 
 
 @cli.command(epilog=_EPILOG)
@@ -195,21 +198,21 @@ def estimate(
         pictures.ready(timeline)
     names = profiles.names() if all_gpus else list(gpus)
     request = Request(target_batch, None, headroom, max_micro_batch, equal)
-    found = estimate_source(
+    estimates = estimate_source(
         parse_source(job, settings, rest or ()),
         request,
         names,
         on_output=write_nothing if quiet else write_stderr,
         timeline=gpus[0] if timeline is not None else None,
     )
-    click.echo(report.as_json(found.as_dict()) if as_json else found.explain())
+    click.echo(report.as_json(estimates.as_dict()) if as_json else estimates.explain())
     if output is not None:
-        output.write_text(report.as_json(found.as_dict()) + "\n")
+        output.write_text(report.as_json(estimates.as_dict()) + "\n")
     if timeline is not None:
-        pictures.draw(found, timeline)
+        pictures.draw(estimates, timeline)
         if not quiet:
             click.echo(f"drawn: {timeline}", err=True)
-    return 3 if gpus and not all(each.fits for each in found.gpus) else 0
+    return 3 if gpus and not all(card.fits for card in estimates.gpus) else 0
 
 
 @cli.command(epilog=_EPILOG)
@@ -260,10 +263,10 @@ def fleet(
     if job is None and not by_hand:
         raise UsageError("fleet needs a JOB whose memory is simulated, or --fixed SIZE and --per-sample SIZE (say `demo` as JOB for the built-in demo)")
     origin = None if job is None else parse_source(job, settings, rest or ())
-    found = forecaster.fleet(gpus, target_batch=target_batch, job=origin, on_output=write_nothing if quiet else write_stderr, **given)
-    click.echo(report.as_json(found.as_dict()) if as_json else found.explain())
+    forecast = forecaster.fleet(gpus, target_batch=target_batch, job=origin, on_output=write_nothing if quiet else write_stderr, **given)
+    click.echo(report.as_json(forecast.as_dict()) if as_json else forecast.explain())
     if output is not None:
-        found.plan().save(output)
+        forecast.plan().save(output)
 
 
 @cli.group(name="profiles")
@@ -275,8 +278,8 @@ def profiles_() -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def list_(as_json: bool) -> None:
     """Every card that is known."""
-    found = [profiles.load(name) for name in profiles.names()]
-    click.echo(report.as_json({"schema": "autoaccum.profiles/1", "gpus": [profiles.document(each) for each in found]}) if as_json else report.profiles(found))
+    cards = [profiles.load(name) for name in profiles.names()]
+    click.echo(report.as_json({"schema": "autoaccum.profiles/1", "gpus": [profiles.document(card) for card in cards]}) if as_json else report.profiles(cards))
 
 
 @profiles_.command()
@@ -284,8 +287,8 @@ def list_(as_json: bool) -> None:
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def show(name: str, as_json: bool) -> None:
     """One card, each number with its source. NAME may be a file of your own, NAME.toml."""
-    found = profiles.read(Path(name)) if name.endswith(".toml") else profiles.load(name)
-    click.echo(report.as_json({"schema": "autoaccum.profile/1", **profiles.document(found)}) if as_json else report.profile(found))
+    card = profiles.read(Path(name)) if name.endswith(".toml") else profiles.load(name)
+    click.echo(report.as_json({"schema": "autoaccum.profile/1", **profiles.document(card)}) if as_json else report.profile(card))
 
 
 @profiles_.command()
@@ -293,7 +296,7 @@ def show(name: str, as_json: bool) -> None:
 @click.option("-o", "--output", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE.toml", help="Write it there instead of to stdout.")
 def record(device: str, output: Path | None) -> None:
     """Measure the card that is here and write its data file."""
-    from autoaccum.devices import calibrate  # torch, and a card
+    from autoaccum.devices import calibrate  # imports torch, and needs a card
 
     text = profiles.written(calibrate(device))
     if output is None:
@@ -323,46 +326,46 @@ def clear() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit code."""
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; nobody here needs NumPy
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # a warning of torch; autoaccum needs no NumPy
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     words = list(sys.argv[1:] if arguments is None else arguments)
-    # click would swallow the `--`: what follows it is not ours to parse.
-    ours, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, None)
-    wants_json = "--json" in ours or any(a == "--format=json" or (a == "--format" and b == "json") for a, b in zip(ours, [*ours[1:], ""]))
-    sys.exit(_run(ours, rest, wants_json, "--traceback" in ours))
+    # click removes the `--`, so it is split off here: the words after it are not options of autoaccum.
+    own, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, None)
+    wants_json = "--json" in own or any(a == "--format=json" or (a == "--format" and b == "json") for a, b in zip(own, [*own[1:], ""]))
+    sys.exit(_run(own, rest, wants_json, "--traceback" in own))
 
 
-def _run(ours: list[str], rest: list[str] | None, wants_json: bool, whole: bool) -> int:
+def _run(own: list[str], rest: list[str] | None, wants_json: bool, full_traceback: bool) -> int:
     try:
-        code = cli.main(args=ours, prog_name="autoaccum", obj=rest, standalone_mode=False)
+        code = cli.main(args=own, prog_name="autoaccum", obj=rest, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
-    except click.exceptions.NoArgsIsHelpError as nothing:
-        click.echo(nothing.format_message(), err=True)
+    except click.exceptions.NoArgsIsHelpError as error:
+        click.echo(error.format_message(), err=True)
         return 2
-    except click.ClickException as wrong:
-        return _failed(UsageError(wrong.format_message()), wants_json, whole)
+    except click.ClickException as error:
+        return _failed(UsageError(error.format_message()), wants_json, full_traceback)
     except AutoaccumError as error:
-        return _failed(error, wants_json, whole)
+        return _failed(error, wants_json, full_traceback)
     except (KeyboardInterrupt, click.Abort):
         if wants_json:
             click.echo(report.as_json({**report.error(AutoaccumError("interrupted")), "error": "KeyboardInterrupt", "exit_code": 130}))
         click.echo("interrupted", err=True)
         return 130
-    except BrokenPipeError:  # the reader of our stdout went away; Python would complain again at its end
+    except BrokenPipeError:  # the reader of stdout has closed it; without this, Python reports the error again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 0
-    except Exception as error:  # the job's own, raised while it trains in this process
+    except Exception as error:  # an error of the job, which trains in this process
         if oom.is_oom(error):
-            return _failed(OutOfMemory(f"training ran out of memory: {error}"), wants_json, whole)
-        return _failed(JobFailed(str(error), kind=type(error).__name__, text=in_short(error), whole=traces.format_exc()), wants_json, whole)
+            return _failed(OutOfMemory(f"training ran out of memory: {error}"), wants_json, full_traceback)
+        return _failed(JobFailed(str(error), kind=type(error).__name__, text=in_short(error), whole=traces.format_exc()), wants_json, full_traceback)
 
 
-def _failed(error: AutoaccumError, wants_json: bool, whole: bool) -> int:
+def _failed(error: AutoaccumError, wants_json: bool, full_traceback: bool) -> int:
     if wants_json:
         click.echo(report.as_json(report.error(error)))
     if isinstance(error, JobFailed) and error.text:
-        click.echo((error.whole if whole else error.text).rstrip(), err=True)
+        click.echo((error.whole if full_traceback else error.text).rstrip(), err=True)
     kind = f"{error.kind}: " if isinstance(error, JobFailed) and error.kind else ""
     click.echo(f"autoaccum: {kind}{error}", err=True)
     return error.exit_code

@@ -1,4 +1,4 @@
-"""Epochs of a job with the accumulating loop: what `autoaccum train` runs. A demonstration, not a trainer."""
+"""The epochs that `autoaccum train` runs, with the `Accumulator`. A demonstration, not a trainer."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from autoaccum.window import Job, Source, as_jobs, load
 
 @dataclass(frozen=True)
 class Epoch:
-    """One epoch: its number from 1, mean loss over its samples, optimizer steps, samples, seconds."""
+    """One epoch: its number, counted from 1, the mean loss over its samples, optimizer steps, samples, and seconds."""
 
     number: int
     loss: float
@@ -41,12 +41,13 @@ def train(
     virtual: str | None = None,
     on_output: Callable[[str], None] = print,
 ) -> Iterator[Epoch]:
-    """Trains the job as planned and yields each epoch when it has ended.
+    """Trains the job with its plan and yields each epoch when it has ended.
 
-    memory_limit: enforced while training on a CPU or a GPU, as a container would. virtual: a card to charge it all to,
-    while it runs on the CPU. A job without `data`
-    trains on its batch, one step an epoch, and `say` is told. The order of samples depends on nothing but the
-    epoch. Raises `PlanError` for data of fewer samples than the plan's share.
+    memory_limit: enforced during training on a CPU or a GPU, as in a container.
+    virtual: a card to which all memory is charged; the job then runs on the CPU.
+    on_output: called with a message if the job has no `data`. Such a job trains on its batch, one step an epoch.
+    The order of samples depends only on the number of the epoch.
+    Raises `PlanError` for data with fewer samples than the plan's share.
     """
     label = plan.device.label if virtual is None else "cpu"
     device = devices.get(label)
@@ -61,8 +62,8 @@ def train(
         raise PlanError(f"the job's data has {len(job.data)} samples, fewer than the target batch of {plan.share}: choose a smaller one")
     limit = parse_size(memory_limit) if memory_limit is not None else None
     gpu = None if virtual is None else VirtualGpu(virtual)
-    held: Any = device.capped(limit) if limit is not None else nullcontext()
-    with held, gpu or nullcontext():
+    cap: Any = device.capped(limit) if limit is not None else nullcontext()
+    with cap, gpu or nullcontext():
         for number in range(1, epochs + 1):
             started, steps, samples, total = time.perf_counter(), 0, 0, 0.0
             windows = iter(plan.windows(_loader(job, plan, number), split=job.split))
@@ -77,7 +78,7 @@ def train(
 
 
 def _next(windows: Iterator[Window], gpu: VirtualGpu | None) -> Window | None:
-    """The next window, None after the last. It and what it is loaded from lie in host memory, also of a card that is not here."""
+    """The next window; None after the last. A virtual card is not charged for the window and the loader's data: they are host memory."""
     if gpu is None:
         return next(windows, None)
     with gpu.paused():
@@ -88,7 +89,7 @@ def _next(windows: Iterator[Window], gpu: VirtualGpu | None) -> Window | None:
 
 
 def _on_the_card(loss: Callable[[Any, Any], Any], model: Any, batch: Any) -> Any:
-    """The loss on a copy of the micro-batch, as moving it to a card would make one."""
+    """The loss on a copy of the micro-batch, because moving it to a real card would make a copy."""
     return loss(model, batches.changed(batch, torch.clone))
 
 
@@ -102,5 +103,5 @@ def _loader(job: Job, plan: Plan, epoch: int) -> Iterable[Any]:
 
 
 def _is_dataset(data: Any) -> bool:
-    """A map-style dataset, or a tensor of samples; a list is one of batches."""
+    """True for a map-style dataset or a tensor of samples. A list holds batches."""
     return hasattr(data, "__getitem__") and isinstance(data, Sized) and not isinstance(data, (list, tuple))

@@ -1,4 +1,4 @@
-"""What the options of one call say together: checked at once, asked of `tuning`, and answered on stdout."""
+"""`CallOptions`: the options of one call. It checks them together, calls the tuner, and prints the answer on stdout."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from autoaccum.simulate import profiles
 from autoaccum.tuner import check_command, check_source, compare_source, shown, tune_command, tune_source
 from autoaccum.window import Source, parse_source
 
-_WIDE = 100  # columns of a terminal that has room for a chart
+_WIDE = 100  # columns; a narrower terminal gets no chart
 
 
 class CallOptions:
-    """What the options of one call say together."""
+    """The options of one call. Raises `UsageError` if they do not fit together."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class CallOptions:
         if self.command and self.virtual is not None:
             raise UsageError("--device virtual: needs a JOB that builds the model: a command cannot be simulated")
         if self.virtual is not None:
-            profiles.load(self.virtual)  # an unknown card is told before anything is built
+            profiles.load(self.virtual)  # raises for an unknown card before the job is built
         if self.virtual is not None and objective == "throughput":
             raise UsageError("--objective throughput needs a device that is here: a simulated card has no clock")
         if self.command and (settings or largest):
@@ -80,17 +80,19 @@ class CallOptions:
         self.source: Source = parse_source(job, settings, rest or ())
 
     def alone(self, verb: str, instead: str) -> None:
-        """Raises `UsageError` under torchrun, where every rank would do the same."""
-        if (told := launched()) is not None:
-            raise UsageError(f"{verb}, and torchrun started {told.world_size}: {instead}")
+        """Raises `UsageError` under torchrun, because every rank would do the same."""
+        if (launch := launched()) is not None:
+            raise UsageError(f"{verb}, and torchrun started {launch.world_size}: {instead}")
 
     def tuned(self) -> Plan:
         if self.form == "env":
             self.alone("--format env tells the numbers of one process", "write the plan with -o FILE.json, and autoaccum.Plan.load it on every rank")
         if self.command:
             self.alone("a command is tried in one process", "run autoaccum without torchrun")
-        with self._talking() as talk:
-            return tune_command(self.command, self.request, **talk) if self.command else tune_source(self.source, self.request, cache=self.cache, **talk)
+        with self._callbacks() as callbacks:
+            return (
+                tune_command(self.command, self.request, **callbacks) if self.command else tune_source(self.source, self.request, cache=self.cache, **callbacks)
+            )
 
     def checked(self, micro_batch: int) -> Plan:
         self.alone("check rehearses on one device", "run it without torchrun")
@@ -98,14 +100,14 @@ class CallOptions:
             raise UsageError(f"--micro-batch must be at least 1, not {micro_batch}")
         if self.request.largest or (self.request.max_micro_batch or micro_batch) < micro_batch:
             raise UsageError(f"check rehearses the one size {micro_batch}: leave --largest and a smaller --max-micro-batch out")
-        with self._talking() as talk:
+        with self._callbacks() as callbacks:
             if self.command:
-                return check_command(self.command, micro_batch, self.request, **talk)
-            return check_source(self.source, micro_batch, self.request, **talk)
+                return check_command(self.command, micro_batch, self.request, **callbacks)
+            return check_source(self.source, micro_batch, self.request, **callbacks)
 
     def answer(self, planned: Plan, found: Equivalence | None = None) -> None:
         if planned.rank:
-            return  # one plan, told once
+            return  # all ranks have the same plan, so only rank 0 prints it
         if self.output is not None:
             planned.save(self.output)
         if self.plot is not None:
@@ -135,11 +137,11 @@ class CallOptions:
     def compared(self) -> None:
         if self.output is not None or self.plot is not None or self.form not in ("text", "json"):
             raise UsageError("check --equivalence alone makes no plan: leave --output, --plot and --format out, or give -b and -m")
-        found = self.equivalence()
-        print(report.as_json(found.as_dict()) if self.form == "json" else str(found), flush=True)
+        equivalence = self.equivalence()
+        print(report.as_json(equivalence.as_dict()) if self.form == "json" else str(equivalence), flush=True)
 
     def trained(self, planned: Plan, epochs: int) -> None:
-        from autoaccum.cli.epochs import train  # torch, which only training needs in this process
+        from autoaccum.cli.epochs import train  # imports torch, which only training needs in this process
 
         if self.output is not None:
             planned.save(self.output)
@@ -149,8 +151,8 @@ class CallOptions:
             print(report.text(planned), flush=True)
         if self.virtual is not None and not self.quiet:
             write_stderr("training on the CPU; what its tensors take is charged to the card, in the sizes of CPU kernels\n")
-        run = []
-        with _stdout_for_us() as answer:
+        epochs_run = []
+        with _reserved_stdout() as answer:
             for epoch in train(
                 self.source,
                 planned,
@@ -159,21 +161,21 @@ class CallOptions:
                 virtual=self.virtual,
                 on_output=write_nothing if self.quiet else write_stderr,
             ):
-                run.append(epoch)
+                epochs_run.append(epoch)
                 if self.form == "text":
                     answer(f"epoch {epoch.number}  loss {epoch.loss:.6f}  {epoch.steps} step{'s' if epoch.steps != 1 else ''} of {planned.target_batch}")
             if self.form == "json":
-                answer(report.as_json({**planned.as_dict(), "epochs": [vars(epoch) for epoch in run]}))
+                answer(report.as_json({**planned.as_dict(), "epochs": [vars(epoch) for epoch in epochs_run]}))
 
     @contextmanager
-    def _talking(self) -> Iterator[dict[str, Any]]:
-        quiet = self.quiet or ((told := launched()) is not None and told.rank > 0)
-        with shown(quiet=quiet) as drawn:
-            yield {"device": self.device, "progress": drawn, "said": write_nothing if quiet else write_stderr}
+    def _callbacks(self) -> Iterator[dict[str, Any]]:
+        quiet = self.quiet or ((launch := launched()) is not None and launch.rank > 0)
+        with shown(quiet=quiet) as callback:
+            yield {"device": self.device, "progress": callback, "on_output": write_nothing if quiet else write_stderr}
 
 
 def writable(output: Path, option: str = "--output") -> None:
-    """Raises `UsageError` where the file could not be written in the end."""
+    """Raises `UsageError` if the file cannot be written."""
     folder = output.resolve().parent
     if not folder.is_dir():
         raise UsageError(f"{option} {str(output)!r}: there is no folder {str(folder)!r}")
@@ -185,26 +187,26 @@ def writable(output: Path, option: str = "--output") -> None:
 
 
 def write_stderr(text: str) -> None:
-    """Passes on what a job prints, at once."""
+    """Writes the text that a job prints to stderr, at once."""
     sys.stderr.write(text)
     sys.stderr.flush()
 
 
 def write_nothing(text: str) -> None:
-    """In the place of `write_stderr` with --quiet."""
+    """Discards the text. It replaces `write_stderr` with --quiet."""
 
 
 @contextmanager
-def _stdout_for_us() -> Iterator[Callable[[str], None]]:
-    """While inside, what the job prints goes to stderr, and stdout is left to the answer."""
+def _reserved_stdout() -> Iterator[Callable[[str], None]]:
+    """A context manager: inside, the job's output goes to stderr. It yields a function that prints the answer on stdout."""
     sys.stdout.flush()
     answer = os.fdopen(os.dup(1), "w")
-    kept = os.dup(1)
+    original = os.dup(1)
     os.dup2(2, 1)
     try:
         yield lambda text: print(text, file=answer, flush=True)
     finally:
         sys.stdout.flush()
-        os.dup2(kept, 1)
-        os.close(kept)
+        os.dup2(original, 1)
+        os.close(original)
         answer.close()

@@ -1,4 +1,4 @@
-"""What the command line prints: reports, tables, JSON documents."""
+"""The output of the command line: reports, tables and JSON documents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ DEMO_INTRO = "demo: the 8-16-1 network of the classic tutorial, 1200 samples, SG
 
 
 def text(plan: Plan) -> str:
-    """The plan in words; the built-in demo says that it is one."""
+    """The plan in words. The plan of the built-in demo gets an introduction."""
     lines = [plan.explain()]
     if plan.job == "demo":
         lines.insert(0, DEMO_INTRO)
@@ -31,20 +31,20 @@ def text(plan: Plan) -> str:
 
 
 def as_json(document: Any) -> str:
-    """One document that strict readers take: a figure that is nan or infinite is null."""
+    """The document as JSON that strict parsers accept: nan and infinite figures become null."""
     return json.dumps(_finite(document), indent=2, ensure_ascii=False, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_finite(each) for each in value]
+        return [_finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def env(plan: Plan) -> str:
-    """Shell assignments. On a CPU also the two settings that make glibc's allocator as steady as it was measured."""
+    """Shell assignments of the plan. On a CPU also the two settings of glibc's allocator that the trials had."""
     values = {
         "AUTOACCUM_TARGET_BATCH": str(plan.target_batch),
         "AUTOACCUM_MICRO_BATCH": str(plan.micro_batch),
@@ -66,40 +66,40 @@ def error(raised: AutoaccumError) -> dict[str, Any]:
         "error": name,
         "message": str(raised),
         "exit_code": raised.exit_code,
-        "trials": [trial(each) for each in trials],
+        "trials": [trial(reading) for reading in trials],
     }
 
 
 def trial(reading: Reading) -> dict[str, Any]:
-    """One trial as the documents show it."""
-    told = ("micro_batch", "accumulation_steps", "outcome", "phase", "peak_bytes", "seconds", "cached", "full")
-    return {name: getattr(reading, name) for name in told}
+    """One trial in the documents."""
+    names = ("micro_batch", "accumulation_steps", "outcome", "phase", "peak_bytes", "seconds", "cached", "full")
+    return {name: getattr(reading, name) for name in names}
 
 
 def profile(found: Profile) -> str:
-    """One card, each number with where it comes from."""
+    """One card, each number with its source."""
     lines = [f"{found.label}: {found.name}, {found.architecture}, {found.backend}"]
     for name, figure in found.figures():
-        shown = f"{figure.value:,} bytes, {in_words(figure.value)}" if name.endswith("bytes") else f"{figure.value:.4g}"
-        lines.append(f"  {name}: {shown}\n    {'estimated' if figure.estimated else 'source'}: {figure.source}")
+        value = f"{figure.value:,} bytes, {in_words(figure.value)}" if name.endswith("bytes") else f"{figure.value:.4g}"
+        lines.append(f"  {name}: {value}\n    {'estimated' if figure.estimated else 'source'}: {figure.source}")
     return "\n".join(lines)
 
 
 def profiles(found: Sequence[Profile]) -> str:
     """All cards, one a line."""
     lines = [f"{'name':24}{'total':>10}  {'architecture':14}driver's name"]
-    lines += [f"{each.label:24}{in_words(each.total_bytes):>10}  {each.architecture:14}{each.name}" for each in found]
+    lines += [f"{card.label:24}{in_words(card.total_bytes):>10}  {card.architecture:14}{card.name}" for card in found]
     return "\n".join(lines)
 
 
 def devices(found: Sequence[tuple[Facts, Memory]]) -> str:
-    """A table of devices, one a line, with who else is there below each."""
+    """A table of devices, one a line. Other processes on a device are listed below it."""
     lines = [f"{'device':8}{'total':>11}{'free':>11}{'ours':>11}  binds      name"]
     for facts, memory in found:
         unit = unit_for(memory.total_bytes)
         figures = "".join(f"{number(bytes_, unit):>7} {unit}" for bytes_ in (memory.total_bytes, memory.free_bytes, memory.ours_bytes))
         lines.append(f"{facts.label:8}{figures}  {memory.binding_limit:9}  {facts.name}")
-        lines += [f"{'':8}process {other.pid}, {other.name}: {in_words(other.bytes) if other.bytes else 'holds memory'}" for other in memory.others]
+        lines += [f"{'':8}process {process.pid}, {process.name}: {in_words(process.bytes) if process.bytes else 'holds memory'}" for process in memory.others]
     return "\n".join(lines)
 
 
@@ -116,7 +116,7 @@ def devices_document(found: Sequence[tuple[Facts, Memory]]) -> dict[str, Any]:
                 "total_bytes": memory.total_bytes,
                 "free_bytes": memory.free_bytes,
                 "ours_bytes": memory.ours_bytes,
-                "others": [{"pid": other.pid, "bytes": other.bytes, "name": other.name} for other in memory.others],
+                "others": [{"pid": process.pid, "bytes": process.bytes, "name": process.name} for process in memory.others],
                 "binding_limit": memory.binding_limit,
             }
             for facts, memory in found

@@ -1,4 +1,4 @@
-"""From what was found to the plan that the user gets."""
+"""The assembly of a `Plan` from the result of the search and the readings of the trials."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ def assemble_plan(
     *,
     searched: bool = True,
 ) -> Plan:
-    """The plan of one device, of one window's micro-batches `sizes`.
+    """Returns the plan of one device.
 
-    found: what the search found. confirmed: the confirming run, None for a rank without a share. budget: under which it ran.
-    started: `time.monotonic()` when tuning began. remarked: further warnings. searched: False for a size that was given, which gets no hints.
+    found: the result of the search. confirmed: the reading of the confirming run; None for a rank without a share.
+    sizes: the micro-batches of one window. budget: the budget of the confirming run.
+    started: `time.monotonic()` when tuning began. remarked: further warnings.
+    searched: False if the user gave the size; the plan then has no hints.
     """
     subject = rehearsal.subject()
     memory = budget.memory
@@ -48,8 +50,8 @@ def assemble_plan(
         shares=(request.target_batch,),
         rank=0,
         world_size=1,
-        largest_fit=max((each.micro_batch for each in trials.readings if each.fits and each.micro_batch not in trials.refused), default=most),
-        smallest_refused=min((each.micro_batch for each in trials.readings if not each.fits and each.micro_batch > most), default=None),
+        largest_fit=max((reading.micro_batch for reading in trials.readings if reading.fits and reading.micro_batch not in trials.refused), default=most),
+        smallest_refused=min((reading.micro_batch for reading in trials.readings if not reading.fits and reading.micro_batch > most), default=None),
         device=PlannedDevice(subject.device.kind, subject.device.name, subject.device.uuid, memory.total_bytes, memory.free_bytes, subject.device.index),
         shapes=(confirmed.shapes if confirmed is not None else None) or {},
         budget_bytes=budget.budget_bytes,
@@ -59,17 +61,17 @@ def assemble_plan(
         samples_per_second=request.target_batch / confirmed.window_seconds if confirmed is not None and confirmed.window_seconds else None,
         trials=tuple(
             TrialRecord(
-                each.micro_batch,
-                each.accumulation_steps,
-                each.outcome,
-                each.phase,
-                each.peak_bytes,
-                round(each.seconds, 4),
-                each.cached,
-                each.full,
-                _rate(each, request.target_batch),
+                reading.micro_batch,
+                reading.accumulation_steps,
+                reading.outcome,
+                reading.phase,
+                reading.peak_bytes,
+                round(reading.seconds, 4),
+                reading.cached,
+                reading.full,
+                _rate(reading, request.target_batch),
             )
-            for each in trials.readings
+            for reading in trials.readings
         ),
         objective=request.objective,
         seconds=round(time.monotonic() - started, 4),
@@ -100,53 +102,53 @@ def assemble_plan(
 
 def _warnings(rehearsal: Rehearser, request: Request, trials: TrialLog, sizes: tuple[int, ...], budget: Budget, remarked: tuple[str, ...]) -> tuple[str, ...]:
     subject = rehearsal.subject()
-    unequal = compared(rehearsal, max(sizes)) if sizes else ()
+    split_warnings = compared(rehearsal, max(sizes)) if sizes else ()
     remarks = dict.fromkeys(remark for reading in trials.readings for remark in reading.remarks)
     messages = [*subject.remarks, *remarked, *remarks]
     if subject.batch_norms and len(sizes) > 1:
-        shown = ", ".join(subject.batch_norms[:3]) + (" and more" if len(subject.batch_norms) > 3 else "")
+        layers = ", ".join(subject.batch_norms[:3]) + (" and more" if len(subject.batch_norms) > 3 else "")
         messages.append(
-            f"BatchNorm ({shown}) sees micro-batches of {sizes[0]}, not the whole batch of {request.target_batch}: its statistics differ from one big batch"
+            f"BatchNorm ({layers}) sees micro-batches of {sizes[0]}, not the whole batch of {request.target_batch}: its statistics differ from one big batch"
         )
         if sizes[0] == 2:
             messages.append(
                 "an odd last window leaves one sample alone, which BatchNorm may refuse: plan.windows(loader, drop_last=True) leaves that window out"
             )
-    messages += unequal
+    messages += split_warnings
     if budget.memory.outside_bytes is None and budget.cap_bytes is not None:
         messages.append(f"nobody said what the driver's context takes of the limit: {in_words(ASSUMED_OUTSIDE)} were assumed")
     return tuple(messages)
 
 
 def _rate(reading: Reading, target: int) -> float | None:
-    """Samples per second: of the whole window in a run of it, else of its first micro-batches, with the optimizer's step."""
+    """Samples per second, optimizer step included: over the whole window in a full run, else over its first two micro-batches."""
     if not reading.fits or not reading.window_seconds:
         return None
     return (target if reading.full else sum(window_led_by(target, reading.micro_batch)[:2])) / reading.window_seconds
 
 
 def compared(rehearsal: Rehearser, largest: int) -> tuple[str, ...]:
-    """A short look at whether accumulation is exact for this job, as warnings. What fails here says nothing about the plan."""
+    """Compares the gradient of a split batch on a few samples; returns warnings. If the comparison fails, the plan does not change."""
     if largest < 2 and not rehearsal.enforces:
-        # Two samples at once might be too many, and nothing would stop them.
+        # Two samples at once might not fit, and nothing enforces the budget here.
         return ("whether splitting changes the gradient was not compared, because that takes two samples at once: see autoaccum.equivalence",)
     try:
-        found = rehearsal.compare(min(COMPARED_SAMPLES, max(largest, 2)))
+        equivalence = rehearsal.compare(min(COMPARED_SAMPLES, max(largest, 2)))
     except DeviceError:
         raise
     except Exception as error:
         if oom.is_oom(error) or (isinstance(error, JobFailed) and error.kind in ("OutOfMemoryError", "MemoryError")):
             return ()
         return (f"whether splitting changes the gradient could not be seen: {error.kind if isinstance(error, JobFailed) else type(error).__name__}: {error}",)
-    # BatchNorm is told of beside it, with the figure that matters: the micro-batch's.
-    return (found.message,) if found is not None and found.exact is False and found.cause != "batch-norm" else ()
+    # `_warnings` reports BatchNorm, with the micro-batch.
+    return (equivalence.message,) if equivalence is not None and equivalence.exact is False and equivalence.cause != "batch-norm" else ()
 
 
 def versions() -> dict[str, str]:
-    """Of what a plan was made with."""
-    found = {"autoaccum": __version__, "python": platform.python_version()}
+    """The versions of autoaccum, Python and torch."""
+    installed = {"autoaccum": __version__, "python": platform.python_version()}
     try:
-        found["torch"] = importlib.metadata.version("torch")
+        installed["torch"] = importlib.metadata.version("torch")
     except importlib.metadata.PackageNotFoundError:
-        found["torch"] = "unknown"
-    return found
+        installed["torch"] = "unknown"
+    return installed

@@ -1,4 +1,4 @@
-"""Tuning a command that nobody edited."""
+"""Tuning of a foreign command: an unmodified script that takes its micro-batch as an argument."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from autoaccum.tuner.trial_log import TrialLog
 
 
 def tune_command(words: Sequence[str], request: Request, *, device: str = "auto", progress: Progress | None = None, on_output: Callable[[str], None]) -> Plan:
-    """As `tune`, for a command that takes `{micro_batch}` and `{accumulation_steps}`: equal micro-batches, fewest steps.
+    """Tunes a command that takes `{micro_batch}` and `{accumulation_steps}`: equal micro-batches, fewest steps.
 
-    Raises `JobFailed` where the command fails for another reason than memory.
+    on_output: called with the text that the command prints.
+    Raises `JobFailed` if the command fails for another reason than memory.
     """
     if request.objective == "throughput":
         raise UsageError("--objective throughput times windows, and of a command only the whole run can be timed, its start included: leave it out")
@@ -31,19 +32,19 @@ def tune_command(words: Sequence[str], request: Request, *, device: str = "auto"
         def fits(micro_batch: int, steps: int) -> Reading:
             return trials.measure(command, arithmetic.micro_batches(target, steps))
 
-        # Not from one sample on: a script in micro-batches of one is the slowest run there is.
-        found = search.largest(fits, target, candidates, budget_bytes=lambda: budget.budget_bytes, daring=command.enforces, start=max(target // 16, 1))
-        if not found.micro_batch:
+        # The search does not start at one sample: a run with micro-batches of one is the slowest.
+        result = search.largest(fits, target, candidates, budget_bytes=lambda: budget.budget_bytes, daring=command.enforces, start=max(target // 16, 1))
+        if not result.micro_batch:
             raise nothing_fits(command, trials, candidates[0], target, budget)
-        sizes = arithmetic.micro_batches(target, found.accumulation_steps)
-        confirmed = next(each for each in trials.readings if each.micro_batch == found.micro_batch)
-        return assemble_plan(command, request, trials, str(template), found, confirmed, sizes, budget, started, ())
+        sizes = arithmetic.micro_batches(target, result.accumulation_steps)
+        confirmed = next(reading for reading in trials.readings if reading.micro_batch == result.micro_batch)
+        return assemble_plan(command, request, trials, str(template), result, confirmed, sizes, budget, started, ())
 
 
 def check_command(
     words: Sequence[str], micro_batch: int, request: Request, *, device: str = "auto", progress: Progress | None = None, on_output: Callable[[str], None]
 ) -> Plan:
-    """Runs the command once at one given size. Raises `OutOfMemory` where it does not fit."""
+    """Runs the command once at the given micro-batch. Raises `OutOfMemory` if it does not fit."""
     if request.target_batch % micro_batch:
         raise UsageError(f"a command runs equal micro-batches: {micro_batch} does not divide a target batch of {request.target_batch}")
     template, trials, started = Template(tuple(words)), TrialLog(progress), time.monotonic()

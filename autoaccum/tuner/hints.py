@@ -1,4 +1,4 @@
-"""Sentences below a plan: what would be easier."""
+"""The hints below a plan: sentences about settings that would be easier."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ def hints(
     steady: bool,
     equal_is: str = "--equal",
 ) -> Iterator[str]:
-    """Sentences for the report of a plan.
+    """Yields the hints of a plan.
 
-    found: what the search found. sizes: the plan's micro-batches. equal: whether only equal ones were asked
-    for. most_allowed: the largest that was allowed. smallest: the smallest that the job's layers allow.
-    equal_is: how the caller says that. for_command: a foreign script, whose micro-batches are equal always; steady: it ran with a steady malloc.
+    found: the result of the search. sizes: the plan's micro-batches. equal: True if only equal micro-batches are allowed.
+    most_allowed: the largest micro-batch that the user allows. smallest: the smallest micro-batch that the job's layers allow.
+    for_command: True for a foreign command, whose micro-batches are always equal. steady: True if it ran with a steady malloc.
+    equal_is: how the caller writes the option for equal micro-batches.
     """
     target, most = sum(sizes), found.largest_fit
     if for_command and steady and len(sizes) > 1:
         settings = " ".join(f"{name}={value}" for name, value in STEADY_MALLOC.items())
         yield f"measured with {settings} in the environment, which makes freed memory go back at once: set them for training too"
     if equal:
-        # How much fits between the answer and the next divisor is known only where something predicts it.
+        # No trial ran between the answer and the next divisor. Only a prediction says how much fits there.
         above = (found.smallest_refused or target + 1) - 1
         most = min(max(most, found.predicted_largest or above), most_allowed or target)
         fewest = math.ceil(target / most)

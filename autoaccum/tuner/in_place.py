@@ -1,4 +1,4 @@
-"""The line's doors: one's own objects, a job that a file builds, a command; alone, or under torchrun with every rank."""
+"""The function `tune`: it tunes the user's own objects in this process, on one device or, under torchrun, on every rank."""
 
 from __future__ import annotations
 
@@ -49,66 +49,74 @@ def tune(
     progress: Progress | bool | None = None,
     **job: Any,
 ) -> Plan:
-    """The plan with the fewest accumulation steps that fits `target_batch` on the device at hand.
+    """Returns the plan with the fewest accumulation steps for `target_batch` that fits the device.
 
-    model, optimizer, loss, batch: as in `Job`, with its keywords; or a `Job` alone; or a list of jobs that run one
-    after the other in every window, all resident, on the first one's batch (a GAN's discriminator and generator).
-    All is rehearsed in place and comes back bit-identical, random number generators included.
-    device: where the parameters are; another one is refused. memory_limit: bytes or `"2GiB"`, enforced.
-    headroom: kept aside, a size or a percentage of the budget. max_micro_batch: no larger one is tried.
-    equal: equal micro-batches only. largest: search the exact largest micro-batch, not only those that save
-    a step. objective: "throughput" also times smaller micro-batches, in whole windows, and takes the fastest (of those within 2 % of it
-    the one with the lowest peak). timeout_s: per trial; a longer one counts as not fitting. progress: called along the way; True for a line on stderr after every trial.
-    cache: start from what earlier runs of the same job read on the same device (`autoaccum cache list`), and remember what this one does;
-    the plan is made anew, and confirmed by a run. On one device alone.
-    lengths: also plans for shorter samples, `Plan.for_length(length)`: batch is then `make_batch(n, length)`, or tensors with the length
-    as their second dimension. The plan that comes back is the longest's. On one device alone.
+    Trials run on the given objects. Afterwards these objects and the random number generators are bit-identical to before.
 
-    Under torchrun every rank calls this, after `torch.distributed.init_process_group` and before `fully_shard` (before or after
-    DistributedDataParallel). Each rehearses on its own device, and the shares of the plan let all finish together: unlike
-    GPUs get unlike shares, a rank that cannot hold a sample none. equal: the same share and micro-batches on every rank. lockstep: the same number of
-    micro-steps on every rank, for engines that communicate in forward. rank_timeout_s: after which a missing rank is an error.
+    model, optimizer, loss, batch: as in `Job`, with its keywords. Instead of them: a `Job`, or a list of jobs (a GAN's
+    discriminator and generator). The jobs of a list run one after the other in every window, all resident, on the first
+    job's batch.
+    device: the device of the parameters; any other device raises `NoSuchDevice`.
+    memory_limit: bytes or a text such as `"2GiB"`; it is enforced.
+    headroom: memory that stays free, as a size or as a percentage of the budget.
+    max_micro_batch: the largest micro-batch to try. equal: equal micro-batches only.
+    largest: search the exact largest micro-batch, not only those that save a step.
+    objective: "throughput" also times whole windows of smaller micro-batches and takes the fastest. If several are within
+    2 % of the fastest, it takes the one with the lowest peak.
+    timeout_s: seconds per trial; a trial that takes longer counts as not fitting.
+    progress: a callback for progress events; True prints a line on stderr after every trial.
+    cache: start from the readings of earlier runs of the same job on the same device (`autoaccum cache list`), and keep the
+    readings of this run. A run still confirms the plan. For one device only.
+    lengths: also plan for shorter samples, see `Plan.for_length(length)`. batch is then `make_batch(n, length)`, or tensors
+    with the length as their second dimension. `tune` returns the plan of the longest samples. For one device only.
 
-    What the plan warns of (`Plan.warnings`) is warned of here, too.
-    Raises `NothingFits`, `UsageError`, `JobError`, `DeviceError`, `RanksDisagree`, and whatever the job's own code raises,
+    Under torchrun, every rank calls `tune`, after `torch.distributed.init_process_group` and before `fully_shard` (before or
+    after DistributedDataParallel). Each rank runs trials on its own device. The plan's shares let all ranks finish at the
+    same time: unlike GPUs get unlike shares, and a rank that cannot hold a sample gets none.
+    equal: also the same share and micro-batches on every rank.
+    lockstep: the same number of micro-steps on every rank, for engines that communicate in forward.
+    rank_timeout_s: seconds after which a missing rank is an error.
+
+    `tune` also issues the plan's warnings (`Plan.warnings`) with `warnings.warn`.
+    Raises `NothingFits`, `UsageError`, `JobError`, `DeviceError`, `RanksDisagree`, and any exception of the job's own code,
     with a note of the micro-batch and the phase.
     """
     refuse_unknown_keywords(job, tune)
     if isinstance(model, (Job, list, tuple)):
         if optimizer is not None or loss is not None or batch is not None or job:
             raise UsageError("tune(job, ...) takes everything from the job: give either a Job or model, optimizer, loss and batch")
-        rehearsed = as_jobs(model)
+        jobs = as_jobs(model)
     else:
-        rehearsed = (Job(model, optimizer, loss, batch, **job),)
+        jobs = (Job(model, optimizer, loss, batch, **job),)
     request = Request(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout_s, lockstep, objective)
-    where = _where(rehearsed[0], None if device is None else str(device))
-    # In place, on a CPU, an enforced limit is also in the way of threads that other code starts meanwhile:
-    # only who asked for one gets it. Without, only sizes that are predicted to fit are run.
+    where = _where(jobs[0], None if device is None else str(device))
+    # On a CPU an enforced limit also stops threads that other code of this process starts meanwhile. So it is enforced only
+    # if the user gave one. Without it, only sizes that are predicted to fit are run.
     enforce = where.facts.kind != "cpu" or request.memory_limit is not None
     trials, idle = TrialLog(plain if progress is True else progress or None), _idle_gpu(where.facts.kind)
-    others = ranks.here(_group(rehearsed), rank_timeout_s)
+    others = ranks.here(_group(jobs), rank_timeout_s)
     if others is not None and cache:
         raise UsageError("cache=True is for one device: over ranks all rehearse at the same moments, so leave it out")
     refuse_throughput_over_ranks(request, others is not None)
     if lengths is not None:
         if others is not None:
             raise UsageError("lengths= is for one device: over ranks leave it out, and measure with the longest samples")
-        return _per_length(rehearsed, where, request, lengths, trials, idle, enforce=enforce, cache=cache)
+        return _per_length(jobs, where, request, lengths, trials, idle, enforce=enforce, cache=cache)
     if others is None:
-        with rehearsing(rehearsed, where, request.limits, enforce=enforce, on_phase=trials.phase) as rehearsal:
-            found = tune_one_device(rehearsal, request, trials, "in place", idle, reading_cache(rehearsal, "in place") if cache else None)
+        with rehearsing(jobs, where, request.limits, enforce=enforce, on_phase=trials.phase) as rehearsal:
+            plan = tune_one_device(rehearsal, request, trials, "in place", idle, reading_cache(rehearsal, "in place") if cache else None)
     else:
-        alone = tuple(_without_engine(each) for each in rehearsed)
-        _met_on(rehearsed[0])
+        single_rank_jobs = tuple(_without_engine(each) for each in jobs)
+        _warm_up_nccl(jobs[0])
         facts = where.facts
-        limits, shared = all_ranks.shared_limits(request, others, (facts.kind, facts.uuid, facts.index), buckets=alone[0].model is rehearsed[0].model)
-        with rehearsing(alone, where, limits, enforce=enforce, on_phase=trials.phase) as rehearsal:
-            found = all_ranks.tune_all_ranks(rehearsal, request, trials, "in place", others, (*idle, *shared))
-    told = [] if others is None else others.gathered(found.warnings, "warning")[: others.rank]
-    for messages in found.warnings:
-        if not any(messages in each for each in told):  # once, not once by every rank
-            warnings.warn(messages, stacklevel=2)
-    return found
+        limits, shared = all_ranks.shared_limits(request, others, (facts.kind, facts.uuid, facts.index), buckets=single_rank_jobs[0].model is jobs[0].model)
+        with rehearsing(single_rank_jobs, where, limits, enforce=enforce, on_phase=trials.phase) as rehearsal:
+            plan = all_ranks.tune_all_ranks(rehearsal, request, trials, "in place", others, (*idle, *shared))
+    reported = [] if others is None else others.gathered(plan.warnings, "warning")[: others.rank]
+    for message in plan.warnings:
+        if not any(message in each for each in reported):  # the first rank with this warning issues it
+            warnings.warn(message, stacklevel=2)
+    return plan
 
 
 def _per_length(
@@ -122,7 +130,10 @@ def _per_length(
     enforce: bool,
     cache: bool,
 ) -> Plan:
-    """One plan for each length, the longest first: what fits there fits the shorter ones, too, and is where their search begins."""
+    """Plans for each length, the longest first.
+
+    A micro-batch that fits for one length also fits for shorter samples, so their search starts from it.
+    """
     from autoaccum.data import AtLength
 
     wanted = sorted(set(lengths), reverse=True) if isinstance(lengths, (list, tuple, set, range)) else []
@@ -136,21 +147,21 @@ def _per_length(
         start = 1
         for length, shorter in zip(wanted, [*wanted[1:], wanted[-1]]):
             batch.length = length
-            found = tune_one_device(
+            plan = tune_one_device(
                 rehearsal, request, trials, "in place", idle, reading_cache(rehearsal, "in place") if cache else None, known=fitted, start=start
             )
-            plans.append((length, found))
-            # Of a longer sample's reading only that it fits says something of a shorter one.
+            plans.append((length, plan))
+            # Only the outcome "fits" of a longer sample also holds for a shorter one; its bytes do not.
             fitted += [replace(each, peak_bytes=None, activation_bytes=None, base_bytes=None) for each in trials.readings if each.fits]
-            start = max(found.micro_batch * length // shorter, 1)
+            start = max(plan.micro_batch * length // shorter, 1)
             trials = trials.again()
-    for messages in dict.fromkeys(messages for _, found in plans for messages in found.warnings):
-        warnings.warn(messages, stacklevel=3)
+    for message in dict.fromkeys(message for _, plan in plans for message in plan.warnings):
+        warnings.warn(message, stacklevel=3)
     return replace(plans[0][1], per_length=tuple(plans[::-1]))
 
 
 def refuse_unknown_keywords(given: dict[str, Any], verb: Callable[..., Any]) -> None:
-    """Raises `UsageError` for a keyword that neither `verb` nor `Job` has, with the one that was probably meant."""
+    """Raises `UsageError` for a keyword that neither `verb` nor `Job` has. The message suggests the closest keyword."""
     own = [name for name, each in inspect.signature(verb).parameters.items() if each.kind is each.KEYWORD_ONLY]
     names = [*own, *(each.name for each in fields(Job) if each.kw_only)]
     for name in given:
@@ -160,22 +171,22 @@ def refuse_unknown_keywords(given: dict[str, Any], verb: Callable[..., Any]) -> 
 
 
 def _group(jobs: Sequence[Job]) -> Any:
-    """The ranks that a model's engine carries gradients across; None for all there are."""
+    """The process group over which the model's engine reduces gradients; None for all ranks."""
     return engines.group_of(jobs[0].model)
 
 
-def _met_on(job: Job) -> None:
-    """Has the ranks of a CUDA job meet once on their cards: NCCL takes its buffers then, and they are to be there when memory is read."""
+def _warm_up_nccl(job: Job) -> None:
+    """Runs one all-reduce on the GPUs of a CUDA job. NCCL allocates its buffers then, so that memory readings include them."""
     import torch
     import torch.distributed as dist
 
     if job.device.type == "cuda":
-        with suppress(RuntimeError):  # a process group that knows no cards: then none of its buffers will be on them
+        with suppress(RuntimeError):  # a process group without CUDA has no buffers on the GPUs
             dist.all_reduce(torch.zeros(1, device=job.device), group=_group([job]))
 
 
 def _without_engine(job: Job) -> Job:
-    """The job as one rank can rehearse it, without communication. Raises `UsageError` for a model that cannot run so."""
+    """The job without its engine, so that one rank runs it without communication. Raises `UsageError` if the model cannot run so."""
     engine = engines.parallel(job.model)
     if isinstance(engine, engines.Fsdp2):
         raise UsageError("a sharded model cannot be rehearsed by one rank alone: call tune() before fully_shard(model), on every rank")
@@ -187,7 +198,7 @@ def _without_engine(job: Job) -> Job:
 
 
 def _where(job: Job, device: str | None) -> devices.Device:
-    """The device of the parameters. Raises `NoSuchDevice` if another was asked for."""
+    """The device of the parameters. Raises `NoSuchDevice` if `device` is another one."""
     placed = str(job.device)
     if device is not None and device.startswith("virtual:"):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Tuning a job that a file builds, in a child process."""
+"""Tuning of a job that a file builds, in a child process."""
 
 from __future__ import annotations
 
@@ -27,40 +27,43 @@ def tune_source(
     progress: Progress | None = None,
     on_output: Callable[[str], None] | None = None,
 ) -> Plan:
-    """As `tune`, for a job that a file builds, in a child process of its own. `said` gets what the job prints."""
+    """Tunes a job that a file builds, in a child process. The options are those of `tune`.
+
+    on_output: called with the text that the job prints.
+    """
     origin = where if isinstance(where, Source) else parse_source(where)
     refuse_throughput_over_ranks(request, launched() is not None)
     if launched() is not None:
-        return _tuned_with_ranks(origin, request, device, progress, on_output)
+        return _tune_all_ranks(origin, request, device, progress, on_output)
     with _child(origin, request, device, progress, on_output) as (child, trials, label):
         return tune_one_device(child, request, trials, label, (), reading_cache(child, label, origin) if cache else None)
 
 
-def _tuned_with_ranks(where: Source | str | None, request: Request, device: str, progress: Progress | None, on_output: Callable[[str], None] | None) -> Plan:
-    """Every rank with a child of its own, on the device of its local rank."""
+def _tune_all_ranks(where: Source | str | None, request: Request, device: str, progress: Progress | None, on_output: Callable[[str], None] | None) -> Plan:
+    """Tunes on every rank, each with its own child process, on the device of its local rank."""
     import torch.distributed as dist
 
     from autoaccum.distributed import ranks
     from autoaccum.tuner import all_ranks
 
-    told = launched()
-    assert told is not None
+    launch = launched()
+    assert launch is not None
     if device.startswith("virtual:"):
         raise UsageError("torchrun started several ranks, and a simulated card has none: for cards that are not here use autoaccum fleet")
     dist.init_process_group("gloo")
     others = ranks.here()
-    assert others is not None  # torchrun said so
+    assert others is not None  # torchrun started several ranks
     labels = devices.here()
-    mine = (
-        f"cuda:{told.local_rank % sum(each.startswith('cuda') for each in labels)}" if device in ("auto", "cuda") and labels[0].startswith("cuda") else device
+    wanted = (
+        f"cuda:{launch.local_rank % sum(name.startswith('cuda') for name in labels)}" if device in ("auto", "cuda") and labels[0].startswith("cuda") else device
     )
-    facts = devices.get(labels[0] if mine == "auto" else mine).facts
+    facts = devices.get(labels[0] if wanted == "auto" else wanted).facts
     try:
         limits, shared = all_ranks.shared_limits(request, others, (facts.kind, facts.uuid, facts.index), buckets=True)
         with _child(where, request, facts.label, progress, on_output, limits) as (child, trials, label):
-            found = all_ranks.tune_all_ranks(child, request, trials, label, others, shared)
+            plan = all_ranks.tune_all_ranks(child, request, trials, label, others, shared)
         dist.barrier()  # a rank that leaves while others are still connected may be aborted by gloo
-        return found
+        return plan
     finally:
         dist.destroy_process_group()
 
@@ -74,7 +77,7 @@ def check_source(
     progress: Progress | None = None,
     on_output: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Rehearses one given micro-batch, the whole window twice. Raises `OutOfMemory` with by how much it does not fit."""
+    """Runs the whole window with one given micro-batch twice. Raises `OutOfMemory` with the missing memory if it does not fit."""
     if not 1 <= micro_batch <= request.target_batch:
         raise UsageError(f"a micro-batch of {micro_batch} for a target batch of {request.target_batch}: give between 1 and {request.target_batch}")
     if request.equal and request.target_batch % micro_batch:
@@ -86,9 +89,9 @@ def check_source(
         sizes = arithmetic.micro_batches(request.target_batch, math.ceil(request.target_batch / micro_batch))
         norms = child.subject().batch_norms
         if sizes[0] < micro_batch:
-            # The size itself was asked for, so it is run as given, with the rest of the window smaller.
-            whole, rest = divmod(request.target_batch, micro_batch)
-            sizes = (micro_batch,) * whole + ((rest,) if rest else ())
+            # The user asked for this size, so it runs as given. The last micro-batch of the window is smaller.
+            count, rest = divmod(request.target_batch, micro_batch)
+            sizes = (micro_batch,) * count + ((rest,) if rest else ())
             if norms and rest == 1:
                 sizes = window_led_by(request.target_batch, micro_batch)
         if norms and min(sizes) < 2:
@@ -96,17 +99,17 @@ def check_source(
         reading = trials.measure(child, sizes, full=True)
         if not reading.fits:
             raise refusals.too_big(reading, sizes, unlimited(child, trials, reading, sizes, budget), budget)
-        found = search.SearchResult(micro_batch, len(sizes), micro_batch, None)
-        return assemble_plan(child, request, trials, label, found, reading, sizes, budget, started, (), searched=False)
+        result = search.SearchResult(micro_batch, len(sizes), micro_batch, None)
+        return assemble_plan(child, request, trials, label, result, reading, sizes, budget, started, (), searched=False)
 
 
 def compare_source(where: Source | str | None, request: Request, *, device: str = "auto", on_output: Callable[[str], None] | None = None) -> Equivalence:
-    """Whether splitting a batch of the job changes its gradient, in a child process. Raises `JobFailed` where the job fails."""
+    """Compares the gradient of a split batch with that of the whole batch, in a child process. Raises `JobFailed` if the job fails."""
     with _child(where, request, device, None, on_output) as (child, _, _):
-        found = child.compare(COMPARED_SAMPLES)
-        if found is None:
+        equivalence = child.compare(COMPARED_SAMPLES)
+        if equivalence is None:
             raise JobFailed("the job's process ended, or took longer than --timeout, while a few samples were compared")
-        return found
+        return equivalence
 
 
 @contextmanager

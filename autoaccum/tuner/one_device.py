@@ -1,8 +1,8 @@
-"""The line itself: job -> device memory -> trials -> search -> plan.
+"""Tuning on one device: job -> device memory -> trials -> search -> plan.
 
-A job is rehearsed on its device in growing micro-batches, each trial the real window under an enforced
-budget and undone; the search finds the fewest accumulation steps that fit; the whole window is run twice
-to confirm; the plan says so.
+A trial runs a real window of the job on its device, under an enforced budget, and restores the training state afterwards.
+The search runs trials at growing micro-batches and finds the fewest accumulation steps that fit. The whole window then runs
+twice to confirm the plan.
 """
 
 from __future__ import annotations
@@ -34,29 +34,32 @@ def tune_one_device(
     known: Sequence[Reading] = (),
     start: int = 1,
 ) -> Plan:
-    """The plan of one device.
+    """Returns the plan of one device.
 
-    shelf: readings of earlier runs, which shorten the search, and where this one's are kept. known, start: as in `search.largest`.
+    remarked: further warnings. shelf: the cache of readings. Its earlier readings shorten the search, and it keeps those of this run.
+    known, start: as in `search.largest`.
     """
     started = time.monotonic()
     subject = rehearsal.subject()
     first_budget = budget = refusals.enough(rehearsal.budget())
     target = request.target_batch
     remembered = [] if shelf is None else shelf.known(target, budget.budget_bytes)
-    # Sizes of other targets help the search; a plan tells of its own.
-    trials.readings += [each for each in remembered if each.micro_batch <= target and (each.accumulation_steps == 1) == (each.micro_batch == target)]
+    # Readings of other targets help the search. The plan lists only readings of its own target.
+    trials.readings += [
+        reading for reading in remembered if reading.micro_batch <= target and (reading.accumulation_steps == 1) == (reading.micro_batch == target)
+    ]
     try:
-        found, confirmed, sizes, budget = _searched(rehearsal, request, trials, subject, budget, shelf, [*remembered, *known], start)
+        result, confirmed, sizes, budget = _search(rehearsal, request, trials, subject, budget, shelf, [*remembered, *known], start)
     finally:
         if shelf is not None:
             shelf.keep(trials.readings, target, budget.budget_bytes)
-    return assemble_plan(rehearsal, request, trials, label, found, confirmed, sizes, budget, started, (*remarked, *drift(first_budget, rehearsal.budget())))
+    return assemble_plan(rehearsal, request, trials, label, result, confirmed, sizes, budget, started, (*remarked, *drift(first_budget, rehearsal.budget())))
 
 
-def _searched(
+def _search(
     rehearsal: Rehearser, request: Request, trials: TrialLog, subject: Subject, budget: Budget, shelf: ReadingCache | None, known: Sequence[Reading], start: int
 ) -> tuple[search.SearchResult, Reading, tuple[int, ...], Budget]:
-    """What was found, its confirming run, the window's micro-batches, and the budget that these ran under."""
+    """The result of the search, the reading of the confirming run, the window's micro-batches, and the budget of that run."""
     target = request.target_batch
     smallest = 2 if subject.batch_norms else 1
     candidates = arithmetic.candidate_sizes(target, smallest=smallest, most=request.max_micro_batch, equal=request.equal, every=request.largest)
@@ -64,15 +67,15 @@ def _searched(
         raise refusals.nothing_allowed(target, request.max_micro_batch, subject.batch_norms)
 
     def fits(micro_batch: int, steps: int) -> Reading:
-        read = trials.refused.get(micro_batch) or trials.known.get((micro_batch, steps > 1))
-        return read or trials.measure(rehearsal, window_led_by(target, micro_batch))
+        reading = trials.refused.get(micro_batch) or trials.known.get((micro_batch, steps > 1))
+        return reading or trials.measure(rehearsal, window_led_by(target, micro_batch))
 
     def budget_bytes() -> int:
         return budget.budget_bytes
 
     allowed = candidates
     while True:
-        found = search.largest(
+        result = search.largest(
             fits,
             target,
             candidates,
@@ -82,32 +85,35 @@ def _searched(
             start=start,
             known=known,
         )
-        if not found.micro_batch and known:
-            trials.readings, known = [each for each in trials.readings if not each.cached], ()  # bad news is not taken from memory
+        if not result.micro_batch and known:
+            trials.readings, known = (
+                [reading for reading in trials.readings if not reading.cached],
+                (),
+            )  # a refusal must come from a trial of this run, not from the cache
             continue
-        if not found.micro_batch:
+        if not result.micro_batch:
             raise nothing_fits(rehearsal, trials, candidates[0], target, budget)
         if subject.predicted and request.largest:
-            found = _beyond(rehearsal, trials, candidates, found, target, budget.budget_bytes)
-        sizes = arithmetic.micro_batches(target, found.accumulation_steps)
+            result = _search_above(rehearsal, trials, candidates, result, target, budget.budget_bytes)
+        sizes = arithmetic.micro_batches(target, result.accumulation_steps)
         timed = request.objective == "throughput"
         if len(sizes) == 1 and (target, False) in trials.known and not timed:
-            confirmed = trials.known[(target, False)]  # its trial was the whole window twice already
+            confirmed = trials.known[(target, False)]  # its trial already ran the whole window twice
             break
         if subject.device.kind == "cpu":
-            rehearsal.fresh()  # allocators and libraries remember sizes: confirm as training will start
+            rehearsal.fresh()  # allocators and libraries keep state of earlier sizes; training starts without it
         budget = refusals.enough(rehearsal.budget())
         confirmed = trials.measure(rehearsal, sizes, full=True, windows=throughput.WINDOWS if timed else 2)
         if confirmed.fits:
             break
         trials.refused[sizes[0]] = confirmed
         if known and shelf is not None:
-            # What was remembered promised more than there is: something changed that nobody knew of. Once more, from what is seen now.
+            # The cached readings were too optimistic, because something changed that the cache does not know. Search again without them.
             shelf.forget()
-            trials.readings = [each for each in trials.readings if not each.cached]
+            trials.readings = [reading for reading in trials.readings if not reading.cached]
             candidates = allowed
         known = ()
-        # Smaller ones are left, and the window in one piece, which holds no gradients, if it was not asked yet.
+        # Smaller sizes remain, and the window in one piece, which holds no gradients, if it was not tried yet.
         candidates = [size for size in candidates if size < sizes[0] or (size == target and (target, False) not in trials.known)]
         if not candidates:
             raise nothing_fits(rehearsal, trials, sizes[0], target, budget)
@@ -116,7 +122,7 @@ def _searched(
             raise UsageError('objective "throughput" needs a device that is here: a simulated card has no clock')
         smaller = [size for size in allowed if size < sizes[0] and size not in trials.refused]
         if not rehearsal.enforces and len(sizes) == 1 and (confirmed.peak_bytes or 0) + subject.gradient_bytes > budget.budget_bytes:
-            smaller = []  # in more than one piece gradients would be resident, and nothing would stop that
+            smaller = []  # with more than one piece gradients are resident, and nothing stops a window that is too big
 
         def timed_window(size: int) -> Reading:
             if subject.device.kind == "cpu":
@@ -125,50 +131,56 @@ def _searched(
 
         confirmed = throughput.fastest(timed_window, smaller, confirmed)
         sizes = arithmetic.micro_batches(target, confirmed.accumulation_steps)
-        found = replace(found, micro_batch=sizes[0], accumulation_steps=len(sizes))
-    return found, confirmed, sizes, budget
+        result = replace(result, micro_batch=sizes[0], accumulation_steps=len(sizes))
+    return result, confirmed, sizes, budget
 
 
-def _beyond(
-    rehearsal: Rehearser, trials: TrialLog, candidates: Sequence[int], found: search.SearchResult, target: int, budget_bytes: int
+def _search_above(
+    rehearsal: Rehearser, trials: TrialLog, candidates: Sequence[int], result: search.SearchResult, target: int, budget_bytes: int
 ) -> search.SearchResult:
-    """Simulated trials cost nothing, so the sizes above the answer are gone through until one takes too much by what it
-    holds alone: an allocator's segments make some size fail where a larger one fits."""
-    above = [size for size in candidates if size > found.micro_batch and size not in trials.refused][:512]
+    """Tries the sizes above the search's result in a simulation, where trials cost almost nothing.
+
+    A size can fail although a larger size fits, because of the allocator's segments. The loop ends at the first size whose
+    requested bytes alone exceed the budget.
+    """
+    above = [size for size in candidates if size > result.micro_batch and size not in trials.refused][:512]
     for size in above:
         reading = rehearsal.measure(window_led_by(target, size))
         if reading.fits:
             trials.readings.append(reading)
             trials.known[(size, reading.accumulation_steps > 1)] = reading
-            found = replace(found, micro_batch=size, accumulation_steps=math.ceil(target / size), largest_fit=size)
+            result = replace(result, micro_batch=size, accumulation_steps=math.ceil(target / size), largest_fit=size)
         elif reading.least_bytes is not None and reading.least_bytes > budget_bytes:
             break
-    return found
+    return result
 
 
 def nothing_fits(rehearsal: Rehearser, trials: TrialLog, micro_batch: int, target: int, budget: Budget) -> Exception:
-    """The error that even `micro_batch` does not fit, with what it would need, measured where that is safe."""
+    """The error for the smallest micro-batch, which does not fit. It names the needed memory if that can be measured safely."""
     sizes = arithmetic.micro_batches(target, math.ceil(target / micro_batch))
-    refused = [each for each in trials.readings if each.micro_batch == micro_batch]
+    refused = [reading for reading in trials.readings if reading.micro_batch == micro_batch]
     return refusals.nothing_fits(micro_batch, trials.readings, unlimited(rehearsal, trials, refused[-1], sizes, budget), budget)
 
 
 def unlimited(rehearsal: Rehearser, trials: TrialLog, refused: Reading, sizes: tuple[int, ...], budget: Budget) -> Reading | None:
-    """The refused window without the user's limit, for the figure; what the device allows is still enforced."""
+    """Runs the refused window without the user's limit, to measure the memory that it needs; the device's own limit is still enforced.
+
+    Returns None if there is no user limit, if nothing enforces limits, or if the trial did not end with an out-of-memory or a kill.
+    """
     if budget.cap_bytes is None or not rehearsal.enforces or refused.outcome not in ("oom", "killed"):
         return None
-    rehearsal.fresh()  # what ran out may have left libraries in a state that remembers it
+    rehearsal.fresh()  # libraries may keep a bad state after an out-of-memory
     return trials.measure(rehearsal, sizes, limited=False)
 
 
 def refuse_throughput_over_ranks(request: Request, over_ranks: bool) -> None:
-    """Raises `UsageError` where several ranks ask for the objective "throughput"."""
+    """Raises `UsageError` if several ranks ask for the objective "throughput"."""
     if over_ranks and request.objective == "throughput":
         raise UsageError('objective "throughput" is for one device: over ranks shares are made for the shortest time anyway, so leave it out')
 
 
 def reading_cache(rehearsal: Rehearser, label: str, origin: Source | None = None) -> ReadingCache | None:
-    """What is remembered of this job on this device; None where nothing is worth it."""
+    """The cache of readings of this job on this device; None if its readings are not worth keeping."""
     conditions = rehearsal.conditions()
     if conditions is None:
         return None

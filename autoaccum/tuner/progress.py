@@ -1,4 +1,4 @@
-"""A live line per trial: on a terminal it moves, elsewhere each trial leaves one plain line. All on stderr."""
+"""Progress lines on stderr: a live line on a terminal, and one plain line per trial elsewhere."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from autoaccum.units import in_words, seconds_in_words
 
 @contextmanager
 def shown(*, quiet: bool = False) -> Iterator[Callable[[Trying | Reading], None] | None]:
-    """A callback for `tune(progress=...)` that draws while inside; None if `quiet`."""
+    """A context manager that yields a callback for `tune(progress=...)`, which draws until the block ends; None if `quiet`."""
     if quiet:
         yield None
     elif sys.stderr.isatty():
@@ -22,16 +22,16 @@ def shown(*, quiet: bool = False) -> Iterator[Callable[[Trying | Reading], None]
 
 
 def plain(event: Trying | Reading) -> None:
-    """A line on stderr for every trial that has ended: what `tune(progress=True)` calls, also in a notebook."""
+    """Prints one line on stderr for every trial that has ended. `tune(progress=True)` uses it, also in a notebook."""
     if isinstance(event, Reading):
         print(finished(event), file=sys.stderr, flush=True)
 
 
 def finished(reading: Reading) -> str:
-    """One trial that ended, in a line."""
-    command = reading.phase == "command"  # each run is the whole command: there is no shorter trial to confirm
-    what = f"{reading.micro_batch} x {reading.accumulation_steps}" if reading.full or command else str(reading.micro_batch)
-    went = {
+    """The line for one trial that has ended."""
+    command = reading.phase == "command"  # each run is the whole command, so there is no shorter trial
+    size = f"{reading.micro_batch} x {reading.accumulation_steps}" if reading.full or command else str(reading.micro_batch)
+    outcome = {
         "fits": "fits",
         "over-budget": "fits the device but not the budget",
         "oom": f"ran out of memory in {reading.phase}",
@@ -39,9 +39,9 @@ def finished(reading: Reading) -> str:
         "timeout": f"did not finish in time, it was in {reading.phase}",
     }[reading.outcome]
     if not reading.limited:
-        return f"without the limit {what} {f'peaks at {in_words(reading.peak_bytes)}' if reading.fits and reading.peak_bytes else went}"
+        return f"without the limit {size} {f'peaks at {in_words(reading.peak_bytes)}' if reading.fits and reading.peak_bytes else outcome}"
     peak = f", peak {in_words(reading.peak_bytes)}" if reading.peak_bytes and reading.outcome in ("fits", "over-budget") else ""
-    return f"{'confirmed' if reading.full and reading.fits else 'tried'} {what}: {went}{peak}, {seconds_in_words(reading.seconds)}"
+    return f"{'confirmed' if reading.full and reading.fits else 'tried'} {size}: {outcome}{peak}, {seconds_in_words(reading.seconds)}"
 
 
 def _live() -> Iterator[Callable[[Trying | Reading], None]]:
@@ -55,8 +55,8 @@ def _live() -> Iterator[Callable[[Trying | Reading], None]]:
                 console.print(finished(event))
                 status.update("searching")
             else:
-                what = f"the whole window, {event.micro_batch} x {event.accumulation_steps}, twice" if event.full else f"a micro-batch of {event.micro_batch}"
-                where = "" if event.phase == "batch" else f": {event.phase} {event.index + 1}"
-                status.update(f"trying {what}{where}")
+                trial = f"the whole window, {event.micro_batch} x {event.accumulation_steps}, twice" if event.full else f"a micro-batch of {event.micro_batch}"
+                phase = "" if event.phase == "batch" else f": {event.phase} {event.index + 1}"
+                status.update(f"trying {trial}{phase}")
 
         yield show

@@ -1,4 +1,4 @@
-"""Runs trials, reports their progress, and keeps what they showed."""
+"""The log of trials: it runs trials, reports their progress, and keeps their readings."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from autoaccum.probe import Progress, Reading, Rehearser, Trying
 
 
 class TrialLog:
-    """Runs trials, tells progress, and remembers what was tried."""
+    """Runs trials, calls the progress callback, and keeps the readings."""
 
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
         self.readings: list[Reading] = []
-        self.known: dict[tuple[int, bool], Reading] = {}  # by micro-batch and whether gradients were resident
-        self.refused: dict[int, Reading] = {}  # confirming runs that failed
-        self._now = (0, 0, False)
+        self.known: dict[tuple[int, bool], Reading] = {}  # by micro-batch, and True if gradients were resident
+        self.refused: dict[int, Reading] = {}  # confirming runs that did not fit, by micro-batch
+        self._current = (0, 0, False)
 
     def again(self) -> TrialLog:
-        """One that tells the same listener and remembers nothing."""
+        """A new log without readings, with the same progress callback."""
         return TrialLog(self._progress)
 
     def phase(self, phase: str, index: int) -> None:
         if self._progress is not None:
-            self._progress(Trying(*self._now, phase, index))
+            self._progress(Trying(*self._current, phase, index))
 
     def measure(self, rehearsal: Rehearser, sizes: tuple[int, ...], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
-        self._now = (sizes[0], len(sizes), full)
+        self._current = (sizes[0], len(sizes), full)
         self.phase("batch", 0)
         try:
             reading = rehearsal.measure(sizes, full=full, limited=limited, windows=windows)
         except Exception as error:
-            worked = sorted({each.micro_batch for each in self.readings if each.fits})
+            worked = sorted({earlier.micro_batch for earlier in self.readings if earlier.fits})
             if worked and not isinstance(error, AutoaccumError):
                 noted(error, f"autoaccum: sizes that had worked: {', '.join(map(str, worked))}")
             if isinstance(error, JobError) and worked:

@@ -1,4 +1,4 @@
-"""What would make room on a card that is too small."""
+"""Advice for a job that does not fit a card: changes that make it need less memory."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from autoaccum.window import Job
 
 
 def advice(estimate: Estimate, job: Job) -> tuple[str, ...]:
-    """What would make room on a card that is too small, from what its memory would hold; nothing that the job is seen to do already."""
+    """Changes that make the job need less memory, each with the peak that remains, from the estimate's breakdown.
+
+    A change is left out if the job already has it, or if it saves less than 2 % of the peak.
+    """
     parts, peak, optimizer = estimate.breakdown, estimate.peak_bytes, job.optimizers[0]
     halved = all(parameter.element_size() <= 2 for parameter in job.model.parameters())
     messages = []
 
-    def would(saved: int, what: str) -> None:
+    def would(saved: int, change: str) -> None:
         if saved > 0.02 * peak:
             left = peak - saved
             verdict = "fits" if left <= estimate.budget_bytes else "still too much"
-            messages.append(f"{what}: about {in_words(left)} ({verdict})")
+            messages.append(f"{change}: about {in_words(left)} ({verdict})")
 
     would(parts["step"], "fused=True, without which a step takes that much for a moment")
     if parts["optimizer"] > 0:
@@ -35,5 +38,5 @@ def advice(estimate: Estimate, job: Job) -> tuple[str, ...]:
 
 
 def with_advice(estimate: Estimate, jobs: Sequence[Job]) -> Estimate:
-    """The same, with advice where it does not fit."""
+    """The estimate, with advice if the job does not fit."""
     return estimate if estimate.fits else replace(estimate, advice=advice(estimate, jobs[0]))

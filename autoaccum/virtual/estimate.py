@@ -1,4 +1,4 @@
-"""What a card that is not here would make of a job, and the table of several cards."""
+"""Estimates of a job on cards that are not here: `Estimate` for one card, and `Estimates` for a table of cards."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ from autoaccum.units import in_words, number, unit_for
 
 @dataclass(frozen=True)
 class Estimates:
-    """Estimates of one job on several cards, in the order they were asked for. `gpus` holds an `Estimate` each."""
+    """Estimates of one job on several cards, in the order of the request.
+
+    gpus: one `Estimate` for each card. seconds: the time that the estimates took. tape: the tape of one card's window, if requested.
+    """
 
     job: str
     target_batch: int
@@ -24,18 +27,22 @@ class Estimates:
         return self.explain()
 
     def explain(self) -> str:
-        """A table of cards, one a line, and what is to be said of them below."""
-        shapes = next((each.measured_at for each in self.gpus if each.measured_at), None) or {}
-        of = ", ".join(f"{path} {('n', *shape[1:])}".replace("'", "") for path, shape in list(shapes.items())[:4])
-        lines = [f"{self.target_batch} samples a step of {self.job}" + (f", simulated at {of}" if of else "") + "; from weights on what is held at the peak"]
+        """A table with one card a line, and notes below it."""
+        shapes = next((estimate.measured_at for estimate in self.gpus if estimate.measured_at), None) or {}
+        shape_text = ", ".join(f"{path} {('n', *shape[1:])}".replace("'", "") for path, shape in list(shapes.items())[:4])
+        lines = [
+            f"{self.target_batch} samples a step of {self.job}"
+            + (f", simulated at {shape_text}" if shape_text else "")
+            + "; from weights on what is held at the peak"
+        ]
         lines[0] += ", the rest being workspaces, a step's own, and free between blocks"
         lines.append("".join(f"{title:<{width}}" for title, width in _TABLE).rstrip())
-        lines += [_row(each) for each in self.gpus]
-        for each in self.gpus:
-            lines += _said_of(each)
-        lines += [f"warning: {warning}" for warning in dict.fromkeys(warning for each in self.gpus for warning in each.warnings)]
-        lines += [f"margin: {margin}" for margin in dict.fromkeys(each.margin for each in self.gpus)]
-        guessed = sorted({name for each in self.gpus for name in each.estimated if name in ("total_bytes", "context_bytes", "cublas_workspace_bytes")})
+        lines += [_row(estimate) for estimate in self.gpus]
+        for estimate in self.gpus:
+            lines += _notes_on(estimate)
+        lines += [f"warning: {warning}" for warning in dict.fromkeys(warning for estimate in self.gpus for warning in estimate.warnings)]
+        lines += [f"margin: {margin}" for margin in dict.fromkeys(estimate.margin for estimate in self.gpus)]
+        guessed = sorted({name for estimate in self.gpus for name in estimate.estimated if name in ("total_bytes", "context_bytes", "cublas_workspace_bytes")})
         if guessed:
             some = ", for some of these cards" if len(self.gpus) > 1 else ""
             lines.append(f"estimated, not measured{some}: {', '.join(guessed)} (autoaccum profiles show NAME)")
@@ -47,7 +54,7 @@ class Estimates:
             "schema": "autoaccum.estimate/1",
             "job": self.job,
             "target_batch": self.target_batch,
-            "gpus": [each.as_dict() for each in self.gpus],
+            "gpus": [estimate.as_dict() for estimate in self.gpus],
             "seconds": self.seconds,
         }
 
@@ -65,44 +72,48 @@ _TABLE = (
 )
 
 
-def _row(each: Estimate) -> str:
-    parts, unit = each.breakdown, unit_for(each.peak_bytes)
-    low, high = each.peak_interval_bytes
+def _row(estimate: Estimate) -> str:
+    parts, unit = estimate.breakdown, unit_for(estimate.peak_bytes)
+    low, high = estimate.peak_interval_bytes
     cells = [
-        each.gpu,
-        window_notation(each.micro_batches) if each.fits else "does not fit",
-        f"{in_words(each.peak_bytes, unit)} ({number(low, unit)} to {number(high, unit)})",
-        in_words(each.budget_bytes),
+        estimate.gpu,
+        window_notation(estimate.micro_batches) if estimate.fits else "does not fit",
+        f"{in_words(estimate.peak_bytes, unit)} ({number(low, unit)} to {number(high, unit)})",
+        in_words(estimate.budget_bytes),
         *(in_words(parts[kind]) for kind in ("parameters", "gradients", "optimizer", "activations")),
         in_words(parts["workspace"] + parts["step"] + parts["unused"]),
     ]
     return "".join(f"{cell:<{max(width, len(cell) + 1)}}" for cell, (_, width) in zip(cells, _TABLE)).rstrip()
 
 
-def _said_of(each: Estimate) -> Iterator[str]:
-    if not each.fits:
-        need, there = in_words(each.peak_bytes), in_words(each.budget_bytes)
-        close = " by the simulation, which may be off by more than what is left" if each.peak_bytes <= each.budget_bytes else ""
-        yield f"{each.gpu}: the smallest micro-batch needs {need} of {there}{close}"
-        yield from (f"  with {what}" for what in each.advice)
-    elif each.largest_micro_batch is not None and each.hard_largest_micro_batch is not None:
-        flushed = each.hard_largest_micro_batch
-        more = f", {flushed} if the allocator flushes its cache on the way, which is slow" if flushed > each.largest_micro_batch else ""
-        yield f"{each.gpu}: by the simulation alone, without headroom, the largest micro-batch is {each.largest_micro_batch}{more}"
+def _notes_on(estimate: Estimate) -> Iterator[str]:
+    if not estimate.fits:
+        need, there = in_words(estimate.peak_bytes), in_words(estimate.budget_bytes)
+        close = " by the simulation, which may be off by more than what is left" if estimate.peak_bytes <= estimate.budget_bytes else ""
+        yield f"{estimate.gpu}: the smallest micro-batch needs {need} of {there}{close}"
+        yield from (f"  with {change}" for change in estimate.advice)
+    elif estimate.largest_micro_batch is not None and estimate.hard_largest_micro_batch is not None:
+        flushed = estimate.hard_largest_micro_batch
+        more = f", {flushed} if the allocator flushes its cache on the way, which is slow" if flushed > estimate.largest_micro_batch else ""
+        yield f"{estimate.gpu}: by the simulation alone, without headroom, the largest micro-batch is {estimate.largest_micro_batch}{more}"
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a card that is not here would make of a job; bytes.
+    """The plan of a job on a card that is not here, and its memory in bytes.
 
-    fits, micro_batch, accumulation_steps, micro_batches: the plan whose peak stays below the budget even at the upper
-    end of its interval; None and empty where not even the smallest micro-batch does, and the figures are then that one's.
-    peak_bytes: simulated; peak_interval_bytes: where the real one lies in nine of ten published cases of its family.
-    breakdown: what is held at the peak: parameters, gradients, optimizer, activations, workspace, step (what an optimizer's step takes while it
-    runs), context (outside of the allocator, so no part of the peak), and unused (reserved, and free between blocks). largest_micro_batch: the largest of all without a
-    flush of the cache, with gradients resident and all of the card; hard_largest_micro_batch: the largest that survives
-    with flushes. estimated: names of the card's numbers that nobody measured or published. margin: where the interval
-    comes from. advice: what would make room.
+    fits, micro_batch, accumulation_steps, micro_batches: the plan. Its peak stays below the budget even at the upper end of its
+    interval. If not even the smallest micro-batch fits, these are False, None, None and empty, and the other figures are those
+    of the smallest micro-batch.
+    peak_bytes: the simulated peak reserved bytes.
+    peak_interval_bytes: the real peak lies in it in nine of ten published cases of the model's family.
+    breakdown: bytes at the peak, by kind: parameters, gradients, optimizer (its state), activations, workspace, step (temporary
+    memory of the optimizer step), context (outside the allocator, so not part of the peak), and unused (reserved, and free
+    between blocks).
+    largest_micro_batch: the largest without a flush of the cache, with gradients resident and the whole card.
+    hard_largest_micro_batch: the largest that still runs with flushes.
+    estimated: names of the card's numbers that are neither measured nor published. margin: the source of the interval.
+    advice: changes that make the job need less memory. measured_at: the shapes of the micro-batch, by path.
     """
 
     gpu: str
@@ -126,7 +137,7 @@ class Estimate:
 
     @property
     def spare_bytes(self) -> int:
-        """What the budget leaves above the simulated peak."""
+        """The budget minus the simulated peak, in bytes."""
         return self.budget_bytes - self.peak_bytes
 
     def as_dict(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The line for cards that are not here: a job is traced in a process of its own, and every card gets its plan."""
+"""The function `estimate`: it traces a job in a separate process and returns its plan for cards that are not here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from autoaccum.units import in_words, parse_headroom
 from autoaccum.virtual.estimate import Estimate, Estimates
 from autoaccum.window import Source, parse_source
 
-_DETAILED = 8  # for up to so many cards the largest micro-batches are searched, too
+_DETAILED = 8  # up to this number of cards, the largest micro-batches are also searched
 
 
 def estimate(
@@ -32,13 +32,14 @@ def estimate(
     max_micro_batch: int | None = None,
     equal: bool = False,
 ) -> Estimates:
-    """What cards that are not here would make of a job: fits or not, the plan, the peak, and where the memory goes.
+    """Estimates a job on cards that are not here: if it fits, its plan, its peak, and a breakdown of the memory.
 
-    job: `"train.py:make_job"`, or a function that builds the `Job` (or a list of them): it is called in a copy of this
-    process, so nothing here is touched. gpus: names or sizes (`"t4"`, `"24GiB"`), or one of them; None for every card known.
-    The other keywords as in `tune`.
+    job: `"train.py:make_job"`, or a function that builds the `Job` (or a list of jobs). The function runs in a copy of this
+    process, so this process does not change.
+    gpus: a name or a size (`"t4"`, `"24GiB"`), or a list of them; None for all known cards.
+    The other keywords are those of `tune`.
 
-    Raises `UsageError` for an unknown card, `ProfileError` for a wrong data file, `JobError` for what cannot be traced.
+    Raises `UsageError` for an unknown card, `ProfileError` for an invalid data file, `JobError` for a job that cannot be traced.
     """
     request = Request(target_batch, None, headroom, max_micro_batch, equal)
     names = [gpus] if isinstance(gpus, str) else profiles.names() if gpus is None else list(gpus)
@@ -60,25 +61,28 @@ def estimate_source(
     timeline: str | None = None,
     buckets: bool = False,
 ) -> Estimates:
-    """As `estimate`, for a job that a file builds. timeline: the card whose window is wanted as a tape, too. buckets: keeps room for
-    the gradient buckets of DistributedDataParallel."""
+    """Does the same as `estimate`, for a job that a file builds.
+
+    on_output: called with the text that the job prints. timeline: the card whose window is also returned as a tape.
+    buckets: True to keep memory free for the gradient buckets of DistributedDataParallel.
+    """
     started = time.monotonic()
-    _known(names, request)
+    _check_cards(names, request)
     origin = where if isinstance(where, Source) else parse_source(where)
     if timeline is None and len(names) > _DETAILED:
         many = _side_by_side(origin, request, names, replace(request.limits, buckets=buckets), on_output)
         return Estimates(origin.label, request.target_batch, many, round(time.monotonic() - started, 3))
     with Child(origin, f"virtual:{names[0]}", replace(request.limits, buckets=buckets), on_output=on_output) as child:
-        found = [_estimated(child, name, request, len(names)) for name in names]
+        estimates = [_estimate_card(child, name, request, len(names)) for name in names]
         tape = None
         if timeline is not None:
-            chosen = _estimated(child, timeline, request, len(names))
+            chosen = _estimate_card(child, timeline, request, len(names))
             tape = child.simulated("tape", sizes=list(chosen.micro_batches))
-    return Estimates(origin.label, request.target_batch, tuple(found), round(time.monotonic() - started, 3), tape)
+    return Estimates(origin.label, request.target_batch, tuple(estimates), round(time.monotonic() - started, 3), tape)
 
 
 def _side_by_side(origin: Source, request: Request, names: Sequence[str], limits: Limits, on_output: Callable[[str], None] | None) -> tuple[Estimate, ...]:
-    """For many cards: two processes at once, each with the cards that have traces in common."""
+    """Estimates for many cards, in two processes at the same time. Cards that share their traces are in the same process."""
     kinds: dict[bool, list[str]] = {}
     for name in dict.fromkeys(names):
         kinds.setdefault(profiles.load(name).capability // 10 in (8, 12), []).append(name)
@@ -87,59 +91,62 @@ def _side_by_side(origin: Source, request: Request, names: Sequence[str], limits
     def of(group: Sequence[str]) -> list[Estimate]:
         with Child(origin, f"virtual:{group[0]}", limits, on_output=on_output) as child:
             children.append(child)
-            return [_estimated(child, name, request, len(names)) for name in group]
+            return [_estimate_card(child, name, request, len(names)) for name in group]
 
     with ThreadPoolExecutor(len(kinds)) as pool:
-        asked = [pool.submit(of, group) for group in kinds.values()]
+        futures = [pool.submit(of, group) for group in kinds.values()]
         try:
-            found = {name: each for group, answer in zip(kinds.values(), asked) for name, each in zip(group, answer.result())}
+            estimates = {name: result for group, future in zip(kinds.values(), futures) for name, result in zip(group, future.result())}
         except BaseException:
             for child in children:
                 child.kill()
             raise
-    return tuple(found[name] for name in names)
+    return tuple(estimates[name] for name in names)
 
 
-def _known(names: Sequence[str], request: Request) -> None:
-    """Raises `UsageError` for no cards, an unknown one, and one that the headroom takes whole: before anything is built."""
+def _check_cards(names: Sequence[str], request: Request) -> None:
+    """Checks the cards before the job is built.
+
+    Raises `UsageError` for an empty list, an unknown card, or a headroom that leaves no memory of a card.
+    """
     if not names:
         raise UsageError("no card was named: give --gpu NAME, or --all-gpus")
     for name in names:
         card = profiles.load(name)
-        kept = parse_headroom(request.headroom, card.available_bytes)
+        headroom = parse_headroom(request.headroom, card.available_bytes)
         if "%" in str(request.headroom):
-            kept = max(kept, LEAST_GPU_HEADROOM)
-        if kept >= card.available_bytes:
-            raise UsageError(f"{name} leaves nothing beside a headroom of {in_words(kept)}: name a larger card, or give a smaller headroom as a size")
+            headroom = max(headroom, LEAST_GPU_HEADROOM)
+        if headroom >= card.available_bytes:
+            raise UsageError(f"{name} leaves nothing beside a headroom of {in_words(headroom)}: name a larger card, or give a smaller headroom as a size")
 
 
-def _estimated(child: Child, gpu: str, request: Request, cards: int) -> Estimate:
-    return Estimate.from_dict(child.simulated("estimate", gpu=gpu, target=request.target_batch, **_wishes(request, cards)))
+def _estimate_card(child: Child, gpu: str, request: Request, cards: int) -> Estimate:
+    return Estimate.from_dict(child.simulated("estimate", gpu=gpu, target=request.target_batch, **_search_options(request, cards)))
 
 
-def _wishes(request: Request, cards: int) -> dict[str, Any]:
+def _search_options(request: Request, cards: int) -> dict[str, Any]:
     return {"most": request.max_micro_batch, "equal": request.equal, "both": cards <= _DETAILED}
 
 
 def _forked(make: Callable[[], Any], request: Request, names: Sequence[str]) -> Estimates:
-    """In a copy of this process, because the function may live in a notebook, and tracing turns torch inside out."""
+    """Estimates in a copy of this process: the function may live in a notebook, and tracing changes torch for the whole process."""
     started = time.monotonic()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         raise UsageError("this process has used CUDA, so no copy of it can simulate a card: give the job's file, estimate('train.py:make_job', ...)")
     if not hasattr(os, "fork"):
         raise UsageError("this system cannot copy a process: give the job's file, estimate('train.py:make_job', ...)")
-    _known(names, request)
+    _check_cards(names, request)
     receive, send = os.pipe()
     sys.stdout.flush()
     sys.stderr.flush()
     parent, copy = os.getpid(), os.fork()
     if copy == 0:
-        _be_the_copy(make, request, names, receive, send, parent)
+        _run_copy(make, request, names, receive, send, parent)
     os.close(send)
     try:
-        with os.fdopen(receive) as as_document:
-            text = as_document.read()
+        with os.fdopen(receive) as pipe:
+            text = pipe.read()
     except BaseException:
         os.kill(copy, signal.SIGKILL)
         raise
@@ -155,26 +162,26 @@ def _forked(make: Callable[[], Any], request: Request, names: Sequence[str]) -> 
     )
 
 
-def _be_the_copy(make: Callable[[], Any], request: Request, names: Sequence[str], receive: int, send: int, parent: int) -> NoReturn:
-    """The copy's whole life. It must never come back into the caller's program."""
+def _run_copy(make: Callable[[], Any], request: Request, names: Sequence[str], receive: int, send: int, parent: int) -> NoReturn:
+    """Runs the copy of the process until it exits. The copy must never return to the caller's program."""
     try:
         die_with_parent(parent)
         os.close(receive)
-        os.dup2(2, 1)  # stdout is the caller's
+        os.dup2(2, 1)  # stdout belongs to the caller
         import torch
 
         from autoaccum.simulate import quieten_torch
 
         quieten_torch()
 
-        torch.set_num_threads(1)  # the pool's other threads were not copied, and would be waited for
+        torch.set_num_threads(1)  # fork does not copy the threads of torch's pool, and torch would wait for them
         with os.fdopen(send, "w") as answer:
-            json.dump(_in_the_copy(make, request, names), answer)
+            json.dump(_estimate_in_copy(make, request, names), answer)
     finally:
         os._exit(0)
 
 
-def _in_the_copy(make: Callable[[], Any], request: Request, names: Sequence[str]) -> dict[str, Any]:
+def _estimate_in_copy(make: Callable[[], Any], request: Request, names: Sequence[str]) -> dict[str, Any]:
     from autoaccum.simulate import fake_cuda
     from autoaccum.virtual import simulation
     from autoaccum.virtual.empty_weights import without_memory
@@ -185,7 +192,7 @@ def _in_the_copy(make: Callable[[], Any], request: Request, names: Sequence[str]
             jobs = as_jobs(make())
         approximate = fake_cuda()
         simulated = simulation.Simulation(jobs, profiles.load(names[0]), request.limits, approximate=approximate)
-        return {"gpus": [simulated.estimated(name, request.target_batch, **_wishes(request, len(names))) for name in names]}
+        return {"gpus": [simulated.estimated(name, request.target_batch, **_search_options(request, len(names))) for name in names]}
     except (Exception, SystemExit) as error:
         if "fork-based multiprocessing" in str(error):
             error = UsageError(

@@ -1,4 +1,4 @@
-"""The forecast of one data-parallel job on unlike GPUs that are not here, and its table."""
+"""The `Forecast` of one data-parallel job on unlike GPUs that are not here, and its table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autoaccum.units import duration_in_words
 
 @dataclass(frozen=True)
 class FleetCard:
-    """A kind of card in the fleet: how many, the most samples it holds at once, and what a window of a share takes on it."""
+    """One kind of card in the fleet: the number of cards, the largest micro-batch of each (`most`), and its time curves."""
 
     profile: Profile
     count: int
@@ -31,11 +31,13 @@ class FleetCard:
 
 @dataclass(frozen=True)
 class Forecast:
-    """One plan for a fleet that is not here. Times in seconds, predicted; `interval` is where a window's should lie.
+    """The predicted plan of a fleet that is not here. Times are in seconds; `interval` is the expected range of the window's time.
 
-    fleet: the plan itself. cards: kinds of card in the order of their ranks. link_seconds: of the all-reduce. equal_split_seconds: with the
-    same share on every rank, None where that does not fit. without: by card's name, the window if all cards of that
-    name were left out, None where the others cannot do it. lockstep_seconds: if all ranks ran the same number of micro-steps.
+    fleet: the plan. cards: the kinds of card, in the order of their ranks. link_seconds: the time of the all-reduce.
+    equal_split_seconds: the window's time with the same share on every rank; None if that does not fit.
+    lockstep_seconds: the window's time with the same number of micro-steps on every rank; None if it was not computed.
+    without: for each card's name, the window's time without all cards of that name; None if the others cannot hold a sample.
+    assumed: figures that were assumed, in words. notes: notes on the cards. seconds: the time that the forecast took.
     """
 
     job: str
@@ -56,7 +58,7 @@ class Forecast:
         return self.explain()
 
     def explain(self) -> str:
-        """The table and what is to be said of it."""
+        """The table of the fleet, and notes below it."""
         return "\n".join(_lines(self))
 
     def as_dict(self) -> dict[str, Any]:
@@ -94,7 +96,10 @@ class Forecast:
         }
 
     def plan(self, rank: int = 0) -> Plan:
-        """The plan that ranks load: `forecast.plan().save(path)`, then `Plan.load(path)` under torchrun, ranks in the order of the cards."""
+        """The plan of one rank. `forecast.plan().save(path)` writes a file that every rank loads under torchrun with `Plan.load(path)`.
+
+        The ranks have the order of the cards.
+        """
         card = self._card(rank).profile
         sizes = self._sizes(rank)
         return Plan(
@@ -142,17 +147,17 @@ class Forecast:
 _TABLE = (("gpu", 18), ("ranks", 7), ("share", 7), ("micro-batches", 22), ("most", 6), ("window", 26), ("idle", 6))
 
 
-def _lines(told: Forecast) -> Iterator[str]:
-    fleet = told.fleet
-    where = f" of {told.job}" if told.job != "by hand" else ""
-    yield f"{told.target_batch} samples a step{where} over {len(fleet.shares)} rank{'s' if len(fleet.shares) > 1 else ''}; times are estimates"
+def _lines(forecast: Forecast) -> Iterator[str]:
+    fleet = forecast.fleet
+    where = f" of {forecast.job}" if forecast.job != "by hand" else ""
+    yield f"{forecast.target_batch} samples a step{where} over {len(fleet.shares)} rank{'s' if len(fleet.shares) > 1 else ''}; times are estimates"
     yield "".join(f"{title:<{width}}" for title, width in _TABLE).rstrip()
     slowest, first = fleet.seconds(), 0
-    for card in told.cards:
+    for card in forecast.cards:
         shares = fleet.shares[first : first + card.count]
-        for share, alike in groupby(enumerate(shares, first), key=lambda each: each[1]):
-            ranks = [rank for rank, _ in alike]
-            sizes = told._sizes(ranks[0])
+        for share, group in groupby(enumerate(shares, first), key=lambda pair: pair[1]):
+            ranks = [rank for rank, _ in group]
+            sizes = forecast._sizes(ranks[0])
             low, middle, high = (curve.seconds(share) if card.most else 0.0 for curve in card.curves[::-1])
             cells = (
                 card.label,
@@ -165,21 +170,21 @@ def _lines(told: Forecast) -> Iterator[str]:
             )
             yield "".join(f"{cell:<{max(width, len(cell) + 1)}}" for cell, (_, width) in zip(cells, _TABLE)).rstrip()
         first += card.count
-    low, high = told.interval
-    per_second = told.target_batch / told.window_seconds
-    yield f"window {duration_in_words(told.window_seconds)} ({duration_in_words(low)} to {duration_in_words(high)}), of it all-reduce {duration_in_words(told.link_seconds)}: {per_second:.0f} samples a second"
-    if told.equal_split_seconds is None:
+    low, high = forecast.interval
+    per_second = forecast.target_batch / forecast.window_seconds
+    yield f"window {duration_in_words(forecast.window_seconds)} ({duration_in_words(low)} to {duration_in_words(high)}), of it all-reduce {duration_in_words(forecast.link_seconds)}: {per_second:.0f} samples a second"
+    if forecast.equal_split_seconds is None:
         yield "an even split does not fit: a card that would have to hold a sample cannot"
-    elif len(set(fleet.shares)) > 1 and not math.isclose(told.equal_split_seconds, told.window_seconds):
-        yield f"an even split would take {duration_in_words(told.equal_split_seconds)}, {told.equal_split_seconds / told.window_seconds:.2f} times as long"
-    if told.lockstep_seconds is not None and not fleet.lockstep and len(fleet.shares) > 1:
-        yield f"with the same number of micro-steps on every rank (sharded parameters): {duration_in_words(told.lockstep_seconds)}"
-    for name, seconds in told.without.items():
+    elif len(set(fleet.shares)) > 1 and not math.isclose(forecast.equal_split_seconds, forecast.window_seconds):
+        yield f"an even split would take {duration_in_words(forecast.equal_split_seconds)}, {forecast.equal_split_seconds / forecast.window_seconds:.2f} times as long"
+    if forecast.lockstep_seconds is not None and not fleet.lockstep and len(fleet.shares) > 1:
+        yield f"with the same number of micro-steps on every rank (sharded parameters): {duration_in_words(forecast.lockstep_seconds)}"
+    for name, seconds in forecast.without.items():
         if seconds is None:
             continue
-        gain = seconds / told.window_seconds
+        gain = seconds / forecast.window_seconds
         yield f"without {name}: {duration_in_words(seconds)}, " + (
             f"so keeping it gives {gain:.2f} times the speed" if gain > 1.005 else "faster: leave it out" if gain < 0.995 else "no slower: leave it out"
         )
-    yield from (f"note: {note}" for note in told.notes)
-    yield from (f"assumed: {each}" for each in told.assumed)
+    yield from (f"note: {note}" for note in forecast.notes)
+    yield from (f"assumed: {assumption}" for assumption in forecast.assumed)

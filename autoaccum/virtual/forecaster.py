@@ -1,6 +1,6 @@
-"""One data-parallel job on unlike GPUs that are not here: who carries what, and how long a window should take.
+"""The function `fleet`: it forecasts the shares and the time of one data-parallel job on unlike GPUs that are not here.
 
-What fits comes from `estimate`, or from two figures given by hand; times come from `roofline`.
+The memory of the job comes from `estimate`, or from two figures that the user gives. The times come from `roofline`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from autoaccum.virtual.forecast import FleetCard, Forecast
 from autoaccum.virtual.roofline import BYTES_MOVED_PER_KEPT_BYTE, Work, time_curves
 from autoaccum.window import Source, parse_source
 
-_LINK_BYTES_PER_SECOND = 6e9  # what an all-reduce over PCIe without peer access reaches
-_FIXED_PER_PARAMETER = 20  # fp32 weight, gradient, two moments, DDP's bucket
+_LINK_BYTES_PER_SECOND = 6e9  # the rate of an all-reduce over PCIe without peer access
+_FIXED_PER_PARAMETER = 20  # bytes: fp32 weight, gradient, two moments, DDP's bucket
 
 
 def fleet(
@@ -45,14 +45,18 @@ def fleet(
 ) -> Forecast:
     """Shares, micro-batches and steps for every rank of one data-parallel job on unlike GPUs; no hardware needed.
 
-    gpus: `"2*a100-80gb,4*t4"`, ranks in that order. job: `"train.py:make_job"`, whose memory is simulated on each card; without one,
-    fixed: bytes of weights, gradients and optimizer, and per_sample: bytes that each sample of a micro-batch adds.
-    parameters: their number. flops_per_sample, bytes_per_sample: of forward and backward; without either, traffic is
-    taken as three times `per_sample`. link: bytes per second of the slowest link between ranks, or `"10GB"`. dtype: of the arithmetic, "fp32", "tf32", "fp16"
-    or "bf16"; by default bf16 where all cards have it, else fp16. equal: the same on every rank. lockstep: the same number of micro-steps.
+    gpus: `"2*a100-80gb,4*t4"`; the ranks have this order.
+    job: `"train.py:make_job"`, whose memory is simulated on each card. Instead of a job, give `fixed` and `per_sample`.
+    fixed: bytes of weights, gradients, optimizer state and DDP's buckets. per_sample: bytes that each sample of a micro-batch adds.
+    parameters: the number of parameters.
+    flops_per_sample, bytes_per_sample: floating point operations and bytes moved in forward and backward. Without either, the
+    bytes moved are three times `per_sample`.
+    link: bytes per second of the slowest link between ranks, as a number or as `"10GB"`.
+    dtype: "fp32", "tf32", "fp16" or "bf16", for the arithmetic; by default bf16 if all cards have it, else fp16.
+    equal: the same share and micro-batches on every rank. lockstep: the same number of micro-steps on every rank.
 
-    Raises `UsageError` for an unknown card or a missing figure, `PlanError` for a target that `equal` cannot share out, and `NothingFits`
-    where no card holds one sample, or one cannot even hold what is fixed.
+    Raises `UsageError` for an unknown card or a missing figure, `PlanError` if `equal` cannot divide the target, and `NothingFits`
+    if no card holds one sample or one card cannot hold the fixed bytes.
     """
     started = time.monotonic()
     request = Request(target_batch, None, headroom, max_micro_batch, equal, lockstep=lockstep)
@@ -87,10 +91,10 @@ def fleet(
         assumed.append(f"times go as 1/bandwidth: a sample moves {BYTES_MOVED_PER_KEPT_BYTE} times what it keeps (--flops-per-sample, --bytes-per-sample)")
     precision = _dtype(dtype, [card for card, _ in counted], flops_per_sample)
     cards = tuple(FleetCard(card, count, size, time_curves(card, size, work, precision)) for (card, count), size in zip(counted, most))
-    moves = _LINK_BYTES_PER_SECOND if link is None else float(parse_size(link)) if isinstance(link, str) else link
+    link_rate = _LINK_BYTES_PER_SECOND if link is None else float(parse_size(link)) if isinstance(link, str) else link
     if link is None:
-        assumed.append(f"the slowest link moves {moves / 1e9:.0f} GB/s (--link)")
-    return _forecast(label, request, cards, work, moves, tuple(assumed), tuple(_notes(cards, precision, dtype)), started)
+        assumed.append(f"the slowest link moves {link_rate / 1e9:.0f} GB/s (--link)")
+    return _forecast(label, request, cards, work, link_rate, tuple(assumed), tuple(_notes(cards, precision, dtype)), started)
 
 
 def _forecast(
@@ -106,12 +110,12 @@ def _forecast(
         # A ring: every rank sends and receives 2 (W - 1) / W of the gradients (Patarasu and Yuan, 2009); fp32.
         return 2 * (ranks - 1) / ranks * 4 * work.parameters / link if ranks > 1 else 0.0
 
-    found = planned(1)
-    # The same shares at the slow and at the fast end: that is what would be run.
+    result = planned(1)
+    # The slow and the fast end have the same shares, because the shares do not change while the job runs.
     ends = [
-        Fleet(tuple(card.curves[pace] for card in cards for _ in range(card.count)), found.shares, found.lockstep, found.steps).seconds() for pace in (0, 2)
+        Fleet(tuple(card.curves[pace] for card in cards for _ in range(card.count)), result.shares, result.lockstep, result.steps).seconds() for pace in (0, 2)
     ]
-    window = found.seconds() + crossing(world)
+    window = result.seconds() + crossing(world)
     without: dict[str, float | None] = {}
     for name in dict.fromkeys(card.label for card in cards) if not request.equal else ():
         rest = [(card.curves[1], card.count) for card in cards if card.label != name]
@@ -119,13 +123,13 @@ def _forecast(
         if left:
             without[name] = _seconds_of(rest, target, left, crossing)
     even = [target // world + (rank < target % world) for rank in range(world)]
-    all_fit = all(curve.most for curve, share in zip(found.curves, even) if share)
-    split = max(curve.seconds(share) for curve, share in zip(found.curves, even)) + crossing(world) if all_fit else None
-    step = None
+    all_fit = all(curve.most for curve, share in zip(result.curves, even) if share)
+    equal_seconds = max(curve.seconds(share) for curve, share in zip(result.curves, even)) + crossing(world) if all_fit else None
+    lockstep_seconds = None
     if not request.equal and all(card.most for card in cards):
-        step = planned(1, lockstep=True).seconds() + crossing(world)
+        lockstep_seconds = planned(1, lockstep=True).seconds() + crossing(world)
     return Forecast(
-        label, target, found, cards, window, (ends[1] + crossing(world), ends[0] + crossing(world)), crossing(world), split, step, without, assumed, notes,
+        label, target, result, cards, window, (ends[1] + crossing(world), ends[0] + crossing(world)), crossing(world), equal_seconds, lockstep_seconds, without, assumed, notes,
         round(time.monotonic() - started, 4),
     )  # fmt: skip
 
@@ -139,77 +143,77 @@ def _seconds_of(rest: Sequence[tuple[AffineCurve, int]], target: int, world: int
 
 
 def _parsed(gpus: str | Sequence[str]) -> list[tuple[Profile, int]]:
-    """`"2*a100-80gb,4*t4"` as cards and how many. Raises `UsageError` for what is no card."""
+    """Parses `"2*a100-80gb,4*t4"` into cards and their numbers. Raises `UsageError` for an unknown card or a wrong number."""
     texts = gpus.split(",") if isinstance(gpus, str) else list(gpus)
-    found = []
+    counted = []
     for text in texts:
-        told = re.fullmatch(r"\s*(?:(-?[\d.]+)\s*[*x×]\s*)?(\S.*?)\s*", text)
-        if told is None:
+        match = re.fullmatch(r"\s*(?:(-?[\d.]+)\s*[*x×]\s*)?(\S.*?)\s*", text)
+        if match is None:
             raise UsageError(f"{text!r} in --gpus names no card: write for instance 2*a100-80gb,4*t4")
-        if told[1] is not None and (not told[1].isdigit() or not int(told[1])):
+        if match[1] is not None and (not match[1].isdigit() or not int(match[1])):
             raise UsageError(f"{text.strip()!r} in --gpus: how many must be a whole number, at least 1")
         try:
-            card = profiles.load(told[2])
-        except UsageError as unknown:
-            raise UsageError(str(unknown).partition("; or give a size")[0]) from None
+            card = profiles.load(match[2])
+        except UsageError as error:
+            raise UsageError(str(error).partition("; or give a size")[0]) from None
         if card.bandwidth is None:
             raise UsageError(f"nobody says how fast {card.label} is, so it cannot be given a share: name a card (autoaccum profiles list)")
-        found.append((card, int(told[1] or 1)))
-    return found
+        counted.append((card, int(match[1] or 1)))
+    return counted
 
 
 def _most_by_hand(card: Profile, work: Work, request: Request) -> int:
-    kept = parse_headroom(request.headroom, card.available_bytes)
+    headroom = parse_headroom(request.headroom, card.available_bytes)
     if "%" in str(request.headroom):
-        kept = max(kept, LEAST_GPU_HEADROOM)
-    left = card.available_bytes - kept - work.fixed
+        headroom = max(headroom, LEAST_GPU_HEADROOM)
+    left = card.available_bytes - headroom - work.fixed
     if left < 0:
         raise NothingFits(
-            f"{card.label} cannot hold what is fixed: {in_words(work.fixed)} of {in_words(max(card.available_bytes - kept, 0))}. Every rank of a "
+            f"{card.label} cannot hold what is fixed: {in_words(work.fixed)} of {in_words(max(card.available_bytes - headroom, 0))}. Every rank of a "
             "data-parallel job holds all of it: leave the card out, or shard the optimizer's state (ZeRO-1) or the model (FSDP)",
-            budget_bytes=card.available_bytes - kept,
+            budget_bytes=card.available_bytes - headroom,
         )
     return min(left // work.per_sample, request.max_micro_batch or left, request.target_batch)
 
 
 def _simulated(origin: Source, request: Request, labels: Sequence[str], on_output: Callable[[str], None] | None) -> tuple[Work, list[int]]:
-    """What a job takes, and the most that each card holds, both simulated, with room for DDP's buckets."""
+    """The job's work and the largest micro-batch of each card, both simulated. Memory for DDP's buckets stays free."""
     names = list(dict.fromkeys(labels))
-    found = estimator.estimate_source(
+    estimates = estimator.estimate_source(
         origin, Request(request.target_batch, None, request.headroom, request.max_micro_batch), names, on_output=on_output, buckets=True
     )
-    by_name = dict(zip(names, found.gpus))
-    for name, each in by_name.items():
-        held = sum(each.breakdown[kind] for kind in ("parameters", "gradients", "optimizer"))
-        if not each.fits and held + each.breakdown["gradients"] > each.budget_bytes:
+    by_name = dict(zip(names, estimates.gpus))
+    for name, estimate in by_name.items():
+        resident = sum(estimate.breakdown[kind] for kind in ("parameters", "gradients", "optimizer"))
+        if not estimate.fits and resident + estimate.breakdown["gradients"] > estimate.budget_bytes:
             raise NothingFits(
-                f"{name} cannot hold what is fixed: {in_words(held)} and as much again as the gradients, of {in_words(each.budget_bytes)}: leave the card out"
+                f"{name} cannot hold what is fixed: {in_words(resident)} and as much again as the gradients, of {in_words(estimate.budget_bytes)}: leave the card out"
             )
-    any_one = found.gpus[0]
-    fixed = sum(any_one.breakdown[kind] for kind in ("parameters", "gradients", "optimizer"))
-    samples = any_one.micro_batch or 1
-    work = Work(fixed + any_one.breakdown["gradients"], max((any_one.peak_bytes - fixed) // samples, 1), any_one.breakdown["gradients"] // 4)
+    first = estimates.gpus[0]
+    fixed = sum(first.breakdown[kind] for kind in ("parameters", "gradients", "optimizer"))
+    samples = first.micro_batch or 1
+    work = Work(fixed + first.breakdown["gradients"], max((first.peak_bytes - fixed) // samples, 1), first.breakdown["gradients"] // 4)
     return work, [(by_name[label].micro_batch or 0) if by_name[label].fits else 0 for label in labels]
 
 
-def _dtype(asked: str | None, cards: Sequence[Profile], flops: float | None) -> str:
-    if asked is not None and asked not in profiles.DTYPES:
-        raise UsageError(f"--dtype {asked!r}: it must be one of {', '.join(profiles.DTYPES)}")
-    found = asked or ("bf16" if all("bf16" in card.flops for card in cards) else "fp16")
-    unknown = [card.label for card in cards if found not in card.flops]
+def _dtype(requested: str | None, cards: Sequence[Profile], flops: float | None) -> str:
+    if requested is not None and requested not in profiles.DTYPES:
+        raise UsageError(f"--dtype {requested!r}: it must be one of {', '.join(profiles.DTYPES)}")
+    dtype = requested or ("bf16" if all("bf16" in card.flops for card in cards) else "fp16")
+    unknown = [card.label for card in cards if dtype not in card.flops]
     if unknown and flops is not None:
-        raise UsageError(f"nobody says how fast {', '.join(dict.fromkeys(unknown))} is in {found}: give another --dtype, or leave --flops-per-sample out")
-    return found
+        raise UsageError(f"nobody says how fast {', '.join(dict.fromkeys(unknown))} is in {dtype}: give another --dtype, or leave --flops-per-sample out")
+    return dtype
 
 
-def _notes(cards: Sequence[FleetCard], dtype: str, asked: str | None) -> Iterator[str]:
-    plain = list(dict.fromkeys(card.label for card in cards if "bf16" not in card.profile.flops and card.profile.flops))
-    if plain:
-        those = f"{', '.join(plain)} {'has' if len(plain) == 1 else 'have'} no native bf16"
-        if asked == "bf16" or len(plain) < len({card.label for card in cards}):
-            yield f"{those}: one dtype for the whole job, fp16 with a GradScaler or fp32" + (", not the bf16 that was asked for" if asked == "bf16" else "")
+def _notes(cards: Sequence[FleetCard], dtype: str, requested: str | None) -> Iterator[str]:
+    without_bf16 = list(dict.fromkeys(card.label for card in cards if "bf16" not in card.profile.flops and card.profile.flops))
+    if without_bf16:
+        text = f"{', '.join(without_bf16)} {'has' if len(without_bf16) == 1 else 'have'} no native bf16"
+        if requested == "bf16" or len(without_bf16) < len({card.label for card in cards}):
+            yield f"{text}: one dtype for the whole job, fp16 with a GradScaler or fp32" + (", not the bf16 that was asked for" if requested == "bf16" else "")
         else:
-            yield f"{those}: fp16 with a GradScaler, or fp32"
+            yield f"{text}: fp16 with a GradScaler, or fp32"
     for card in cards:
         if not card.most:
             yield f"{card.label} cannot hold one sample: it gets none and only slows the job down, leave it out"

@@ -1,7 +1,7 @@
-"""A GPU that is not here, to run out of memory on: real CPU tensors, charged to the card's allocator.
+"""`VirtualGpu`: a simulated GPU that can run out of memory. Real CPU tensors are charged to a simulated allocator.
 
-For tests of one's own handling of an out-of-memory, and for `train --device virtual:...`. What fits is decided by the
-sizes that CPU kernels make; to predict a card's own, use `autoaccum.estimate`.
+Use it to test how code handles an out-of-memory; `train --device virtual:...` uses it too. Allocations have the sizes of CPU
+kernels, so it does not predict the peak of a real card: `autoaccum.estimate` does.
 """
 
 from __future__ import annotations
@@ -22,18 +22,19 @@ from autoaccum.units import in_words, parse_size
 
 
 class VirtualGpu:
-    """A context manager: inside, every storage that a tensor on the CPU has, or gets, is charged to the card.
+    """A context manager: inside, every storage that a CPU tensor has or gets is charged to the simulated card.
 
         with autoaccum.VirtualGpu("8GiB") as gpu:
             train(batch_size=512)  # raises a real torch.OutOfMemoryError where 8 GiB are not enough
         print(gpu.max_memory_reserved())
 
-    gpu: a card's name (`"t4"`: what its allocator may have, the context taken off) or a size. settings: of the caching
-    allocator; None takes them from `PYTORCH_CUDA_ALLOC_CONF`, as torch does. What is made outside is charged when an
-    operator inside first uses it. For code that runs on the CPU: a tensor moved to "cuda" fails as without a card. Sparse
-    tensors are not charged. One thread, and what its backward runs, is watched; other threads are not.
+    gpu: a card's name (`"t4"`; its allocator gets the card's memory without the context) or a size.
+    settings: of the caching allocator; None reads them from `PYTORCH_CUDA_ALLOC_CONF`, as torch does.
+    A tensor from outside is charged when an operator inside first uses it. Sparse tensors are not charged.
+    The code inside must run on the CPU: moving a tensor to "cuda" fails as it does without a GPU.
+    Only the thread that enters the block is charged, its backward included; other threads are not.
 
-    Raises `UsageError` for an unknown card, or for one that is entered twice at once.
+    Raises `UsageError` for an unknown card, or if the same object is entered again before it is left.
     """
 
     def __init__(self, gpu: str | int, *, settings: Settings | None = None) -> None:
@@ -62,38 +63,38 @@ class VirtualGpu:
             charging.let_go()
 
     def memory_allocated(self) -> int:
-        """Bytes in blocks that tensors hold, as `torch.cuda.memory_allocated`."""
-        return self._settled().allocated_bytes
+        """Bytes in blocks that tensors hold, like `torch.cuda.memory_allocated`."""
+        return self._settled_allocator().allocated_bytes
 
     def memory_reserved(self) -> int:
-        """Bytes that the allocator holds, as `torch.cuda.memory_reserved`."""
-        return self._settled().reserved_bytes
+        """Bytes that the allocator holds, like `torch.cuda.memory_reserved`."""
+        return self._settled_allocator().reserved_bytes
 
     def max_memory_allocated(self) -> int:
-        """The most bytes in blocks at once."""
-        return self._settled().peak_allocated_bytes
+        """The peak of `memory_allocated`."""
+        return self._settled_allocator().peak_allocated_bytes
 
     def max_memory_reserved(self) -> int:
-        """The most bytes that the allocator held."""
-        return self._settled().peak_reserved_bytes
+        """The peak of `memory_reserved`."""
+        return self._settled_allocator().peak_reserved_bytes
 
     def memory_stats(self) -> dict[str, int]:
-        """As `torch.cuda.memory_stats`, as far as it is simulated."""
-        return self._settled().memory_stats()
+        """The simulated figures of `torch.cuda.memory_stats`, with the same keys."""
+        return self._settled_allocator().memory_stats()
 
     def empty_cache(self) -> None:
-        """As `torch.cuda.empty_cache`."""
-        self._settled().empty_cache()
+        """Releases the cached blocks, like `torch.cuda.empty_cache`."""
+        self._settled_allocator().empty_cache()
 
     def on_host(self, tensors: Iterable[torch.Tensor]) -> None:
-        """These tensors lie in host memory, and what is done with their storages is not charged."""
+        """Marks these tensors as host memory: their storages are not charged."""
         if self._charging is not None:
             for tensor in tensors:
                 self._charging.exempt(tensor)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Inside, nothing is watched: the host's own work, such as a loader's."""
+        """A context manager: inside, nothing is charged. It is for work of the host, such as a loader's."""
         charging = self._charging
         if charging is None:
             yield
@@ -104,7 +105,7 @@ class VirtualGpu:
         finally:
             charging.__enter__()  # type: ignore[no-untyped-call]
 
-    def _settled(self) -> Allocator:
+    def _settled_allocator(self) -> Allocator:
         if self._charging is not None:
             self._charging.settle()
         return self.allocator
@@ -119,7 +120,7 @@ class _Charging(TorchDispatchMode):
         self._allocator = allocator
         self._blocks: dict[int, tuple[Block, Any]] = {}
         self._on_host: dict[int, Any] = {}
-        # A storage may die anywhere, also while the allocator is at work: it is given back when that is done.
+        # A storage may die at any moment, also inside an allocator call. `settle` frees its block later.
         self._dead: deque[Block] = deque()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -131,12 +132,12 @@ class _Charging(TorchDispatchMode):
         return out
 
     def settle(self) -> None:
-        """Gives back what has died."""
+        """Frees the blocks of storages that have died."""
         while self._dead:
             self._allocator.free(self._dead.popleft())
 
     def let_go(self) -> None:
-        """Nothing that lives on is charged any more."""
+        """Frees all blocks, also those of storages that live on."""
         for block, finalizer in list(self._blocks.values()):
             if finalizer.detach() is not None:
                 self._dead.append(block)
@@ -144,7 +145,7 @@ class _Charging(TorchDispatchMode):
         self.settle()
 
     def exempt(self, tensor: torch.Tensor) -> None:
-        """This tensor's storage is the host's."""
+        """Marks this tensor's storage as host memory."""
         storage = tensor.untyped_storage()
         self._on_host[storage._cdata] = weakref.ref(storage)
 
@@ -152,29 +153,29 @@ class _Charging(TorchDispatchMode):
         for value in values:
             if isinstance(value, torch.Tensor):
                 if value.device.type == "cpu" and value.layout == torch.strided:
-                    self._storage(value.untyped_storage())
+                    self._charge_storage(value.untyped_storage())
             elif isinstance(value, (tuple, list)):
                 self._charge(value)
 
-    def _storage(self, storage: torch.UntypedStorage) -> None:
+    def _charge_storage(self, storage: torch.UntypedStorage) -> None:
         key, nbytes = storage._cdata, storage.nbytes()
-        found = self._blocks.get(key)
-        if found is not None and found[0].requested == nbytes:
+        entry = self._blocks.get(key)
+        if entry is not None and entry[0].requested == nbytes:
             return
         host = self._on_host.get(key)
         if not nbytes or (host is not None and host() is storage):
             return
         self.settle()
         block = self._allocator.malloc(nbytes)
-        if found is not None:  # it was resized
-            found[1].detach()
-            self._dead.append(found[0])
+        if entry is not None:  # the storage was resized
+            entry[1].detach()
+            self._dead.append(entry[0])
         finalizer = weakref.finalize(storage, self._died, key, block)
         finalizer.atexit = False
         self._blocks[key] = (block, finalizer)
 
     def _died(self, key: int, block: Block) -> None:
-        found = self._blocks.get(key)
-        if found is not None and found[0] is block:
+        entry = self._blocks.get(key)
+        if entry is not None and entry[0] is block:
             del self._blocks[key]
         self._dead.append(block)

@@ -1,4 +1,4 @@
-"""A job on tensors that are not there: its windows run for their memory alone, and become tapes."""
+"""`Phantom`: a job on tensors without memory. Its windows run only to record their tapes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from autoaccum.simulate import AttentionCall, Card, Tape, Tracer, quieten_transf
 from autoaccum.virtual.substitution import Substitution
 from autoaccum.window import Job, accumulation
 
-_TEMPLATE = 2  # samples that are really made, to know their shapes
+_TEMPLATE = 2  # samples of the real batch that shows the shapes
 
 
 class Phantom:
-    """Jobs that run in turn, turned into phantoms for good: their parameters have no memory any more.
+    """Jobs that run in turn, on fake tensors. The change is permanent: their parameters have no memory any more.
 
-    kind: "cuda", or "cpu" where CUDA tensors cannot be faked. Raises `JobError` for what cannot be traced.
+    kind: "cuda", or "cpu" if CUDA tensors cannot be faked. Raises `JobError` for a job that cannot be traced.
     """
 
     def __init__(self, jobs: Sequence[Job], kind: str = "cuda") -> None:
@@ -31,38 +31,41 @@ class Phantom:
             self._templates[0] = jobs[0].batch_of(_TEMPLATE)
         quieten_transformers()
         self._substitution = Substitution(kind)
-        self.attention: set[AttentionCall] = set()  # what attention was asked for in any tape
+        self.attention: set[AttentionCall] = set()  # the attention calls of all tapes
         with self._mode:
             for job in jobs:
                 self._substitution.swap(job)
         self._states = [[dict(state) for state in optimizer.state.values()] for job in jobs for optimizer in job.optimizers]
 
     def tape(self, windows: Sequence[Sequence[int]], card: Card) -> Tape:
-        """The tape of these windows, each given as its micro-batches, on such a card. The optimizer has no state when the first begins."""
+        """The tape of these windows on a card. The optimizer has no state when the first window begins.
+
+        windows: for each window, the sizes of its micro-batches.
+        """
 
         def run(tracer: Tracer) -> None:
-            held = self._kept_for_rescue()
-            history = self._history_to_come()
+            rescue_copies = self._rescue_copies()
+            history = self._optimizer_history()
             tracer.named(history, "optimizer")
             scalers = [None if job.scaler is None else torch.amp.GradScaler(self._kind, init_scale=1.0, growth_interval=10**9) for job in self._jobs]
             for sizes in windows:
                 self._window(tracer, sizes, scalers)
-            del held, history
+            del rescue_copies, history
 
         return self.recorded(run, card)
 
     def recorded(self, run: Callable[[Tracer], None], card: Card) -> Tape:
-        """The tape of whatever `run` does with the jobs' phantoms, and these as they were before."""
+        """The tape of all that `run` does with the jobs. Afterwards the jobs are in the same state as before."""
         with trace(card, self._kind, self._mode) as tracer:
             for tensor in self._substitution.resident:
                 tracer.track(tensor, "parameter")
             tracer.late = {tensor.untyped_storage()._cdata for tensor in self._substitution.late}
-            made_before = [each for kept in self._states for state in kept for each in state.values() if isinstance(each, FakeTensor)]
-            tracer.named([each for each in made_before if each.device.type == self._kind], "optimizer")  # by its constructor, as Adagrad does
+            made_before = [value for states in self._states for state in states for value in state.values() if isinstance(value, FakeTensor)]
+            tracer.named([value for value in made_before if value.device.type == self._kind], "optimizer")  # made by its constructor, as Adagrad does
             try:
                 run(tracer)
             except Exception as error:
-                raise self._told(error, tracer) from error
+                raise self._explained(error, tracer) from error
             finally:
                 tape = tracer.finished()
                 self._rewind()
@@ -70,18 +73,18 @@ class Phantom:
         return tape
 
     def shapes(self, micro_batch: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of a micro-batch, by path; empty where batches are cut by the job's own `split`."""
+        """Shapes of a micro-batch, by path; empty if the job's own `split` cuts batches."""
         if 0 not in self._templates:
             return {}
-        found = batches.shapes(self._templates[0])
-        return {path: (micro_batch, *shape[1:]) if shape and shape[0] == _TEMPLATE else shape for path, shape in found.items()}
+        shapes = batches.shapes(self._templates[0])
+        return {path: (micro_batch, *shape[1:]) if shape and shape[0] == _TEMPLATE else shape for path, shape in shapes.items()}
 
     # -- one window --
 
     def _window(self, tracer: Tracer, sizes: Sequence[int], scalers: Sequence[Any]) -> None:
         for job, scaler in zip(self._jobs, scalers):
-            tracer.phase = "forward"  # the second of several jobs begins after the first one's step
-            steps = [optimizer.register_step_pre_hook(lambda *_, job=job: _name_gradients(tracer, job)) for optimizer in job.optimizers]
+            tracer.phase = "forward"  # with several jobs, a job begins after the step of the job before
+            handles = [optimizer.register_step_pre_hook(lambda *_, job=job: _name_gradients(tracer, job)) for optimizer in job.optimizers]
             try:
                 accumulation.run(
                     job,
@@ -93,23 +96,23 @@ class Phantom:
                     on_phase=tracer.on_phase,
                 )
             finally:
-                for step in steps:
-                    step.remove()
+                for handle in handles:
+                    handle.remove()
         tracer.ended()
 
     def batch(self, samples: int) -> Any:
-        """A batch on the host, without values."""
+        """A batch in host memory, without values."""
         if 0 not in self._templates:
             if samples not in self._templates:
                 self._templates[samples] = self._jobs[0].batch_of(samples)
-            return batches.changed(self._templates[samples], self._phantom)
-        return batches.resize(batches.changed(self._templates[0], self._phantom), samples)
+            return batches.changed(self._templates[samples], self._blank_tensor)
+        return batches.resize(batches.changed(self._templates[0], self._blank_tensor), samples)
 
-    def _phantom(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A tensor of the batch: on the host still, and without its values."""
+    def _blank_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor of the batch in host memory, without its values."""
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu", requires_grad=tensor.requires_grad)
 
-    def _kept_for_rescue(self) -> list[torch.Tensor]:
+    def _rescue_copies(self) -> list[torch.Tensor]:
         small: dict[torch.dtype, int] = {}
         for job in self._jobs:
             for buffer in job.model.buffers():
@@ -117,9 +120,11 @@ class Phantom:
                     small[buffer.dtype] = small.get(buffer.dtype, 0) + buffer.numel()
         return [torch.empty(count, dtype=dtype, device=self._kind) for dtype, count in small.items()]
 
-    def _history_to_come(self) -> list[torch.Tensor]:
-        """Of an optimizer with a history (LBFGS): two vectors of all parameters, as often as that is long. Its own conditions
-        depend on values, and a few steps would fill a part of it."""
+    def _optimizer_history(self) -> list[torch.Tensor]:
+        """The full history of optimizers that have one (LBFGS): for each entry, two vectors of all parameters.
+
+        It is allocated at once: the optimizer's own conditions depend on values, and a few steps would fill only a part of it.
+        """
         lengths = [(job, optimizer.defaults.get("history_size", 0)) for job in self._jobs for optimizer in job.optimizers]
         return [torch.empty(2 * length * job.gradient_bytes(), dtype=torch.uint8, device=self._kind) for job, length in lengths if length]
 
@@ -127,15 +132,15 @@ class Phantom:
         states = iter(self._states)
         for job in self._jobs:
             for optimizer in job.optimizers:
-                kept = next(states)
-                found = list(optimizer.state)
+                initial_states = next(states)
+                parameters = list(optimizer.state)
                 optimizer.state.clear()
-                for parameter, state in zip(found, kept):
+                for parameter, state in zip(parameters, initial_states):
                     optimizer.state[parameter] = dict(state)
             for parameter in job.trained():
                 parameter.grad = None
 
-    def _told(self, error: Exception, tracer: Tracer) -> Exception:
+    def _explained(self, error: Exception, tracer: Tracer) -> Exception:
         from torch._subclasses.fake_tensor import UnsupportedFakeTensorException, UnsupportedOperatorException
 
         if isinstance(error, JobError):

@@ -1,6 +1,7 @@
-"""How long a window takes on a card that is not here: arithmetic or memory traffic, whichever is longer.
+"""Time curves of a window on a card that is not here: the longer of arithmetic and memory traffic sets the time.
 
-Each at the share of the card's peak that training usually reaches. An estimate, with an interval; `tune` under torchrun measures.
+Both run at the fraction of the card's peak that training usually reaches. The times are estimates, with an interval; `tune`
+under torchrun measures them.
 """
 
 from __future__ import annotations
@@ -10,22 +11,23 @@ from dataclasses import dataclass
 from autoaccum.distributed import AffineCurve
 from autoaccum.simulate import Profile
 
-# Shares of a card's dense peak that training reaches: of arithmetic 0.30 to 0.55 (Chowdhery et al. 2022, PaLM, table 3: 21 to 57 % across
-# published large models), of memory bandwidth 0.5 to 0.85. The middle is used, the ends give the interval.
+# Fractions of a card's dense peak that training reaches: 0.30 to 0.55 of arithmetic (Chowdhery et al. 2022, PaLM, table 3: 21 to 57 %
+# across published large models), 0.5 to 0.85 of memory bandwidth. The middle value is the estimate; the ends give the interval.
 _ARITHMETIC = (0.30, 0.42, 0.55)
 _BANDWIDTH = (0.50, 0.70, 0.85)
 # Bytes that cross the card's memory bus, per byte or parameter; fp32 weights and Adam.
-BYTES_MOVED_PER_KEPT_BYTE = 3  # an activation is written once and read, or its gradient written, twice
+BYTES_MOVED_PER_KEPT_BYTE = 3  # an activation is written once; then two more passes read it or write its gradient
 _PER_PARAMETER_AND_STEP = 10  # weights read in forward and backward, gradients added to, in part in half precision
 _PER_PARAMETER_AND_WINDOW = 28  # weights, gradients and two moments read and written
-_LAUNCH_SECONDS = 12e-3  # of a micro-step's kernels from Python; seen to vary from 3 to 30 ms
+_LAUNCH_SECONDS = 12e-3  # to launch the kernels of a micro-step from Python; measured values vary from 3 to 30 ms
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a job asks of a card; bytes, and floating point operations. None where nobody said.
+    """The work of a job: bytes and floating point operations. None for a figure that the user did not give.
 
-    fixed: weights, gradients, optimizer, buckets. per_sample: what each sample of a micro-batch keeps.
+    fixed: bytes of weights, gradients, optimizer state and buckets. per_sample: bytes that each sample of a micro-batch holds.
+    flops_per_sample, bytes_per_sample: floating point operations and bytes moved, for each sample.
     """
 
     fixed: int
@@ -36,8 +38,8 @@ class Work:
 
 
 def time_curves(card: Profile, most: int, work: Work, dtype: str) -> tuple[AffineCurve, AffineCurve, AffineCurve]:
-    """The slow, the middle and the fast curve of a card that holds at most `most` samples, for this work in this precision."""
-    assert card.bandwidth is not None  # `_parsed` refuses others
+    """The slow, the middle and the fast time curve of a card. most: the largest micro-batch that it holds. dtype: the arithmetic's."""
+    assert card.bandwidth is not None  # `forecaster` refuses other cards
     bandwidth = float(card.bandwidth.value)
     moved = (
         work.bytes_per_sample
@@ -46,11 +48,11 @@ def time_curves(card: Profile, most: int, work: Work, dtype: str) -> tuple[Affin
         if work.flops_per_sample is not None
         else BYTES_MOVED_PER_KEPT_BYTE * work.per_sample
     )
-    made = []
+    curves = []
     for arithmetic, traffic in zip(_ARITHMETIC, _BANDWIDTH):
         sample = moved / (bandwidth * traffic)
         if work.flops_per_sample is not None:
             sample = max(sample, work.flops_per_sample / (card.flops[dtype].value * arithmetic))
         step = _LAUNCH_SECONDS + work.parameters * _PER_PARAMETER_AND_STEP / (bandwidth * traffic)
-        made.append(AffineCurve(most, step, sample, work.parameters * _PER_PARAMETER_AND_WINDOW / (bandwidth * traffic), card.name))
-    return made[0], made[1], made[2]
+        curves.append(AffineCurve(most, step, sample, work.parameters * _PER_PARAMETER_AND_WINDOW / (bandwidth * traffic), card.name))
+    return curves[0], curves[1], curves[2]

@@ -1,6 +1,6 @@
-"""Trials of a job on cards that are not here: traced once or twice, replayed for every size and every card.
+"""`Simulation`: the `Rehearser` of a card that is not here.
 
-A `reading.Rehearser`, as a real rehearsal is: the search does not know that nothing runs.
+It traces a job once or twice and replays the tapes for every size and card. The search uses it in the same way as a `Rehearser` that runs real trials.
 """
 
 from __future__ import annotations
@@ -38,28 +38,30 @@ from autoaccum.virtual.phantom import Phantom
 from autoaccum.virtual.tapes import PIECES, JobTapes
 from autoaccum.window import Job, PhaseCallback, batch_norms, fingerprint, is_compiled
 
-_SIZES = 1 << 36  # no larger micro-batch is looked for
+_SIZES = 1 << 36  # the search ends at this micro-batch
 
 
 class Simulation:
-    """Rehearses jobs on one card that is not here. `approximate`: why it is not CUDA tensors that are traced, or ""."""
+    """Runs simulated trials of jobs on one card that is not here.
+
+    approximate: the reason why CPU tensors are traced; "" if CUDA tensors are traced.
+    """
 
     enforces = True
 
     def __init__(self, jobs: Sequence[Job], profile: Profile, limits: Limits, *, approximate: str = "", on_phase: PhaseCallback | None = None) -> None:
         self._jobs, self._limits, self._on_phase = jobs, limits, on_phase
         self._norms = tuple(dict.fromkeys(name for job in jobs for name in batch_norms(job.model)))
-        self._remarks = self._first_remarks(approximate)
+        self._remarks = self._job_remarks(approximate)
         self._fingerprint = fingerprint(jobs)
         self._gradient_bytes = max(job.gradient_bytes() for job in jobs)
-        # Compared on the CPU where the weights have their values; here they have none.
         self._traced = JobTapes(Phantom(jobs, "cpu" if approximate else "cuda"), 2 if self._norms else 1)
         self._approximate = bool(approximate)
         self._peaks: dict[Any, Replayed] = {}
         self.use(profile)
 
     def use(self, profile: Profile) -> None:
-        """Goes on with another card."""
+        """Switches to another card. The tapes are kept."""
         self._profile = profile
         self._settings = settings_from_environment() if profile.backend in ("cuda", "rocm") else Settings()
         fraction = self._settings.memory_fraction
@@ -71,17 +73,17 @@ class Simulation:
     def subject(self) -> Subject:
         kind = "cuda" if self._profile.backend == "rocm" else self._profile.backend
         facts = Facts(kind, None if kind == "mps" else 0, self._profile.name, None)
-        return Subject(facts, self._gradient_bytes, self._fingerprint, self._norms, 0, "", (*self._remarks, *self._of_the_card()), predicted=True)
+        return Subject(facts, self._gradient_bytes, self._fingerprint, self._norms, 0, "", (*self._remarks, *self._card_remarks()), predicted=True)
 
     def budget(self, *, limited: bool = True) -> Budget:
         profile = self._profile
         memory = Memory(profile.total_bytes, self._available, 0, profile.context_bytes, (), "physical" if self._settings.memory_fraction is None else "cap")
-        found = make_budget(memory, kind="cuda", limit_bytes=self._limits.memory_bytes if limited else None, headroom=self._limits.headroom)
+        budget = make_budget(memory, kind="cuda", limit_bytes=self._limits.memory_bytes if limited else None, headroom=self._limits.headroom)
         bucket_bytes = self._gradient_bytes if self._limits.buckets else 0
-        return replace(found, budget_bytes=found.budget_bytes - bucket_bytes, bucket_bytes=bucket_bytes)
+        return replace(budget, budget_bytes=budget.budget_bytes - bucket_bytes, bucket_bytes=bucket_bytes)
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
-        """One simulated trial; `full` traces the very window, and any smaller trial takes it from two traces."""
+        """One simulated trial. With `full` it traces exactly this window, twice; otherwise it computes the tape from two traces."""
         started = time.perf_counter()
         if self._on_phase is not None:
             self._on_phase("batch", 0)
@@ -91,113 +93,115 @@ class Simulation:
             self._traced.anchored(self._card, largest, steps)
         tape = self._on_card(self._traced.exactly(self._card, micro_batches, twice=True) if full else self._traced.about(self._card, largest, steps))
         allowed = self.budget(limited=limited).budget_bytes
-        ran = replay(tape, Allocator(self._profile.total_bytes, available_bytes=allowed, settings=self._settings, name=self._profile.name))
-        over = ran.retries > 0
-        phase = tape.phase_at(ran.failed_at).phase if ran.failed_at is not None else "step"
+        replayed = replay(tape, Allocator(self._profile.total_bytes, available_bytes=allowed, settings=self._settings, name=self._profile.name))
+        over = replayed.retries > 0
+        phase = tape.phase_at(replayed.failed_at).phase if replayed.failed_at is not None else "step"
         return Reading(
             largest,
             steps,
-            "oom" if ran.failed_at is not None else "over-budget" if over else "fits",
+            "oom" if replayed.failed_at is not None else "over-budget" if over else "fits",
             phase if phase in ("forward", "backward", "clip", "step") else "batch",
-            ran.peak_reserved_bytes,
+            replayed.peak_reserved_bytes,
             time.perf_counter() - started,
-            base_bytes=ran.base_bytes + (self._gradient_bytes if steps > 1 else 0) if ran.failed_at is None else None,
-            # The search's line is one of what is reserved: that is what the budget counts.
-            activation_bytes=ran.peak_reserved_bytes if ran.failed_at is None else None,
+            base_bytes=replayed.base_bytes + (self._gradient_bytes if steps > 1 else 0) if replayed.failed_at is None else None,
+            # The search fits its line to reserved bytes, because the budget counts reserved bytes.
+            activation_bytes=replayed.peak_reserved_bytes if replayed.failed_at is None else None,
             full=full,
             shapes=self._traced.phantom.shapes(largest),
-            remarks=(*self._traced.remarks, *((self._how_far(tape),) if full else ())),
+            remarks=(*self._traced.remarks, *((self._margin_remark(tape),) if full else ())),
             least_bytes=tape.requested_peak(),
         )
 
-    def _how_far(self, tape: Tape) -> str:
+    def _margin_remark(self, tape: Tape) -> str:
         return f"simulated, not measured, and without the margin for it that autoaccum estimate keeps: {self._margin(tape).provenance}"
 
     def _margin(self, tape: Tape) -> Margin:
         return margin_of(tape.operators, approximate=self._approximate or self._profile.backend not in ("cuda", "rocm"))
 
     def compare(self, samples: int) -> Equivalence | None:
-        return None
+        return None  # simulated weights have no values to compare
 
     def conditions(self) -> None:
-        """Simulated trials cost next to nothing."""
+        """None: simulated trials cost almost nothing, so they are not cached."""
 
     def fresh(self) -> None:
-        """Every trial starts afresh already."""
+        """Does nothing: every simulated trial starts from the same state."""
 
     # -- for estimates over many cards --
 
     def estimate(self, target: int, *, most: int | None = None, equal: bool = False, both: bool = True) -> Estimate:
-        """The plan for the present card. both: also the largest micro-batch at all, without and with flushes of the cache."""
+        """The estimate for the current card. both: also search the largest micro-batch, without and with flushes of the cache."""
         smallest = 2 if self._norms else 1
         candidates = arithmetic.candidate_sizes(target, smallest=smallest, most=most, equal=equal)
         if not candidates:
             raise refusals.nothing_allowed(target, most, self._norms)
-        # A window in one piece is measured in two, which hold gradients; for many cards in more, which are traced anyway.
+        # A window in one piece is first tried in two, which hold gradients. For many cards it uses PIECES, which are traced anyway.
         pieces_of_all = 2 if both else PIECES
 
         def steps_of(size: int) -> int:
             return pieces_of_all if size == target else math.ceil(target / max(size, 1))
 
-        first = candidates[-1] if both else candidates[0]  # the line is drawn through the first that is asked for: a few cards' answer, or many's
+        first = candidates[-1] if both else candidates[0]  # the line goes through the first size that is tried
         margin = self._margin(self._traced.about(self._card, first, steps_of(first)))
         allowed = self.budget().budget_bytes
 
         def high(size: int, steps: int) -> float:
             return self._peak(size, steps) * (1 + margin.high)
 
-        found = 0
-        for _ in range(12):  # until the line is anchored where the answer lies
-            found = _largest(candidates, lambda size: high(size, steps_of(size)) <= allowed)
-            if not found or self._traced.anchored(self._card, found, steps_of(found)):
+        answer = 0
+        for _ in range(12):  # until the line is confirmed at the answer
+            answer = _largest(candidates, lambda size: high(size, steps_of(size)) <= allowed)
+            if not answer or self._traced.anchored(self._card, answer, steps_of(answer)):
                 break
-        while found and high(found, steps_of(found)) > allowed:  # the line moved under it
-            found = max((size for size in candidates if size < found), default=0)
-        whole = candidates[-1] == target
-        # In one piece no gradients are held between micro-batches, so it may fit where two halves do not.
-        in_one = whole and high(target, pieces_of_all) - self._gradient_bytes <= allowed and high(target, 1) <= allowed
-        if in_one:
-            found = target
-        elif found == target:
-            found = _largest(candidates[:-1], lambda size: high(size, math.ceil(target / size)) <= allowed)
-        size = found or candidates[0]
+        while answer and high(answer, steps_of(answer)) > allowed:  # the line has changed since
+            answer = max((size for size in candidates if size < answer), default=0)
+        one_piece_allowed = candidates[-1] == target
+        # In one piece no gradients are held between micro-batches, so it may fit although two halves do not.
+        fits_in_one = one_piece_allowed and high(target, pieces_of_all) - self._gradient_bytes <= allowed and high(target, 1) <= allowed
+        if fits_in_one:
+            answer = target
+        elif answer == target:
+            answer = _largest(candidates[:-1], lambda size: high(size, math.ceil(target / size)) <= allowed)
+        size = answer or candidates[0]
         steps = math.ceil(target / size)
         sizes = cut(target, steps)
         tape = self._on_card(self._traced.about(self._card, size, steps))
-        ran = self._replayed(size, steps)
-        held = held_at(tape, ran.peak_event)
-        # What a step takes while it runs is no state: that is still there at the end.
-        passing = max(held["optimizer"] - held_at(tape, len(tape.events) - 1)["optimizer"], 0)
-        held = {**held, "optimizer": held["optimizer"] - passing, "step": passing}
+        replayed = self._replayed(size, steps)
+        parts = held_at(tape, replayed.peak_event)
+        # Memory that only the running step holds is not optimizer state: state is still held at the end.
+        temporary = max(parts["optimizer"] - held_at(tape, len(tape.events) - 1)["optimizer"], 0)
+        parts = {**parts, "optimizer": parts["optimizer"] - temporary, "step": temporary}
         return Estimate(
             gpu=self._profile.label,
             name=self._profile.name,
             total_bytes=self._profile.total_bytes,
             budget_bytes=allowed,
-            fits=bool(found),
-            micro_batch=sizes[0] if found else None,
-            accumulation_steps=steps if found else None,
-            micro_batches=sizes if found else (),
-            peak_bytes=ran.peak_reserved_bytes,
-            peak_interval_bytes=(int(ran.peak_reserved_bytes * (1 - margin.low)), int(ran.peak_reserved_bytes * (1 + margin.high))),
-            breakdown={**held, "context": self._profile.context_bytes, "unused": max(ran.peak_reserved_bytes - sum(held.values()), 0)},
-            largest_micro_batch=self._anchored_most(lambda each: self._peak(each, 2) <= self._available) if both and self._jobs[0].split is None else None,
+            fits=bool(answer),
+            micro_batch=sizes[0] if answer else None,
+            accumulation_steps=steps if answer else None,
+            micro_batches=sizes if answer else (),
+            peak_bytes=replayed.peak_reserved_bytes,
+            peak_interval_bytes=(int(replayed.peak_reserved_bytes * (1 - margin.low)), int(replayed.peak_reserved_bytes * (1 + margin.high))),
+            breakdown={**parts, "context": self._profile.context_bytes, "unused": max(replayed.peak_reserved_bytes - sum(parts.values()), 0)},
+            largest_micro_batch=self._anchored_most(lambda micro_batch: self._peak(micro_batch, 2) <= self._available)
+            if both and self._jobs[0].split is None
+            else None,
             hard_largest_micro_batch=self._anchored_most(self._survives) if both and self._jobs[0].split is None else None,
             estimated=tuple(name for name, figure in self._profile.figures() if figure.estimated),
             margin=margin.provenance,
-            warnings=(*self._remarks, *self._of_the_card(), *self._traced.remarks),
+            warnings=(*self._remarks, *self._card_remarks(), *self._traced.remarks),
             measured_at=self._traced.phantom.shapes(size),
         )
 
-    # -- the same, told to another process --
+    # -- the same as plain documents, for another process --
 
     def estimated(self, gpu: str, target: int, **request: Any) -> dict[str, Any]:
-        """`estimate` on the card of that name, with advice, as a plain document."""
+        """`estimate` on the card of that name, with advice, as a dictionary."""
         self.use(profiles.load(gpu))
         return with_advice(self.estimate(target, **request), self._jobs).as_dict()
 
     def taped(self, sizes: Sequence[int]) -> dict[str, Any]:
-        """The tape of a window on the present card, as a plain document; where nothing fits, of the smallest micro-batch."""
+        """The tape of a window on the current card, as a dictionary. If `sizes` is empty, the tape is of the smallest micro-batch."""
         return tape_as_json(self._on_card(self._traced.exactly(self._card, sizes or (self._traced.shortest,))).without_nothing())
 
     def _peak(self, size: int, steps: int) -> int:
@@ -229,17 +233,17 @@ class Simulation:
         return tape.on(self._profile.cublas_workspace.value, *self._profile.parallel)
 
     def _anchored_most(self, fits: Callable[[int], bool]) -> int:
-        """As `_most`, until the line is anchored where the answer lies."""
+        """`_most`, repeated until the line is confirmed at the answer."""
         for _ in range(12):
-            found = self._most(fits)
-            if not found or self._traced.anchored(self._card, found, 2):
+            answer = self._most(fits)
+            if not answer or self._traced.anchored(self._card, answer, 2):
                 break
-        return found
+        return answer
 
     def _most(self, fits: Callable[[int], bool]) -> int:
-        """The largest size of all that fits, from a line's guess by growing steps, then by halving; 0 for none.
+        """The largest size that fits; 0 if none fits. The search starts at a line's guess, moves in growing steps, then bisects.
 
-        Neighbours are looked at, because memory is not monotone.
+        It also tries sizes above the answer, because memory is not monotone.
         """
         least = 2 if self._norms else 1
         near, far = 16, 256
@@ -260,15 +264,15 @@ class Simulation:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         ahead = low + 1
-        while low and ahead <= low + 40 and self._least(ahead) <= self._available:
+        while low and ahead <= low + 40 and self._requested_peak(ahead) <= self._available:
             low = ahead if fits(ahead) else low
             ahead += 1
         return low
 
-    def _least(self, size: int) -> int:
+    def _requested_peak(self, size: int) -> int:
         return self._traced.about(self._card, size, 2).requested_peak()
 
-    def _first_remarks(self, approximate: str) -> tuple[str, ...]:
+    def _job_remarks(self, approximate: str) -> tuple[str, ...]:
         messages = []
         if not all(job.model.training for job in self._jobs):
             messages.append("the model is in eval mode and was simulated so: call model.train() if that is how it trains")
@@ -286,7 +290,7 @@ class Simulation:
             messages.append("a compiled model was simulated as it is written: what the compiler fuses may take less, and sometimes more")
         return tuple(messages)
 
-    def _of_the_card(self) -> tuple[str, ...]:
+    def _card_remarks(self) -> tuple[str, ...]:
         profile = self._profile
         messages = []
         if profile.backend == "mps":
@@ -299,14 +303,14 @@ class Simulation:
 
 
 def card_of(profile: Profile) -> Card:
-    """What of a card decides on a tape: cards alike in it share their traces."""
-    # The workspace's size changes nothing else on a tape: it is put in when that is replayed.
+    """The properties of a card that change a tape. Cards with equal properties share their traces."""
+    # The size of cuBLAS's workspace changes only its own block, so `Tape.on` sets it before the replay.
     return Card(profile.capability, benchmark=bool(torch.backends.cudnn.benchmark))
 
 
 def _largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int:
-    """The largest candidate that fits, 0 for none; the two above the answer are looked at, because memory is not monotone."""
-    if candidates and fits(candidates[-1]):  # which is often so on a large card, and spares the traces of windows of many pieces
+    """The largest candidate that fits; 0 if none fits. It also tries the two above the answer, because memory is not monotone."""
+    if candidates and fits(candidates[-1]):  # common on a large card; it saves the traces of windows with many pieces
         return candidates[-1]
     low, high = -1, len(candidates) - 1
     while high - low > 1:

@@ -1,4 +1,4 @@
-"""Puts tensors without memory in the place of a job's tensors, wherever its model, optimizer and loss can reach them."""
+"""The substitution of a job's tensors by tensors without memory, wherever its model, optimizer and loss can reach them."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from autoaccum.window import Job
 
 
 class Substitution:
-    """Swaps the tensors of jobs, for good. kind: the type of device that the new tensors pretend to be on.
+    """Replaces the tensors of jobs permanently. kind: the device type that the new tensors have.
 
-    resident: the new tensors of models and optimizers. late: those of the loss, which count only once an operator uses them.
+    resident: the new tensors of models and optimizers. late: the new tensors of the loss, which count only after an operator has used them.
     Raises `JobError` for a tensor that has no substitute.
     """
 
@@ -29,10 +29,10 @@ class Substitution:
         self._originals: list[torch.Tensor] = []
 
     def swap(self, job: Job) -> None:
-        roots = [job.model, *(each for each in job.keep if isinstance(each, torch.nn.Module))]
+        roots = [job.model, *(module for module in job.keep if isinstance(module, torch.nn.Module))]
         for root in roots:
             self._swap_module(root)
-        object.__setattr__(job, "loss", self._elsewhere(job.loss, {}))
+        object.__setattr__(job, "loss", self._on_device(job.loss, {}))
         for optimizer in job.optimizers:
             states = dict(optimizer.state)
             for group in optimizer.param_groups:
@@ -43,7 +43,7 @@ class Substitution:
                 optimizer.state[self._swap_tensor(parameter)] = moved
 
     def _swap_module(self, root: torch.nn.Module) -> None:
-        def visit(module: torch.nn.Module) -> None:  # in the order of Module.to()
+        def visit(module: torch.nn.Module) -> None:  # the same order as Module.to()
             for child in module.children():
                 visit(child)
             for slots in (module._parameters, module._buffers):
@@ -52,21 +52,22 @@ class Substitution:
                         slots[name] = self._swap_tensor(tensor)
             for name, value in list(vars(module).items()):
                 if (type(value) is torch.Tensor and value.dim()) or _is_cpu(value):
-                    vars(module)[name] = self._elsewhere(value, {})
+                    vars(module)[name] = self._on_device(value, {})
 
         visit(root)
 
     def _swap_state(self, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
-        # A count of steps stays where it is, and what it counts is not known.
+        # A step count stays on its device. Its value is not known.
         return self._swap_tensor(value) if value.dim() else torch.tensor(1, dtype=value.dtype, device=value.device.type)
 
-    def _elsewhere(self, value: Any, seen: dict[int, Any]) -> Any:
-        """`value` on the simulated device, as far as a loss's code can reach it: tensors, modules, the name of the device, and
-        containers, functions and objects around them. Dicts, lists, functions and objects are changed in place.
+    def _on_device(self, value: Any, visited: dict[int, Any]) -> Any:
+        """Returns `value` on the simulated device, with everything that the loss's code can reach from it.
 
-        seen: what became of what, by id, with the original, whose id must stay its own.
+        It replaces tensors, modules and the name of the device, inside containers, functions and objects too. Dicts, lists,
+        functions and objects are changed in place.
+        visited: for each id, the original and its replacement. The original is kept alive, so that its id is not reused.
         """
         if isinstance(value, torch.Tensor):
             return self._swap_tensor(value, late=True) if value.device.type == "cpu" and value.layout == torch.strided else value
@@ -74,57 +75,57 @@ class Substitution:
             return torch.device(self._kind) if isinstance(value, torch.device) else self._kind
         if isinstance(value, (type, str, bytes, int, float, complex)) or value is None:
             return value
-        if id(value) in seen:
-            return seen[id(value)][1]
+        if id(value) in visited:
+            return visited[id(value)][1]
         if isinstance(value, (dict, list, tuple)) and len(value) > 1000:
-            return value  # data, which stay on the host
-        seen[id(value)] = (value, value)
+            return value  # data stay on the host
+        visited[id(value)] = (value, value)
         if isinstance(value, torch.nn.Module):
             self._swap_module(value)
         elif isinstance(value, functools.partial):
-            inner, arguments = self._elsewhere(value.func, seen), [self._elsewhere(each, seen) for each in value.args]
-            made: Any = functools.partial(inner, *arguments, **{name: self._elsewhere(each, seen) for name, each in value.keywords.items()})
-            seen[id(value)] = (value, made)
-            return made
+            inner, arguments = self._on_device(value.func, visited), [self._on_device(item, visited) for item in value.args]
+            replacement: Any = functools.partial(inner, *arguments, **{name: self._on_device(item, visited) for name, item in value.keywords.items()})
+            visited[id(value)] = (value, replacement)
+            return replacement
         elif isinstance(value, dict):
-            for name, each in list(value.items()):
-                value[name] = self._elsewhere(each, seen)
+            for name, item in list(value.items()):
+                value[name] = self._on_device(item, visited)
         elif isinstance(value, list):
-            value[:] = [self._elsewhere(each, seen) for each in value]
+            value[:] = [self._on_device(item, visited) for item in value]
         elif isinstance(value, tuple):
-            items = [self._elsewhere(each, seen) for each in value]
-            made = type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-            seen[id(value)] = (value, made)
-            return made
+            items = [self._on_device(item, visited) for item in value]
+            replacement = type(value)(*items) if hasattr(value, "_fields") else tuple(items)
+            visited[id(value)] = (value, replacement)
+            return replacement
         elif inspect.ismethod(value) or inspect.isfunction(value):
-            self._inside_function(value, seen)
-        elif _is_the_users(type(value)) or isinstance(value, types.SimpleNamespace):
-            for name, each in list(getattr(value, "__dict__", {}).items()):
-                object.__setattr__(value, name, self._elsewhere(each, seen))
+            self._inside_function(value, visited)
+        elif _is_user_code(type(value)) or isinstance(value, types.SimpleNamespace):
+            for name, item in list(getattr(value, "__dict__", {}).items()):
+                object.__setattr__(value, name, self._on_device(item, visited))
             for method in ("__call__", "forward", "loss"):
                 if inspect.isfunction(vars(type(value)).get(method)):
-                    self._inside_function(vars(type(value))[method], seen)
+                    self._inside_function(vars(type(value))[method], visited)
         return value
 
-    def _inside_function(self, function: Any, seen: dict[int, Any]) -> None:
+    def _inside_function(self, function: Any, visited: dict[int, Any]) -> None:
         if inspect.ismethod(function):
-            self._elsewhere(function.__self__, seen)
+            self._on_device(function.__self__, visited)
             function = function.__func__
-        if not inspect.isfunction(function) or not _is_the_users(function):
+        if not inspect.isfunction(function) or not _is_user_code(function):
             return
         for cell in function.__closure__ or ():
             if _filled(cell):
-                cell.cell_contents = self._elsewhere(cell.cell_contents, seen)
+                cell.cell_contents = self._on_device(cell.cell_contents, visited)
         for name in _names(function.__code__):
             if name in function.__globals__ and not inspect.ismodule(function.__globals__[name]):
-                function.__globals__[name] = self._elsewhere(function.__globals__[name], seen)
+                function.__globals__[name] = self._on_device(function.__globals__[name], visited)
         if function.__defaults__:
-            function.__defaults__ = tuple(self._elsewhere(each, seen) for each in function.__defaults__)
+            function.__defaults__ = tuple(self._on_device(default, visited) for default in function.__defaults__)
         if function.__kwdefaults__:
-            function.__kwdefaults__.update({name: self._elsewhere(each, seen) for name, each in function.__kwdefaults__.items()})
+            function.__kwdefaults__.update({name: self._on_device(default, visited) for name, default in function.__kwdefaults__.items()})
 
     def _swap_tensor(self, tensor: torch.Tensor, *, late: bool = False) -> Any:
-        """late: counted only when an operator uses it, because a loss may hold what never leaves the host."""
+        """late: True for a tensor of the loss. It counts only when an operator uses it, because it may never leave the host."""
         if isinstance(tensor, FakeTensor):
             return tensor
         if id(tensor) in self._swapped:
@@ -139,27 +140,27 @@ class Substitution:
         elif tensor.is_leaf and tensor.requires_grad:
             blank.requires_grad_()
         self._swapped[id(tensor)] = blank
-        self._originals.append(tensor)  # ids are only unique among the living
+        self._originals.append(tensor)  # keep the original alive, so that its id is not reused
         (self.late if late else self.resident).append(blank)
         return blank
 
 
 def _names(code: types.CodeType) -> set[str]:
-    """What a function's code calls by name, in functions and comprehensions inside it, too."""
-    found = set(code.co_names)
-    for each in code.co_consts:
-        if isinstance(each, types.CodeType):
-            found |= _names(each)
-    return found
+    """Names that a function's code uses, functions and comprehensions inside it included."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= _names(constant)
+    return names
 
 
 def _is_cpu(value: Any) -> bool:
-    """True for a device's name: what a job kept that was told to build itself on the CPU."""
+    """True for the CPU as a `torch.device` or a name. A job that was built on the CPU may keep such a value."""
     return (isinstance(value, torch.device) and value.type == "cpu") or (isinstance(value, str) and value == "cpu")
 
 
-def _is_the_users(found: Any) -> bool:
-    return str(getattr(found, "__module__", "")).split(".")[0] not in (
+def _is_user_code(value: Any) -> bool:
+    return str(getattr(value, "__module__", "")).split(".")[0] not in (
         "torch",
         "numpy",
         "autoaccum",
