@@ -202,7 +202,7 @@ def iterations(made, batch: int, position: str, card, *, limited: bool = True, s
     """
     from autoaccum.simulate import margins
     from autoaccum.simulate.allocator import Allocator
-    from autoaccum.simulate.cards import Card
+    from autoaccum.simulate.kernel_choice import Card
     from autoaccum.simulate.tape import replay
 
     (job,) = made._jobs

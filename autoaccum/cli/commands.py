@@ -16,14 +16,13 @@ from typing import Any
 import click
 
 from autoaccum import oom
-from autoaccum.cli import pictures, report
+from autoaccum.cli import report
 from autoaccum.cli.options import CallOptions, writable, write_nothing, write_stderr
 from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short
 from autoaccum.plan import framework_arguments
 from autoaccum.probe import Request, cache
 from autoaccum.simulate import profiles
 from autoaccum.version import __version__
-from autoaccum.virtual import estimate_source, forecaster
 from autoaccum.window import parse_source
 
 _EPILOG = "Exit codes: 0 done, 2 wrong usage or bad input, 3 does not fit, 4 device trouble, 5 the job itself failed, 130 interrupted."
@@ -194,8 +193,11 @@ def estimate(
     for option, path in (("--output", output), ("--timeline", timeline)):
         if path is not None:
             writable(path, option)
+    from autoaccum.cli import timeline_picture  # here, as below: --help does without
+    from autoaccum.virtual import estimate_source
+
     if timeline is not None and timeline.suffix != ".pickle":
-        pictures.ready(timeline)
+        timeline_picture.ready(timeline)
     names = profiles.names() if all_gpus else list(gpus)
     request = Request(target_batch, None, headroom, max_micro_batch, equal)
     estimates = estimate_source(
@@ -209,7 +211,7 @@ def estimate(
     if output is not None:
         output.write_text(report.as_json(estimates.as_dict()) + "\n")
     if timeline is not None:
-        pictures.draw(estimates, timeline)
+        timeline_picture.draw(estimates, timeline)
         if not quiet:
             click.echo(f"drawn: {timeline}", err=True)
     return 3 if gpus and not all(card.fits for card in estimates.gpus) else 0
@@ -263,6 +265,8 @@ def fleet(
     if job is None and not by_hand:
         raise UsageError("fleet needs a JOB whose memory is simulated, or --fixed SIZE and --per-sample SIZE (say `demo` as JOB for the built-in demo)")
     origin = None if job is None else parse_source(job, settings, rest or ())
+    from autoaccum.virtual import forecaster
+
     forecast = forecaster.fleet(gpus, target_batch=target_batch, job=origin, on_output=write_nothing if quiet else write_stderr, **given)
     click.echo(report.as_json(forecast.as_dict()) if as_json else forecast.explain())
     if output is not None:

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from autoaccum.cli import pictures, report
+from autoaccum import tuner
+from autoaccum.cli import report
 from autoaccum.distributed import launched
 from autoaccum.errors import UsageError
 from autoaccum.plan import Plan, chart, framework_arguments
 from autoaccum.probe import Equivalence, Request
 from autoaccum.simulate import profiles
-from autoaccum.tuner import check_command, check_source, compare_source, shown, tune_command, tune_source
 from autoaccum.window import Source, parse_source
 
 _WIDE = 100  # columns; a narrower terminal gets no chart
@@ -56,7 +56,9 @@ class CallOptions:
             raise UsageError(f"--json and --format {form} both say how to print: give one")
         self.memory_limit, self.cache, self.plot = memory_limit, not no_cache, plot
         if plot is not None:
-            pictures.ready(plot)
+            from autoaccum.cli import timeline_picture
+
+            timeline_picture.ready(plot)
             writable(plot, "--plot")
         self.virtual = device.removeprefix("virtual:") if device.startswith("virtual:") else None
         self.request = Request(
@@ -91,7 +93,9 @@ class CallOptions:
             self.alone("a command is tried in one process", "run autoaccum without torchrun")
         with self._callbacks() as callbacks:
             return (
-                tune_command(self.command, self.request, **callbacks) if self.command else tune_source(self.source, self.request, cache=self.cache, **callbacks)
+                tuner.tune_command(self.command, self.request, **callbacks)
+                if self.command
+                else tuner.tune_source(self.source, self.request, cache=self.cache, **callbacks)
             )
 
     def checked(self, micro_batch: int) -> Plan:
@@ -102,8 +106,8 @@ class CallOptions:
             raise UsageError(f"check rehearses the one size {micro_batch}: leave --largest and a smaller --max-micro-batch out")
         with self._callbacks() as callbacks:
             if self.command:
-                return check_command(self.command, micro_batch, self.request, **callbacks)
-            return check_source(self.source, micro_batch, self.request, **callbacks)
+                return tuner.check_command(self.command, micro_batch, self.request, **callbacks)
+            return tuner.check_source(self.source, micro_batch, self.request, **callbacks)
 
     def answer(self, planned: Plan, found: Equivalence | None = None) -> None:
         if planned.rank:
@@ -132,7 +136,7 @@ class CallOptions:
             raise UsageError("--equivalence needs values, and a simulated card has none: ask with --device cpu")
         if self.command:
             raise UsageError("--equivalence needs a JOB that builds the model: a command's loss is out of reach")
-        return compare_source(self.source, self.request, device=self.device, on_output=write_nothing if self.quiet else write_stderr)
+        return tuner.compare_source(self.source, self.request, device=self.device, on_output=write_nothing if self.quiet else write_stderr)
 
     def compared(self) -> None:
         if self.output is not None or self.plot is not None or self.form not in ("text", "json"):
@@ -170,7 +174,7 @@ class CallOptions:
     @contextmanager
     def _callbacks(self) -> Iterator[dict[str, Any]]:
         quiet = self.quiet or ((launch := launched()) is not None and launch.rank > 0)
-        with shown(quiet=quiet) as callback:
+        with tuner.shown(quiet=quiet) as callback:
             yield {"device": self.device, "progress": callback, "on_output": write_nothing if quiet else write_stderr}
 
 

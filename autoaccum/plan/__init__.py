@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from autoaccum.plan.explanation import chart
     from autoaccum.plan.micro_batch import MicroBatch
     from autoaccum.plan.notation import window_notation
-    from autoaccum.plan.picture import GREY, INK, check, pyplot
     from autoaccum.plan.plan import Plan
     from autoaccum.plan.record import PlannedDevice, TrialRecord
+    from autoaccum.plan.search_picture import GREY, INK, check, pyplot
 else:
     __getattr__ = lazily(
         __name__,
@@ -26,7 +26,7 @@ else:
         explanation="chart",
         micro_batch="MicroBatch",
         notation="window_notation",
-        picture="GREY INK check pyplot",
+        search_picture="GREY INK check pyplot",
         plan="Plan",
         record="PlannedDevice TrialRecord",
     )

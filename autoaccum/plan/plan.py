@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from autoaccum.distributed import launched
 from autoaccum.errors import NoSuchDevice, PlanError
-from autoaccum.plan import arithmetic, explanation, framework_arguments, picture
+from autoaccum.plan import arithmetic, explanation, framework_arguments, search_picture
 from autoaccum.plan.micro_batch import MicroBatch
 from autoaccum.plan.notation import window_notation
 from autoaccum.plan.record import SCHEMA, PlannedDevice, PlanRecord
@@ -270,7 +270,7 @@ class Plan(PlanRecord):
 
         path: a .png, .svg or .pdf file. Raises `MissingExtra` without matplotlib.
         """
-        picture.draw_search(self, Path(path))
+        search_picture.draw_search(self, Path(path))
 
     def explain(self) -> str:
         """The whole report: the plan, why fewer steps do not fit, how the budget is made up, warnings and hints."""

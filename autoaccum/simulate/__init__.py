@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from autoaccum.simulate.allocator import Allocator, Block
     from autoaccum.simulate.allocator_settings import Settings, settings_from_environment
     from autoaccum.simulate.attention import AttentionCall
-    from autoaccum.simulate.cards import Card, same_kernels
     from autoaccum.simulate.fake import fake_cuda, quieten_torch, quieten_transformers
+    from autoaccum.simulate.kernel_choice import Card, same_kernels
     from autoaccum.simulate.margins import Margin, margin_of
     from autoaccum.simulate.profiles import Figure, Profile
     from autoaccum.simulate.tape import KINDS, Growth, NotAlike, Replayed, Tape, held_at, replay, same_tape, tape_as_json, tape_from_json
@@ -26,7 +26,7 @@ else:
         allocator="Allocator Block",
         allocator_settings="Settings settings_from_environment",
         attention="AttentionCall",
-        cards="Card same_kernels",
+        kernel_choice="Card same_kernels",
         fake="fake_cuda quieten_torch quieten_transformers",
         margins="Margin margin_of",
         profiles="Figure Profile",

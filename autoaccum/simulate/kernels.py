@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from autoaccum.simulate import convolutions
-from autoaccum.simulate.cards import Card
+from autoaccum.simulate.kernel_choice import Card
 from autoaccum.simulate.reductions import staging
 from autoaccum.simulate.tape import Staging
 from autoaccum.units import MIB

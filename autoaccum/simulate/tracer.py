@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autoaccum.errors import JobError
 from autoaccum.simulate import kernels
 from autoaccum.simulate.attention import AttentionCall, chosen_for
-from autoaccum.simulate.cards import Card
+from autoaccum.simulate.kernel_choice import Card
 from autoaccum.simulate.tape import Tape, canonical
 
 aten = torch.ops.aten
@@ -296,7 +296,7 @@ def _where() -> str:
     here = __file__.rsplit("/", 2)[0]
     while frame is not None:
         path = frame.f_code.co_filename
-        if path.startswith(here) and not path.endswith("simulate/trace.py"):
+        if path.startswith(here) and not path.endswith("simulate/tracer.py"):
             return _IN_TORCH  # what called is ours: nobody's line stands between
         if "/torch/" not in path and not path.startswith(here) and "<" not in path:
             return f"{path.rsplit('/', 1)[-1]}:{frame.f_lineno}"
@@ -308,7 +308,7 @@ def _asked_by_the_engine() -> bool:
     """True where no Python code but torch's wrappers stands between autograd's engine and this operator."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if not frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py", "simulate/trace.py")):
+        if not frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py", "simulate/tracer.py")):
             return False
         frame = frame.f_back
     return True
