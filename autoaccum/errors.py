@@ -1,21 +1,21 @@
-"""Every way autoaccum can fail.
+"""All exceptions of autoaccum, with the exit code of the command line for each.
 
-AutoaccumError                    everything below; carries the exit code of the command line
-├── UsageError                2   a value that was given cannot be used: a size, a flag, a path
+AutoaccumError                    base of all; its `exit_code` is the number in this table
+├── UsageError                2   an argument or option has a wrong value: a size, a flag, a path
 ├── JobError                  5   the job could not be loaded, built or understood
 │   └── JobFailed             5   the job's own code failed in another process
 ├── NothingFits               3   not even the smallest micro-batch fits the budget
-├── OutOfMemory               3   a size that was asked for by name ran out of memory
-├── DeviceError               4   the device itself is the trouble
-│   ├── NoSuchDevice          4
-│   └── MemoryUnknown         4   nobody could say how much memory there is; names who was asked
-├── RanksDisagree             4   ranks of one job came to different answers
+├── OutOfMemory               3   a micro-batch of a size that the user set ran out of memory
+├── DeviceError               4   the device failed
+│   ├── NoSuchDevice          4   the requested device does not exist here
+│   └── MemoryUnknown         4   no source gave the amount of memory; the message names the sources
+├── RanksDisagree             4   the ranks of one job came to different results
 ├── ProfileError              2   a GPU data file is wrong
-├── PlanError                 2   a plan, a size or a batch that cannot be used as asked
+├── PlanError                 2   a plan, a size or a batch cannot be used in this way
 └── MissingExtra              2   an optional dependency is not installed
 
-An exception that the user's own code raises in this process is never wrapped in one of these: it is
-raised again itself, with a note (see `noted`). The message of each error has the value and the remedy.
+An exception from the user's own code in this process is never wrapped in one of these: the same exception is
+raised again, with a note (see `noted`). The message of each error contains the value and the remedy.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 
 class AutoaccumError(Exception):
-    """Base of all errors of autoaccum. `exit_code` is what the command line ends with."""
+    """Base of all errors of autoaccum. `exit_code` is the exit code of the command line."""
 
     exit_code = 2
 
@@ -41,10 +41,11 @@ class JobError(AutoaccumError):
 
 
 class JobFailed(JobError):
-    """The job's own code failed in a child process, from which its exception cannot come over.
+    """The job's own code failed in a child process. The exception itself cannot be sent to this process.
 
-    kind: the exception's class, or "" where the process ended without one. text: what to show of it (the
-    user's frames, or the last lines that were printed); whole: the full traceback.
+    kind: the name of the exception's class, or "" if the process ended without an exception.
+    text: the part to show: the user's frames, or the last lines that the process printed.
+    whole: the full traceback; by default `text`.
     """
 
     def __init__(self, message: str, *, kind: str = "", text: str = "", whole: str = "") -> None:
@@ -53,11 +54,11 @@ class JobFailed(JobError):
 
 
 class UsageError(AutoaccumError, ValueError):
-    """A value that was given cannot be used: a size, a flag, a path."""
+    """An argument or option has a wrong value: a size, a flag, a path."""
 
 
 class NothingFits(AutoaccumError):
-    """Not even the smallest micro-batch fits. `budget_bytes` is what there was, `trials` what ran."""
+    """Not even the smallest micro-batch fits. `budget_bytes` is the memory budget; `trials` are the trials that ran."""
 
     exit_code = 3
 
@@ -68,7 +69,7 @@ class NothingFits(AutoaccumError):
 
 
 class OutOfMemory(AutoaccumError):
-    """A micro-batch that was asked for by name does not fit. `trials` is what ran."""
+    """A micro-batch of a size that the user set does not fit. `trials` are the trials that ran."""
 
     exit_code = 3
 
@@ -78,21 +79,21 @@ class OutOfMemory(AutoaccumError):
 
 
 class DeviceError(AutoaccumError):
-    """The device is the trouble, not the job and not the size."""
+    """The device failed. The cause is neither the job nor the micro-batch size."""
 
     exit_code = 4
 
 
 class NoSuchDevice(DeviceError):
-    """The device that was asked for is not here."""
+    """The requested device does not exist on this machine."""
 
 
 class MemoryUnknown(DeviceError):
-    """Nobody who was asked could say how much memory there is."""
+    """No source gave the amount of memory. The message names the sources."""
 
 
 class RanksDisagree(AutoaccumError):
-    """Ranks of one job came to different answers."""
+    """The ranks of one job came to different results, or a rank failed or is missing."""
 
     exit_code = 4
 
@@ -102,21 +103,21 @@ class ProfileError(AutoaccumError):
 
 
 class PlanError(AutoaccumError):
-    """A plan or a batch cannot be used as asked."""
+    """A plan, a size or a batch cannot be used in this way."""
 
 
 class MissingExtra(AutoaccumError):
-    """An optional dependency is needed and not installed."""
+    """A required optional dependency is not installed."""
 
 
 def in_short(error: BaseException) -> str:
-    """The user's frames of a traceback: neither ours, nor the libraries', nor Python's own; "" without any."""
-    own = str(Path(__file__).parent) + os.sep
-    library = os.path.join(sys.base_prefix, "lib") + os.sep
+    """The user's frames of a traceback as text, without the frames of autoaccum, of libraries and of Python; "" if there are none."""
+    package_folder = str(Path(__file__).parent) + os.sep
+    library_folder = os.path.join(sys.base_prefix, "lib") + os.sep
     frames = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((own, library, "<frozen")) and "site-packages" not in frame.filename
+        if not frame.filename.startswith((package_folder, library_folder, "<frozen")) and "site-packages" not in frame.filename
     ]
     header = ["Traceback (your frames; --traceback shows all):\n"] if frames else []
     return "".join([*header, *traceback.format_list(frames)])
@@ -126,10 +127,10 @@ Raised = TypeVar("Raised", bound=BaseException)
 
 
 def noted(error: Raised, note: str) -> Raised:
-    """`error` with a note that tracebacks print below it.
+    """Adds a note to `error` and returns it. Tracebacks print the note below the error.
 
-    `BaseException.add_note` exists from Python 3.11; on 3.10 the attribute it fills is set by hand,
-    which newer tools (and our command line) read, and the old traceback printer ignores.
+    `BaseException.add_note` exists from Python 3.11. On Python 3.10 this function sets the attribute `__notes__` itself: newer tools
+    and our command line read it, and the traceback printer of 3.10 ignores it.
     """
     if hasattr(error, "add_note"):
         error.add_note(note)
@@ -139,15 +140,15 @@ def noted(error: Raised, note: str) -> Raised:
 
 
 def from_document(document: dict[str, Any]) -> AutoaccumError:
-    """The error that another process sent with `as_document`: ours by its class, the user's as `JobFailed`."""
-    ours = globals().get(document["type"])
-    if document["ours"] and isinstance(ours, type) and issubclass(ours, AutoaccumError):
-        return ours(document["message"])
+    """The error that another process sent with `as_document`. An autoaccum error keeps its class; any other becomes a `JobFailed`."""
+    error_class = globals().get(document["type"])
+    if document["ours"] and isinstance(error_class, type) and issubclass(error_class, AutoaccumError):
+        return error_class(document["message"])
     return JobFailed(document["message"], kind=document["type"], text=document["short"], whole=document["whole"])
 
 
 def as_document(error: Exception) -> dict[str, Any]:
-    """An error in plain values, so that another process can raise it again with `from_document`."""
+    """An error as a dict of JSON values, from which another process makes an error again with `from_document`."""
     notes = [str(note) for note in getattr(error, "__notes__", ())]
     return {
         "type": type(error).__name__,

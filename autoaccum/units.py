@@ -1,4 +1,4 @@
-"""Bytes to words and back. The only place where 2**30 is written."""
+"""Functions that parse sizes and format bytes, durations and ranks as text. Only this file writes 2**30."""
 
 from __future__ import annotations
 
@@ -17,54 +17,54 @@ _UNITS |= {"k": KIB, "m": MIB, "g": GIB, "t": TIB}
 
 
 def parse_size(text: str | int) -> int:
-    """`"512MiB"`, `"1.5GB"`, `"2g"` or bytes, as bytes.
+    """A size in bytes, from text such as `"512MiB"`, `"1.5GB"`, `"2g"`, or from a number of bytes.
 
-    Raises `UsageError` for anything else, and for sizes that are not positive.
+    Raises `UsageError` for any other text, and for sizes that are not positive.
     """
     if isinstance(text, int) and not isinstance(text, bool):
         bytes_ = text
     else:
-        found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
-        if not found or found[2] not in _UNITS:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+        if not match or match[2] not in _UNITS:
             raise UsageError(f"{text!r} is not a size: write bytes, or a number with a unit such as 512MiB, 2GiB, 1.5GB")
-        bytes_ = int(float(found[1]) * _UNITS[found[2]])
+        bytes_ = int(float(match[1]) * _UNITS[match[2]])
     if bytes_ <= 0:
         raise UsageError(f"a size must be more than nothing, not {text!r}")
     return bytes_
 
 
 def parse_headroom(text: str | int, of_bytes: int) -> int:
-    """Headroom in bytes: a size (`"256MiB"`, 0 allowed), or a percentage of `of_bytes` (`"3%"`).
+    """Headroom in bytes, from a size (`"256MiB"`, 0 allowed) or a percentage of `of_bytes` (`"3%"`).
 
-    Raises `UsageError` for anything else, for 100 % and more, and for a size as big as the whole.
+    Raises `UsageError` for any other text, for 100 % and more, and for a size not below `of_bytes`.
     """
     percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", str(text))
     if percent:
         if float(percent[1]) >= 100:
             raise UsageError(f"headroom of {text} leaves nothing: give less than 100%")
         return int(of_bytes * float(percent[1]) / 100)
-    kept = 0 if str(text).strip() in ("0", "0b", "0B") else parse_size(text)
-    if 0 < kept < KIB:
-        raise UsageError(f"headroom of {text} is {kept} bytes: write a percentage such as 3%, or a size such as 512MiB")
-    if kept >= of_bytes > 0:
-        raise UsageError(f"headroom of {in_words(kept)} leaves nothing of {in_words(of_bytes)}: give less")
-    return kept
+    headroom_bytes = 0 if str(text).strip() in ("0", "0b", "0B") else parse_size(text)
+    if 0 < headroom_bytes < KIB:
+        raise UsageError(f"headroom of {text} is {headroom_bytes} bytes: write a percentage such as 3%, or a size such as 512MiB")
+    if headroom_bytes >= of_bytes > 0:
+        raise UsageError(f"headroom of {in_words(headroom_bytes)} leaves nothing of {in_words(of_bytes)}: give less")
+    return headroom_bytes
 
 
 def in_words(bytes_: int, unit: str | None = None) -> str:
-    """`"39.4 GiB"`: one decimal, in the unit in which the figure is easiest to read."""
+    """A size as text, such as `"39.4 GiB"`. unit: by default the unit of `unit_for`."""
     unit = unit or unit_for(bytes_)
     return f"{number(bytes_, unit)} {unit}"
 
 
 def number(bytes_: int, unit: str) -> str:
-    """The figure alone, in `unit`: one decimal for GiB and more, none below."""
+    """A size in `unit` as text, without the unit: one decimal for GiB and TiB, none for smaller units."""
     scaled = bytes_ / _UNITS[unit.lower()]
     return f"{scaled:.1f}" if unit in ("GiB", "TiB") else f"{scaled:.0f}"
 
 
 def unit_for(bytes_: int) -> str:
-    """The unit that suits a size; give the largest of a line of figures to print them all alike."""
+    """The largest unit of which the size has at least one. To print several sizes in one unit, pass the largest of them."""
     for unit, least in (("TiB", TIB), ("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if abs(bytes_) >= least:
             return unit
@@ -72,7 +72,7 @@ def unit_for(bytes_: int) -> str:
 
 
 def seconds_in_words(seconds: float) -> str:
-    """`"0.4 s"`, `"9 s"`, `"2 min 5 s"`."""
+    """A duration as text: `"0.4 s"`, `"9 s"`, `"2 min 5 s"`."""
     if seconds < 1:
         return f"{max(seconds, 0):.1f} s"
     if seconds < 100:
@@ -82,11 +82,11 @@ def seconds_in_words(seconds: float) -> str:
 
 
 def duration_in_words(seconds: float) -> str:
-    """`"62 ms"`, `"12 s"`: the time of a window."""
+    """The time of a window as text, such as `"62 ms"` or `"12.0 s"`."""
     return f"{seconds * 1000:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
 
 
 def ranks_in_words(ranks: Sequence[int]) -> str:
-    """`"rank 3"`, `"ranks 1, 2 and 5"`."""
+    """Ranks as text: `"rank 3"`, `"ranks 1, 2 and 5"`."""
     words = [str(rank) for rank in ranks]
     return f"rank {words[0]}" if len(words) == 1 else f"ranks {', '.join(words[:-1])} and {words[-1]}"

@@ -1,7 +1,7 @@
-"""The program that a child process runs: it serves trials of one job to the parent, real ones or simulated ones.
+"""The program of a child process: it runs trials of one job for the parent process, on a device or simulated.
 
-Started by `probe.child.Child`. Like `__main__` it stands above all rooms, because it needs both the rehearsal on a device
-and the simulated one; nothing imports it.
+`probe.child.Child` starts it. Like `__main__`, it is outside the subpackages, because it needs both the rehearsal on a device
+and the simulation. No other module imports it.
 """
 
 from __future__ import annotations
@@ -22,11 +22,14 @@ from autoaccum.window import PhaseCallback, Source, as_jobs, load
 
 
 def main(receive: int, send: int, parent: int) -> None:
-    """Serves one parent until it closes the pipe."""
-    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # torch's; nobody here needs NumPy
+    """Answers the requests of the parent until it closes the pipe.
+
+    receive, send: file descriptors of the pipes. parent: the process id of the parent.
+    """
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # a warning of torch; this process does not need NumPy
     die_with_parent(parent)
     requests, lock = os.fdopen(receive, "rb"), threading.Lock()
-    # The user's own children must not hold the pipes open.
+    # Child processes of the user's code must not keep the pipes open.
     os.set_inheritable(receive, False)
     os.set_inheritable(send, False)
 
@@ -36,44 +39,44 @@ def main(receive: int, send: int, parent: int) -> None:
             while data:
                 data = data[os.write(send, data) :]
 
-    opened = json.loads(requests.readline())
+    setup = json.loads(requests.readline())
     try:
-        _serve(opened, requests, reply)
+        _serve(setup, requests, reply)
     except Exception as error:
         reply({"error": as_document(error)})
 
 
-def _serve(opened: dict[str, Any], requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
-    sys.path[:] = [*sys.path, *(each for each in opened["path"] if each not in sys.path)]
-    source = Source(**{**opened["source"], "argv": tuple(opened["source"]["argv"])})
+def _serve(setup: dict[str, Any], requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
+    sys.path[:] = [*sys.path, *(folder for folder in setup["path"] if folder not in sys.path)]
+    source = Source(**{**setup["source"], "argv": tuple(setup["source"]["argv"])})
     sys.argv = [source.parts[0], *source.argv]
     from autoaccum import devices
-    from autoaccum.probe import rehearsing  # torch, and here alone: the parent never needs it
+    from autoaccum.probe import rehearsing  # imports torch, which the parent does not need
 
-    limits = Limits(**{**opened["limits"], "timeout_s": None})  # the parent holds the clock, also over a hung kernel
+    limits = Limits(**{**setup["limits"], "timeout_s": None})  # the parent watches the time, so that a hung kernel is ended too
 
     def on_phase(phase: str, index: int) -> None:
         reply({"phase": phase, "index": index})
 
-    if opened["device"].startswith("virtual:"):
-        _answer(_simulation(source, opened, limits, on_phase), requests, reply, lambda: 0)
+    if setup["device"].startswith("virtual:"):
+        _answer(_simulation(source, setup, limits, on_phase), requests, reply, lambda: 0)
         return
-    device = devices.get(opened["device"])
+    device = devices.get(setup["device"])
     jobs = load(source, device=device.facts.label)
-    # Nobody needs this process's weights afterwards, so trials may train them.
+    # This process's weights are not used afterwards, so trials may change them.
     with rehearsing(jobs, device, limits, parameters=False, on_phase=on_phase) as rehearsal:
         _answer(rehearsal, requests, reply, device.live_bytes)
 
 
-def _simulation(source: Source, opened: dict[str, Any], limits: Limits, on_phase: PhaseCallback) -> Any:
+def _simulation(source: Source, setup: dict[str, Any], limits: Limits, on_phase: PhaseCallback) -> Any:
     from autoaccum.simulate import fake_cuda, profiles, quieten_torch
     from autoaccum.virtual import simulation, without_memory
 
-    card = profiles.load(opened["device"].removeprefix("virtual:"))
+    card = profiles.load(setup["device"].removeprefix("virtual:"))
     quieten_torch()
     with without_memory():
         jobs = as_jobs(load(source, device="cpu"))
-    approximate = opened["approximate"]
+    approximate = setup["approximate"]
     if not approximate:
         on_phase("self-test", 0)
         approximate = fake_cuda()
@@ -86,22 +89,22 @@ def _simulation(source: Source, opened: dict[str, Any], limits: Limits, on_phase
 def _answer(rehearsal: Any, requests: Any, reply: Callable[[dict[str, Any]], None], live_bytes: Callable[[], int]) -> None:
     reply({"answer": {"subject": rehearsal.subject().as_dict(), "enforces": rehearsal.enforces}})
     for line in requests:
-        asked = json.loads(line)
-        verb = asked.pop("do")
+        request = json.loads(line)
+        verb = request.pop("do")
         if verb == "budget":
-            reply({"answer": asdict(rehearsal.budget(**asked))})
+            reply({"answer": asdict(rehearsal.budget(**request))})
         elif verb == "compare":
-            found = rehearsal.compare(**asked)
-            reply({"answer": found and found.as_dict()})
+            equivalence = rehearsal.compare(**request)
+            reply({"answer": equivalence and equivalence.as_dict()})
         elif verb == "conditions":
             reply({"answer": asdict(rehearsal.conditions())})
         elif verb in ("estimate", "tape"):
-            reply({"answer": getattr(rehearsal, verb + "d")(**asked)})
+            reply({"answer": getattr(rehearsal, verb + "d")(**request)})
         else:
-            held_before = live_bytes()
-            reading = rehearsal.measure(**asked)
-            # After an out-of-memory, proof that it all came back; the parent replaces a process that kept some.
-            clean = reading.fits or (live_bytes() <= held_before + 64 * MIB and not reading.doubtful)
+            bytes_before = live_bytes()
+            reading = rehearsal.measure(**request)
+            # True if all memory was freed after an out-of-memory; otherwise the parent replaces this process.
+            clean = reading.fits or (live_bytes() <= bytes_before + 64 * MIB and not reading.doubtful)
             reply({"answer": {**reading.as_dict(), "clean": clean}})
 
 

@@ -1,8 +1,8 @@
-"""Count, split, join, resize, move and describe nested batches.
+"""Functions that count, split, join, resize, move and describe nested batches.
 
-A batch is any nesting of mappings, tuples, named tuples, dataclasses and lists around leaves. Tensors,
-NumPy arrays and lists of samples (strings, numbers, dicts, ragged tensors) are cut along their first
-dimension; numbers, strings, None and 0-d tensors belong to the batch as a whole and go along unchanged.
+A batch is any nesting of mappings, tuples, named tuples, dataclasses and lists around leaves. Tensors, NumPy arrays and
+lists of samples (strings, numbers, dicts, ragged tensors) are cut along their first dimension. Numbers, strings, None and
+0-d tensors belong to the batch as a whole, and every piece gets them unchanged.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ import torch
 
 from autoaccum.errors import PlanError
 
-_WHOLE = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
+_WHOLE_BATCH_TYPES = (str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 
 
 def count(batch: Any) -> int:
-    """Samples in `batch`: the common length of everything that can be cut.
+    """The number of samples in `batch`: the common length of all leaves that can be cut.
 
-    Raises `PlanError` where two fields disagree, naming both, and where nothing can be cut.
+    Raises `PlanError` if two fields differ in length (the message names both), and if no leaf can be cut.
     """
-    if type(batch) is tuple and batch and all(type(item) is torch.Tensor and item.dim() for item in batch):  # the plain case first
+    if type(batch) is tuple and batch and all(type(item) is torch.Tensor and item.dim() for item in batch):  # fast path
         lengths = {len(item) for item in batch}
         if len(lengths) == 1:
             return lengths.pop()
-    batch = _told_by_siblings(batch)
+    batch = _with_samples_marked(batch)
     first: tuple[str, int] | None = None
     for path, leaf in _leaves(batch):
         length = _length(leaf)
@@ -49,31 +49,34 @@ def count(batch: Any) -> int:
 
 
 def split(batch: Any, sizes: Sequence[int], *, samples: int | None = None) -> list[Any]:
-    """`batch` cut into consecutive pieces of `sizes` samples; tensors are views, not copies.
+    """Cuts `batch` into consecutive pieces of `sizes` samples. The tensors of the pieces are views, not copies.
 
-    samples: how many it has, where that was counted before.
+    samples: the number of samples in `batch`, if it is known; None counts them.
     Raises `PlanError` if the sizes do not sum to the batch's samples.
     """
     samples = count(batch) if samples is None else samples
     if sum(sizes) != samples:
         raise PlanError(f"cannot cut {samples} samples into {list(sizes)}: that is {sum(sizes)}")
-    return _pieces(_told_by_siblings(batch), list(sizes))
+    return _pieces(_with_samples_marked(batch), list(sizes))
 
 
 def resize(batch: Any, samples: int) -> Any:
-    """The first `samples` samples of `batch`; a batch that has fewer is repeated."""
-    batch = _told_by_siblings(batch)
-    have = count(batch)
-    if have == 0:
+    """The first `samples` samples of `batch`. A batch with fewer samples is repeated. Raises `PlanError` for an empty batch."""
+    batch = _with_samples_marked(batch)
+    length = count(batch)
+    if length == 0:
         raise PlanError("the batch is empty: give one with at least one sample")
-    if samples <= have:
+    if samples <= length:
         return _mapped(batch, lambda leaf: _cut(leaf, 0, samples))
-    return _mapped(batch, lambda leaf: _repeated(leaf, have, samples))
+    return _mapped(batch, lambda leaf: _repeated(leaf, length, samples))
 
 
 def move(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any:
-    """`batch` with its tensors on `device`; the very same object where they all are there already, and it was not cut from a list."""
-    # The plain cases first: this runs for every micro-batch.
+    """`batch` with its tensors on `device`.
+
+    Returns the same object if all tensors are on `device` already and the batch was not cut from a list of samples.
+    """
+    # Fast paths: this runs for every micro-batch.
     if isinstance(batch, torch.Tensor):
         return batch.to(device, non_blocking=non_blocking)
     if type(batch) is tuple:
@@ -87,50 +90,53 @@ def move(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any
         batch = changed(batch, lambda tensor: tensor.to(device, non_blocking=non_blocking))
     elif not any(type(leaf) is _Samples for leaf in leaves):
         return batch
-    # Our mark on lists is nobody else's business.
+    # User code gets plain lists, not `_Samples`.
     return _mapped(batch, lambda leaf: list(leaf) if type(leaf) is _Samples else leaf)
 
 
 def tensors(batch: Any) -> list[tuple[str, torch.Tensor]]:
-    """Every tensor that can be cut along its first dimension, by its path as in `shapes`."""
+    """Pairs of (path, tensor) for every tensor that can be cut along its first dimension. Paths are as in `shapes`."""
     return [(path, leaf) for path, leaf in _leaves(batch) if isinstance(leaf, torch.Tensor) and leaf.dim()]
 
 
 def changed(batch: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`batch` with `change` applied to every tensor, those in lists of samples too."""
+    """`batch` with `change` applied to every tensor, also to tensors in lists of samples."""
     return _mapped(batch, lambda leaf: _changed(leaf, change))
 
 
 def join(parts: Sequence[Any]) -> Any:
-    """Batches of one structure as one batch, or None where they cannot be: samples of unlike shapes (each
-    loader batch padded to its own longest), or values of the whole batch that differ."""
+    """Joins batches of the same structure into one batch.
+
+    Returns None if they cannot be joined: the samples differ in shape (for example, each loader batch is padded to its own
+    longest sample), or values that belong to the batch as a whole differ.
+    """
     try:
-        return _joined([_told_by_siblings(part) for part in parts])
+        return _joined([_with_samples_marked(part) for part in parts])
     except _CannotJoin:
         return None
 
 
 def nbytes(batch: Any) -> int:
-    """Bytes of all tensors and arrays in `batch`."""
+    """The size of all tensors and arrays in `batch`, in bytes."""
     return sum(int(leaf.nbytes) for _, leaf in _leaves(batch) if hasattr(leaf, "nbytes"))
 
 
 def shapes(batch: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor, array and list of samples, by its path: `{"input_ids": (40, 512)}`.
+    """The shape of every tensor, array and list of samples, by its path: `{"input_ids": (40, 512)}`.
 
-    The path of a lone tensor is `"batch"`; items of tuples and lists have their index.
+    The path of a batch that is a single tensor is `"batch"`. Items of tuples and lists are named by their index.
     """
-    found: dict[str, tuple[int, ...]] = {}
-    for path, leaf in _leaves(_told_by_siblings(batch)):
+    result: dict[str, tuple[int, ...]] = {}
+    for path, leaf in _leaves(_with_samples_marked(batch)):
         if hasattr(leaf, "shape"):
-            found[path] = tuple(int(extent) for extent in leaf.shape)
+            result[path] = tuple(int(extent) for extent in leaf.shape)
         elif isinstance(leaf, list):
-            found[path] = (len(leaf),)
-    return found
+            result[path] = (len(leaf),)
+    return result
 
 
 def _tensors(leaf: Any) -> Iterator[torch.Tensor]:
-    """The tensors of a leaf: itself, or those in a list of samples."""
+    """The tensors of a leaf: the leaf itself, or the tensors in a list of samples."""
     if isinstance(leaf, torch.Tensor):
         yield leaf
     elif isinstance(leaf, list):
@@ -140,11 +146,14 @@ def _tensors(leaf: Any) -> Iterator[torch.Tensor]:
 
 
 class _Samples(list):  # type: ignore[type-arg]
-    """A list whose items are known to be samples: what was cut from one stays one, whatever is left in it."""
+    """A list whose items are known to be samples. A slice of such a list is marked again, because its items may look like fields."""
 
 
-def _told_by_siblings(batch: Any) -> Any:
-    """A list of tensors beside a list of as many dicts or strings (images and their boxes) holds samples, whatever their shapes."""
+def _with_samples_marked(batch: Any) -> Any:
+    """Marks a list of tensors as samples if a list of as many dicts or strings is next to it (for example images and their boxes).
+
+    The shapes of the tensors do not matter then.
+    """
     if isinstance(batch, Mapping):
         fields: list[Any] = list(batch.values())
     elif isinstance(batch, (tuple, list)) and not isinstance(batch, _Samples):
@@ -153,10 +162,10 @@ def _told_by_siblings(batch: Any) -> Any:
         return batch
     lists = [field for field in fields if isinstance(field, list) and field and not isinstance(field, _Samples)]
     lengths = {len(field) for field in lists if all(isinstance(item, (Mapping, str)) for item in field)}
-    meant = {id(field) for field in lists if len(field) in lengths and all(isinstance(item, torch.Tensor) for item in field)}
-    if not meant:
+    sample_list_ids = {id(field) for field in lists if len(field) in lengths and all(isinstance(item, torch.Tensor) for item in field)}
+    if not sample_list_ids:
         return batch
-    marked = [_Samples(field) if id(field) in meant else field for field in fields]
+    marked = [_Samples(field) if id(field) in sample_list_ids else field for field in fields]
     if isinstance(batch, Mapping):
         rebuilt: Any = copy.copy(batch)
         for key, field in zip(batch, marked):
@@ -166,19 +175,19 @@ def _told_by_siblings(batch: Any) -> Any:
 
 
 def is_list_of_samples(batch: Any) -> bool:
-    """True for a list of tensors of unlike lengths, and for what was cut from one."""
+    """True for a list of tensors of different lengths, and for a slice of such a list."""
     return isinstance(batch, list) and bool(batch) and all(isinstance(item, torch.Tensor) for item in batch) and _is_samples(batch)
 
 
 def as_samples(batch: Any) -> Any:
-    """A list marked as one of samples; anything else as it is."""
+    """A list, marked as a list of samples; any other value unchanged."""
     return _Samples(batch) if isinstance(batch, list) else batch
 
 
 def _is_samples(items: list[Any]) -> bool:
-    """True for a list whose items are samples, False for one whose items are the batch's fields.
+    """True for a list whose items are samples, False for a list whose items are the batch's fields.
 
-    Default collation gives `[inputs, labels]`, so a list with tensors of one common length holds fields.
+    Default collation returns `[inputs, labels]`, so a list of tensors of the same length holds fields.
     """
     if isinstance(items, _Samples):
         return True
@@ -188,13 +197,12 @@ def _is_samples(items: list[Any]) -> bool:
     if tensors:
         return len(tensors) == len(items) and len({item.shape[:1] for item in items}) > 1
     if items and all(type(item) is tuple for item in items):
-        # Not collated: (input, label) after (input, label). A field among tuples of fields is a tensor or a list.
+        # Not collated: a list of (input, label) pairs. In a collated batch, the parts of a tuple are tensors or lists.
         return any(isinstance(part, (int, float, str)) or (isinstance(part, torch.Tensor) and part.dim() == 0) for part in items[0])
     if any(hasattr(item, "shape") or isinstance(item, tuple) or _is_fields(item) for item in items):
         return all(isinstance(item, Mapping) for item in items)
     nested = [item for item in items if isinstance(item, list)]
-    # Lists of lists: fields if all are as long as each other and hold samples themselves, as in
-    # [["a", "b"], ["c", "d"]]; token lists, [[1, 2, 3], [4, 5]], are samples.
+    # A list of lists of strings holds fields, as in [["a", "b"], ["c", "d"]]. Token lists, [[1, 2, 3], [4, 5]], are samples.
     return not nested or not all(isinstance(inner, str) for item in nested for inner in item)
 
 
@@ -203,7 +211,7 @@ def _is_fields(item: Any) -> bool:
 
 
 def _mapped(batch: Any, change: Callable[[Any], Any]) -> Any:
-    """`batch` rebuilt with `change` applied to every leaf; containers keep their types."""
+    """A copy of `batch` with `change` applied to every leaf. Containers keep their types."""
     if isinstance(batch, Mapping):
         rebuilt: Any = copy.copy(batch)
         for key in batch:
@@ -223,7 +231,7 @@ def _mapped(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 
 def _pieces(batch: Any, sizes: list[int]) -> list[Any]:
-    """`batch` as one piece for each size; every container is gone through once, not once for every piece."""
+    """One piece of `batch` per size. Tuples are traversed once, not once per piece."""
     if isinstance(batch, torch.Tensor):
         return list(batch.split(sizes)) if batch.dim() else [batch] * len(sizes)
     if isinstance(batch, tuple):
@@ -254,12 +262,12 @@ def _leaves(batch: Any, path: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _length(leaf: Any) -> int | None:
-    """Samples in a leaf; None for what belongs to the batch as a whole."""
+    """The number of samples in a leaf; None for a leaf that belongs to the batch as a whole."""
     if hasattr(leaf, "shape"):
         return int(leaf.shape[0]) if len(leaf.shape) else None
     if isinstance(leaf, list):
         return len(leaf)
-    if isinstance(leaf, _WHOLE):
+    if isinstance(leaf, _WHOLE_BATCH_TYPES):
         return None
     if hasattr(leaf, "__iter__") or hasattr(leaf, "__next__"):
         raise PlanError(f"a {type(leaf).__name__} is not a batch: give one batch of it, next(iter(loader))")
@@ -272,14 +280,14 @@ def _cut(leaf: Any, start: int, stop: int) -> Any:
     return _Samples(leaf[start:stop]) if isinstance(leaf, list) else leaf[start:stop]
 
 
-def _repeated(leaf: Any, have: int, samples: int) -> Any:
+def _repeated(leaf: Any, length: int, samples: int) -> Any:
     if _length(leaf) is None:
         return leaf
     if isinstance(leaf, torch.Tensor):
-        return leaf[torch.arange(samples, device=leaf.device) % have]
+        return leaf[torch.arange(samples, device=leaf.device) % length]
     if isinstance(leaf, list):
-        return _Samples(leaf[index % have] for index in range(samples))
-    return leaf[[index % have for index in range(samples)]]
+        return _Samples(leaf[index % length] for index in range(samples))
+    return leaf[[index % length for index in range(samples)]]
 
 
 def _changed(leaf: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
@@ -334,6 +342,6 @@ def _joined_leaf(parts: Sequence[Any]) -> Any:
 
 
 def _concatenate(arrays: Sequence[Any]) -> Any:
-    import numpy  # only where a batch holds arrays, which means that it is there
+    import numpy  # imported here, because NumPy is optional: a batch with arrays proves that it is installed
 
     return numpy.concatenate(list(arrays))

@@ -1,4 +1,8 @@
-"""Samples of unlike lengths: the worst batch that data can give, and micro-batches of as many samples as their length allows."""
+"""Batches of samples with different lengths.
+
+`worst_case` makes the largest batch that the data can give. `arrange` makes micro-batches whose number of samples depends on
+the length of their longest sample.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +21,14 @@ Length = Callable[[Any], float] | Sequence[float]
 
 
 def worst_case(data: Any, n: int | None = None, *, length: Length | None = None, collate: Callable[[list[Any]], Any] | None = None) -> Any:
-    """The largest batch of `n` that the data can give: its longest samples, the longest first, collated together.
+    """The largest batch of `n` samples that the data can give: its longest samples, the longest first, collated together.
 
-    data: a dataset, a stream of samples (read to its end), or a DataLoader, whose dataset and `collate_fn` are taken. Without `n`
-    returns `make_batch(n)`, which `tune` takes as its batch; the samples are gone through once. Data of fewer samples than `n` is repeated.
-    length: `length(sample)`, or a length for every sample; by default how many numbers and characters a sample holds.
-    collate: by default the loader's, or torch's `default_collate`.
+    data: a dataset, a stream of samples (read to its end), or a DataLoader (its dataset and `collate_fn` are used). Data with
+    fewer than `n` samples is repeated.
+    n: the number of samples. Without it, the result is a function `make_batch(n)`, which `tune` takes as its batch. The lengths
+    are then measured once.
+    length: `length(sample)`, or a length for every sample. By default, the length is the number of numbers and characters in a sample.
+    collate: by default the loader's `collate_fn`, or torch's `default_collate`.
     Raises `PlanError` for data without samples, for a stream without `n`, and for a loader that reads whole batches.
     """
     if isinstance(data, DataLoader):
@@ -30,20 +36,21 @@ def worst_case(data: Any, n: int | None = None, *, length: Length | None = None,
             raise PlanError("the loader's dataset gives whole batches, so its longest samples cannot be put together: give the samples themselves")
         collate = collate or data.collate_fn
         data = data.dataset
-    put_together = collate or _by_default
+    collate_samples = collate or _by_default
     if isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         if n is None:
             raise PlanError("a stream has no samples to come back to: say how many the largest window has, worst_case(stream, n=...)")
         measure = _measure(length, None)
-        # The number beside it keeps samples from being compared where lengths are equal.
+        # The index breaks ties between equal lengths, so that samples are never compared.
         longest = [
-            sample for _, _, sample in heapq.nlargest(n, ((measure(sample, at), -at, sample) for at, sample in enumerate(data)), key=lambda each: each[:2])
+            sample
+            for _, _, sample in heapq.nlargest(n, ((measure(sample, index), -index, sample) for index, sample in enumerate(data)), key=lambda entry: entry[:2])
         ]
-        return put_together(_filled(longest, n))
+        return collate_samples(_filled(longest, n))
     order = by_length(data, length)[0]
 
     def make_batch(n: int) -> Any:
-        return put_together([data[each] for each in _filled(order, n)])
+        return collate_samples([data[index] for index in _filled(order, n)])
 
     return make_batch if n is None else make_batch(n)
 
@@ -56,10 +63,10 @@ def _by_default(samples: list[Any]) -> Any:
 
 
 def by_length(data: Any, length: Length | None) -> tuple[list[int], list[float]]:
-    """Indices of a dataset, the longest sample first, and every sample's length."""
+    """Two lists: the indices of the dataset, the longest sample first; and the length of every sample, in the dataset's order."""
     measure = _measure(length, len(data))
-    of = [measure(None if isinstance(length, Sequence) else data[index], index) for index in range(len(data))]
-    return sorted(range(len(of)), key=lambda index: -of[index]), of
+    sample_lengths = [measure(None if isinstance(length, Sequence) else data[index], index) for index in range(len(data))]
+    return sorted(range(len(sample_lengths)), key=lambda index: -sample_lengths[index]), sample_lengths
 
 
 def _measure(length: Length | None, samples: int | None) -> Callable[[Any, int], float]:
@@ -79,7 +86,7 @@ def _filled(samples: Sequence[Any], n: int) -> list[Any]:
 
 
 def _extent(sample: Any) -> float:
-    """How many numbers and characters a sample holds."""
+    """The number of numbers and characters in a sample."""
     if isinstance(sample, Mapping):
         return sum(map(_extent, sample.values()))
     if isinstance(sample, (list, tuple)):
@@ -92,9 +99,10 @@ def _extent(sample: Any) -> float:
 
 
 class AtLength:
-    """A job's batches at one length after another: `make_batch(n)` for `tune`, of the length that is set.
+    """A `make_batch(n)` for `tune` whose samples have the length `self.length`. Change `length` to measure the job at another length.
 
-    batch: `make_batch(n, length)`, or a batch whose tensors all have the length as their second dimension, which is cut or repeated.
+    batch: `make_batch(n, length)`, or a batch whose tensors have the length as their second dimension. That dimension is then cut
+    or repeated. Calling it raises `JobError` for any other batch.
     """
 
     def __init__(self, batch: Any) -> None:
@@ -114,11 +122,11 @@ class AtLength:
 
 
 def _stretched(batch: Any, length: int) -> Any:
-    deep = {path: tensor.shape[1] for path, tensor in batches.tensors(batch) if tensor.dim() > 1}
-    if len(set(deep.values())) != 1:
-        told = ", ".join(f"{path} has {extent}" for path, extent in deep.items()) or "none has a second dimension"
+    second_dims = {path: tensor.shape[1] for path, tensor in batches.tensors(batch) if tensor.dim() > 1}
+    if len(set(second_dims.values())) != 1:
+        message = ", ".join(f"{path} has {extent}" for path, extent in second_dims.items()) or "none has a second dimension"
         raise JobError(
-            f"lengths= cuts the second dimension of the batch's tensors, which must be the same ({told}): give batch as a function make_batch(n, length)"
+            f"lengths= cuts the second dimension of the batch's tensors, which must be the same ({message}): give batch as a function make_batch(n, length)"
         )
 
     def to_length(tensor: torch.Tensor) -> torch.Tensor:
@@ -128,18 +136,20 @@ def _stretched(batch: Any, length: int) -> Any:
 
 
 def arrange(indices: Sequence[int], of: Sequence[float], most: Sequence[tuple[int, int]]) -> Iterator[list[int]]:
-    """A window's samples as micro-batches, the longest samples together: each holds as many as its longest allows.
+    """Yields the micro-batches of a window as lists of indices, the longest samples first.
 
-    of: every sample's length. most: (length, largest micro-batch), ascending. Raises `PlanError` for a sample that is longer than all.
+    Each micro-batch holds as many samples as the length of its longest sample allows.
+    of: the length of every sample. most: pairs of (length, largest micro-batch at that length), by ascending length.
+    Raises `PlanError` for a sample that is longer than all lengths in `most`.
     """
-    left = sorted(indices, key=lambda index: -of[index])
-    at = 0
-    while at < len(left):
-        longest = of[left[at]]
-        room = next((size for length, size in most if length >= longest), None)
-        if room is None:
+    ordered = sorted(indices, key=lambda index: -of[index])
+    start = 0
+    while start < len(ordered):
+        longest = of[ordered[start]]
+        most_samples = next((size for length, size in most if length >= longest), None)
+        if most_samples is None:
             raise PlanError(
-                f"sample {left[at]} has a length of {longest:g}, and the longest that was planned is {most[-1][0]}: tune(..., lengths=[..., {longest:g}]), or cut it"
+                f"sample {ordered[start]} has a length of {longest:g}, and the longest that was planned is {most[-1][0]}: tune(..., lengths=[..., {longest:g}]), or cut it"
             )
-        yield left[at : at + room]
-        at += room
+        yield ordered[start : start + most_samples]
+        start += most_samples

@@ -1,4 +1,7 @@
-"""The effective batch stays on the host; micro-batches are moved one at a time, the next while the current one computes."""
+"""`feed`: moves the micro-batches of a window from the host to the device, one at a time.
+
+The effective batch stays on the host. On CUDA, the next micro-batch is copied while the current one computes.
+"""
 
 from __future__ import annotations
 
@@ -13,19 +16,20 @@ Piece = tuple[Any, int]
 
 
 def feed(pieces: Iterable[Piece], device: torch.device) -> Iterable[Piece]:
-    """The pieces, those for CUDA on their device already; others are moved by `batches.move` when their turn comes.
+    """The pieces in order. On CUDA they are on `device` already; on other devices the caller moves each with `batches.move`.
 
-    On CUDA the next piece is copied on a stream of its own, from pinned memory, while the current one
-    computes: two pieces of the input are on the device at once, never more.
+    pieces: pairs of (micro-batch, number of its samples).
+    On CUDA the next piece is copied on a separate stream, from pinned memory, while the current piece computes. At most two
+    pieces are on the device at the same time.
     """
     if device.type != "cuda":
         return pieces
-    # Without a context the tensors of the job are not there either: only their memory is simulated.
-    return _ahead(pieces, device) if torch.cuda.is_initialized() else _one_early(pieces, device)
+    # Without a CUDA context the job's tensors are fake: only their memory is simulated.
+    return _ahead(pieces, device) if torch.cuda.is_initialized() else _moved_ahead(pieces, device)
 
 
-def _one_early(pieces: Iterable[Piece], device: torch.device) -> Iterator[Piece]:
-    """As `_ahead` without its streams: the same tensors are born and die in the same order."""
+def _moved_ahead(pieces: Iterable[Piece], device: torch.device) -> Iterator[Piece]:
+    """Like `_ahead`, but without streams: the same tensors are allocated and freed in the same order."""
     remaining = iter(pieces)
 
     def following() -> Piece | None:
@@ -44,22 +48,22 @@ def _ahead(pieces: Iterable[Piece], device: torch.device) -> Iterator[Piece]:
     remaining = iter(pieces)
     stream = _copy_stream(device)
     try:
-        yield from _each(remaining, device, stream)
+        yield from _copied_ahead(remaining, device, stream)
     finally:
-        # Also where the loop ends early: a copy on its way may write to memory that is about to be given away.
+        # Needed also if the loop ends early: a pending copy may write to memory that the allocator is about to reuse.
         torch.cuda.current_stream(device).wait_stream(stream)
 
 
-def _each(remaining: Iterator[Piece], device: torch.device, stream: torch.cuda.Stream) -> Iterator[Piece]:
-    following = _copied(next(remaining, None), device, stream)
-    while following is not None:
-        moved, samples, arrived = following
-        # Before the current piece's kernels are queued: the copy waits for what was queued earlier, whose
-        # memory it may have been given, and then runs beside them.
-        following = _copied(next(remaining, None), device, stream)
+def _copied_ahead(remaining: Iterator[Piece], device: torch.device, stream: torch.cuda.Stream) -> Iterator[Piece]:
+    upcoming = _copied(next(remaining, None), device, stream)
+    while upcoming is not None:
+        moved, samples, arrived = upcoming
+        # Starts the copy before the current piece's kernels are queued. The copy waits for the kernels that were queued earlier,
+        # because it may reuse their memory. Then it runs in parallel with the current piece.
+        upcoming = _copied(next(remaining, None), device, stream)
         torch.cuda.current_stream(device).wait_event(arrived)
         yield moved, samples
-        del moved  # not kept until the next piece is taken
+        del moved  # or this piece would stay allocated until the next one is yielded
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -74,26 +78,26 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
 def _copied(piece: Piece | None, device: torch.device, stream: torch.cuda.Stream) -> tuple[Any, int, torch.cuda.Event] | None:
     if piece is None:
         return None
-    host, samples = piece
-    computing = torch.cuda.current_stream(device)
+    batch, samples = piece
+    compute_stream = torch.cuda.current_stream(device)
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
         if tensor.device == device:
             return tensor
         if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.requires_grad:
             return tensor.to(device)
-        # Made on the computing stream, whose pool it goes back to: memory of the copy stream's own pool could
-        # be used again only after `record_stream`'s delay.
+        # Allocated on the compute stream, so that it returns to that stream's pool. Memory from the copy stream's pool
+        # could be reused only after the delay of `record_stream`.
         # https://docs.pytorch.org/docs/stable/generated/torch.Tensor.record_stream.html
         target = torch.empty_like(tensor, device=device, pin_memory=False)
-        free.record(computing)
+        free.record(compute_stream)
         stream.wait_event(free)
         with torch.cuda.stream(stream):
             target.copy_(tensor if tensor.is_pinned() else tensor.pin_memory(), non_blocking=True)
         return target
 
     free = torch.cuda.Event()
-    moved = batches.changed(host, copy)
+    moved = batches.changed(batch, copy)
     arrived = torch.cuda.Event()
     arrived.record(stream)
     return moved, samples, arrived

@@ -1,4 +1,4 @@
-"""A loader of any batch size, regrouped into windows; and a window, cut into micro-batches."""
+"""`Windows` regroups a loader of any batch size into windows; a `Window` is cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -13,18 +13,21 @@ from autoaccum.data import batches
 from autoaccum.data.sampler import WindowSampler
 from autoaccum.errors import PlanError
 
-Cut = Iterable[tuple[Any, int]]  # micro-batches and their samples; may be gone through again
+Cut = Iterable[tuple[Any, int]]  # pairs of (micro-batch, number of its samples); can be iterated more than once
 _END = object()
 Splitter = Callable[[Any, Sequence[int]], Sequence[Any]]
 
 
 class Window:
-    """The samples of one optimizer step on one rank, as the loader gave them; on the host until they run.
+    """The samples of one optimizer step on one rank, as the loader gave them. They stay on the host until they run.
 
-    parts: batches, or the pieces of batches, in order. sizes: samples of each. samples: of all.
-    told: True where somebody said how many samples a part holds, because its first dimension does not: then parts are
-    cut by `split` alone, and never joined. arranged: True where parts are micro-batches of as many samples as their length allows.
-    of_all: samples of this window over all ranks, where that is known to be more.
+    parts: batches, or pieces of batches, in order.
+    sizes: the number of samples in each part. samples: their sum.
+    split: `split(batch, sizes)`, the user's function that cuts a part, or None.
+    told: True if the user gave the sizes, because the first dimension does not count the samples. Then only `split` cuts parts,
+    and parts are never joined.
+    arranged: True if the parts are micro-batches already, whose sizes depend on the length of their samples.
+    of_all: the samples of this window over all ranks; by default `samples`.
     """
 
     def __init__(
@@ -46,48 +49,56 @@ class Window:
 
     @classmethod
     def of(cls, parts: Iterable[Any], split: Splitter | None = None, samples: Callable[[Any], int] | None = None) -> Window:
-        """A window of batches that are at hand. Raises `PlanError` for one whose samples cannot be counted."""
-        held = list(parts)
-        return cls(held, [counted(part, samples) for part in held], split, told=samples is not None)
+        """A window made of batches. Raises `PlanError` for a batch whose samples cannot be counted.
+
+        samples: `samples(batch)`, the number of samples in a batch; None takes the first dimension.
+        """
+        part_list = list(parts)
+        return cls(part_list, [counted(part, samples) for part in part_list], split, told=samples is not None)
 
     def between(self, start: int, stop: int) -> Window:
-        """The samples from `start` up to `stop`. Raises `PlanError` where a part would have to be cut and cannot be."""
-        parts, sizes, at = [], [], 0
-        for part, have in zip(self.parts, self.sizes):
-            first, last = max(start - at, 0), min(stop - at, have)
-            at += have
+        """The samples from `start` to `stop` as a window. Raises `PlanError` if a part has to be cut and cannot be cut."""
+        parts, sizes, part_start = [], [], 0
+        for part, part_size in zip(self.parts, self.sizes):
+            first, last = max(start - part_start, 0), min(stop - part_start, part_size)
+            part_start += part_size
             if first >= last:
                 continue
-            if last - first < have:
+            if last - first < part_size:
                 if self.told and self.split is None:
-                    raise PlanError(f"a batch of {have} samples cannot be cut, and a rank's part of the window ends inside it: give split=")
-                kept = [size for size in (first, last - first, have - last) if size]
-                part = self._pieces(part, kept, have)[1 if first else 0]
+                    raise PlanError(f"a batch of {part_size} samples cannot be cut, and a rank's part of the window ends inside it: give split=")
+                cut_sizes = [size for size in (first, last - first, part_size - last) if size]
+                part = self._pieces(part, cut_sizes, part_size)[1 if first else 0]
             parts.append(part)
             sizes.append(last - first)
         return Window(parts, sizes, self.split, told=self.told)
 
     def joined(self, other: Window) -> Window:
-        """This window's samples and then the other's."""
-        own = [(part, size) for part, size in zip(self.parts, self.sizes) if size]
+        """A window with the samples of this window, followed by the samples of `other`."""
+        own_parts = [(part, size) for part, size in zip(self.parts, self.sizes) if size]
         return Window(
-            [*(part for part, _ in own), *other.parts], [*(size for _, size in own), *other.sizes], self.split or other.split, told=self.told or other.told
+            [*(part for part, _ in own_parts), *other.parts],
+            [*(size for _, size in own_parts), *other.sizes],
+            self.split or other.split,
+            told=self.told or other.told,
         )
 
     def cut_by(self, split: Splitter) -> Window:
-        """The same window with a splitter, if it has none of its own."""
+        """The same window with `split` as its splitter, or the window itself if it has a splitter."""
         return self if self.split is not None else Window(self.parts, self.sizes, split, told=self.told, arranged=self.arranged)
 
     def runs_as(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """What `cut` makes of these sizes, as far as it is known beforehand: parts that cannot be cut stay what they are."""
+        """The micro-batch sizes that `cut(sizes)` is expected to return. Parts that cannot be cut keep their sizes."""
         return self.sizes if self.told and self.split is None else tuple(sizes)
 
     def cut(self, sizes: Sequence[int], *, most: int | None = None) -> Cut:
-        """The window in micro-batches of `sizes`, which must sum to its samples.
+        """Cuts the window into micro-batches of `sizes`, which must sum to the window's samples.
 
-        Parts are cut where a micro-batch ends and joined where one spans them; parts that cannot be joined
-        (each padded to its own longest sample) come as smaller micro-batches. Parts that cannot be cut come as they
-        are, if they hold no more than `most` (by default the largest of `sizes`). Raises `PlanError` for one that holds more.
+        Parts are cut at the end of a micro-batch, and joined if a micro-batch spans several parts. Parts that cannot be joined
+        (for example, each padded to its own longest sample) become smaller micro-batches. Parts that cannot be cut stay as they
+        are.
+        most: the largest size allowed for a part that cannot be cut; by default the largest of `sizes`.
+        Raises `PlanError` for a part that cannot be cut and holds more, and if the sizes do not sum to the window's samples.
         """
         if sum(sizes) != self.samples:
             raise PlanError(f"cannot cut {self.samples} samples into {list(sizes)}: that is {sum(sizes)}")
@@ -103,19 +114,19 @@ class Window:
             return list(zip(self._pieces(self.parts[0], sizes, self.samples), sizes))
         groups: list[list[tuple[Any, int]]] = []
         ends = iter(sizes)
-        room = 0  # in the group that is being filled
-        for part, have in zip(self.parts, self.sizes):
+        room = 0  # samples that the current group still needs
+        for part, remaining in zip(self.parts, self.sizes):
             lengths = []
             starts_group = []
-            while have:
-                fresh = room == 0
+            while remaining:
+                starts_here = room == 0
                 room = room or next(ends)
-                lengths.append(min(room, have))
-                starts_group.append(fresh)
+                lengths.append(min(room, remaining))
+                starts_group.append(starts_here)
                 room -= lengths[-1]
-                have -= lengths[-1]
-            for piece, length, fresh in zip(self._pieces(part, lengths, sum(lengths)), lengths, starts_group):
-                if fresh:
+                remaining -= lengths[-1]
+            for piece, length, starts_here in zip(self._pieces(part, lengths, sum(lengths)), lengths, starts_group):
+                if starts_here:
                     groups.append([])
                 groups[-1].append((piece, length))
         return [pair for group in groups for pair in group] if self.told else _Joined(groups)
@@ -127,27 +138,32 @@ class Window:
 
 
 class _Joined:
-    """Micro-batches that are joined when their turn comes; may be gone through again."""
+    """Micro-batches that are joined only when they are iterated. Can be iterated more than once."""
 
     def __init__(self, groups: list[list[tuple[Any, int]]]) -> None:
         self._groups = groups
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         for group in self._groups:
-            joined = batches.join([batch for batch, _ in group]) if len(group) > 1 else None
-            if joined is None:
+            micro_batch = batches.join([batch for batch, _ in group]) if len(group) > 1 else None
+            if micro_batch is None:
                 yield from group
             else:
-                yield joined, sum(samples for _, samples in group)
+                yield micro_batch, sum(samples for _, samples in group)
 
 
 class Windows:
-    """What `Plan.windows` returns: iterates a loader as windows of exactly `samples_of_all` samples, the last one smaller, or left out.
+    """Iterates a loader as windows of exactly `share` samples; the last window is smaller, or left out. `Plan.windows` makes it.
 
-    Over ranks, each yields its own part: all of them read the same loader and keep the samples that are theirs, or each
-    reads a loader with `Plan.batch_sampler`, which gives it no others. `shares(samples)` says how many each rank has of a window;
-    `alike` is given a checksum of the first batch, and raises where ranks read unlike ones.
-    Each iteration is one epoch. It has a length where the loader's number of samples is known.
+    Each iteration is one epoch. `len` works if the loader's number of samples is known.
+    On several ranks, each rank yields its own part of every window. Either all ranks read the same loader, and each keeps its own
+    samples; or each rank's loader has `Plan.batch_sampler`, and reads only that rank's samples.
+
+    share: the samples of a window, over all ranks if `shares` is given.
+    samples, split, drop_last: as in `Plan.windows`.
+    shares: `shares(samples)`, the samples of each rank in a window; None on one rank.
+    alike: called with a checksum of the first batch; raises if the ranks read different batches.
+    Raises `PlanError` for a dataset or a single batch in place of a loader, and for a loader that does not suit the ranks.
     """
 
     def __init__(
@@ -175,7 +191,7 @@ class Windows:
                     f"drop_last={drop_last}, and the loader's sampler has {self._sampler.drop_last}: say it in plan.batch_sampler(dataset, drop_last=...)"
                 )
         elif shares is not None:
-            _check_alike(loader)
+            _check_unsharded(loader)
 
     def __iter__(self) -> Iterator[Window]:
         if self._sampler is not None:
@@ -189,38 +205,42 @@ class Windows:
             start = sum(shares[: self._rank])
             if shares[self._rank]:
                 own, sizes = window.between(start, start + shares[self._rank]), None
-            else:  # it has a sample to run where forward communicates, as with `Plan.batch_sampler`
+            else:  # this rank needs one sample to run if forward communicates, as with `Plan.batch_sampler`
                 own, sizes = window if window.told and window.split is None else window.between(0, 1), (0,)
             yield Window(own.parts[: len(sizes or own.sizes)], sizes or own.sizes, own.split, told=own.told, of_all=window.samples)
 
     def state_dict(self) -> dict[str, int]:
-        """Where the windows that were yielded end, for `load_state_dict`; of a loader with `Plan.batch_sampler` only.
+        """The position after the last yielded window, for `load_state_dict`. Only for a loader with `Plan.batch_sampler`.
 
-        The sampler's own state is where the loader has read to, which may be further.
+        The sampler's own state is the position up to which the loader has read, which may be later.
+        Raises `PlanError` for another loader.
         """
-        return self._told_sampler().state_of(self._epoch, self._done)
+        return self._required_sampler().state_of(self._epoch, self._done)
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Goes on from there, with any number of ranks. Raises `PlanError` for other data or another order."""
-        self._told_sampler().load_state_dict(state)
+        """Continues from a state, with any number of ranks. Raises `PlanError` for other data or another order."""
+        self._required_sampler().load_state_dict(state)
         self._epoch, self._done = state["epoch"], state["done"]
 
     _epoch = _done = 0
 
-    def _told_sampler(self) -> WindowSampler:
+    def _required_sampler(self) -> WindowSampler:
         if self._sampler is None:
             raise PlanError("only a loader with plan.batch_sampler(dataset) has a state: DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset))")
         return self._sampler
 
     def _sampled(self, sampler: WindowSampler) -> Iterator[Window]:
-        """The loader's batches are this rank's micro-batches already; the sampler knows which belong together."""
-        read = iter(self._loader)
-        ahead = [batch for batch in [next(read, _END)] if batch is not _END]  # only now the sampler has begun, where it was told to
-        self._epoch, self._done, inside = sampler.began
-        if inside:
+        """The windows of a loader with a `WindowSampler`.
+
+        The loader's batches are this rank's micro-batches. The sampler gives their number in each window.
+        """
+        loader_iterator = iter(self._loader)
+        first_batches = [batch for batch in [next(loader_iterator, _END)] if batch is not _END]  # `sampler.began` is set only when the first batch is read
+        self._epoch, self._done, in_window = sampler.began
+        if in_window:
             raise PlanError("the loader goes on inside a window, whose first micro-batches are gone: load a state of the end of a window")
-        for start, sizes in sampler.windows(self._done) if ahead else ():
-            parts = [ahead.pop() if ahead else next(read) for _ in sizes]
+        for start, sizes in sampler.windows(self._done) if first_batches else ():
+            parts = [first_batches.pop() if first_batches else next(loader_iterator) for _ in sizes]
             of_all = min(sampler.target, sampler.length - start)
             self._done = start + of_all
             if self._samples is not None and any(sizes):
@@ -231,42 +251,42 @@ class Windows:
     def _regrouped(self) -> Iterator[Window]:
         parts: list[Any] = []
         sizes: list[int] = []
-        ragged = even = False
+        ragged_seen = even_seen = False
         for index, batch in enumerate(self._loader):
             if index == 0 and self._alike is not None:
                 self._alike(_checksum(batch))
-            # Whether a list holds samples or fields is told by what it holds; of a ragged loader, some batch may happen to be even.
-            if batches.is_list_of_samples(batch) and not ragged:
-                if even:
+            # The items decide if a list holds samples or fields. In a ragged loader, a batch may have samples of one length by chance.
+            if batches.is_list_of_samples(batch) and not ragged_seen:
+                if even_seen:
                     raise PlanError(
                         "the loader gives lists of tensors, first of one length, which were taken for fields, then of unlike lengths, which are samples: "
                         "give samples=len and split= with a function that cuts a list"
                     )
-                ragged = True
-            even = even or (isinstance(batch, list) and not ragged)
-            batch = batches.as_samples(batch) if ragged else batch
-            have = counted(batch, self._samples)
-            while have:
+                ragged_seen = True
+            even_seen = even_seen or (isinstance(batch, list) and not ragged_seen)
+            batch = batches.as_samples(batch) if ragged_seen else batch
+            remaining = counted(batch, self._samples)
+            while remaining:
                 room = self._share - sum(sizes)
-                piece, taken = batch, have
-                if have > room:
-                    taken = room
-                    piece, batch = self._halves(batch, room, have - room)
+                piece, piece_size = batch, remaining
+                if remaining > room:
+                    piece_size = room
+                    piece, batch = self._halves(batch, room, remaining - room)
                 parts.append(piece)
-                sizes.append(taken)
-                have -= taken
-                if taken == room:
+                sizes.append(piece_size)
+                remaining -= piece_size
+                if piece_size == room:
                     yield Window(parts, sizes, self._split, told=self._samples is not None)
                     parts, sizes = [], []
         if parts and not self._drop_last:
             yield Window(parts, sizes, self._split, told=self._samples is not None)
 
     def __len__(self) -> int:
-        """Windows in an epoch. Raises `TypeError` where the loader does not tell its samples."""
+        """The number of windows in an epoch. Raises `TypeError` if the loader's number of samples is not known."""
         if self._sampler is not None:
             return sum(1 for _ in self._sampler.windows(0))
-        whole, rest = divmod(samples_in(self._loader), self._share)
-        return whole + (1 if rest and not self._drop_last else 0)
+        full_windows, rest = divmod(samples_in(self._loader), self._share)
+        return full_windows + (1 if rest and not self._drop_last else 0)
 
     def _halves(self, batch: Any, first: int, rest: int) -> Sequence[Any]:
         try:
@@ -281,7 +301,10 @@ class Windows:
 
 
 def counted(batch: Any, samples: Callable[[Any], int] | None = None) -> int:
-    """Samples in a batch, as `samples` says or along its first dimension. Raises `PlanError` where neither tells."""
+    """The number of samples in a batch: `samples(batch)`, or the length of the first dimension.
+
+    Raises `PlanError` if the first dimension does not give the number.
+    """
     if samples is not None:
         return int(samples(batch))
     try:
@@ -295,43 +318,48 @@ def counted(batch: Any, samples: Callable[[Any], int] | None = None) -> int:
 
 
 def _checksum(batch: Any) -> int:
-    """Of the beginnings of its tensors."""
-    found = 0
+    """A checksum of the first 1024 values of each tensor in the batch."""
+    checksum = 0
     for _, tensor in batches.tensors(batch):
-        first = tensor.detach().flatten()[:1024].cpu().contiguous().view(torch.uint8).tolist()
-        found = zlib.crc32(bytes(first), found)
-    return found
+        start_bytes = tensor.detach().flatten()[:1024].cpu().contiguous().view(torch.uint8).tolist()
+        checksum = zlib.crc32(bytes(start_bytes), checksum)
+    return checksum
 
 
 def _window_sampler(loader: Any) -> WindowSampler | None:
-    found = getattr(loader, "batch_sampler", None)
-    return found if isinstance(found, WindowSampler) else None
+    sampler = getattr(loader, "batch_sampler", None)
+    return sampler if isinstance(sampler, WindowSampler) else None
 
 
-def _check_alike(loader: Any) -> None:
-    """Raises `PlanError` for a loader that is known not to give every rank the same samples in the same order."""
-    cure = "use DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset)), which gives every rank its share"
+def _check_unsharded(loader: Any) -> None:
+    """Raises `PlanError` for a loader that does not give every rank the same samples in the same order, as far as its type shows."""
+    remedy = "use DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset)), which gives every rank its share"
     sampler = getattr(loader, "sampler", None)
     batch_sampler = getattr(loader, "batch_sampler", None)
     if type(loader).__name__ in ("DataLoaderShard", "DataLoaderDispatcher") or type(batch_sampler).__name__ == "BatchSamplerShard":
-        raise PlanError(f"the loader is shared out among the ranks by Accelerate already, evenly: {cure}, and do not prepare() it")
+        raise PlanError(f"the loader is shared out among the ranks by Accelerate already, evenly: {remedy}, and do not prepare() it")
     if isinstance(sampler, DistributedSampler):
-        raise PlanError(f"the loader is shared out among the ranks by DistributedSampler already, evenly: {cure}")
+        raise PlanError(f"the loader is shared out among the ranks by DistributedSampler already, evenly: {remedy}")
     if isinstance(sampler, RandomSampler) and sampler.generator is None:
-        raise PlanError(f"the loader shuffles, and every rank in an order of its own: {cure}, or give the loader generator=torch.Generator().manual_seed(...)")
+        raise PlanError(
+            f"the loader shuffles, and every rank in an order of its own: {remedy}, or give the loader generator=torch.Generator().manual_seed(...)"
+        )
 
 
-def _is_one_batch(given: Any) -> bool:
-    """A tensor, a mapping, or fields side by side: tensors of one length and unlike shapes. Alike, they may be batches."""
-    if isinstance(given, (torch.Tensor, str, bytes)) or hasattr(given, "keys"):
+def _is_one_batch(candidate: Any) -> bool:
+    """True for a tensor, a mapping, or a sequence of tensors with the same length and different shapes or dtypes (fields of one batch).
+
+    Tensors of the same shape and dtype may be a list of batches, so the result is False for them.
+    """
+    if isinstance(candidate, (torch.Tensor, str, bytes)) or hasattr(candidate, "keys"):
         return True
-    if not isinstance(given, (list, tuple)) or not given or not all(isinstance(item, torch.Tensor) and item.dim() for item in given):
+    if not isinstance(candidate, (list, tuple)) or not candidate or not all(isinstance(item, torch.Tensor) and item.dim() for item in candidate):
         return False
-    return len({len(item) for item in given}) == 1 and len({(item.shape[1:], item.dtype) for item in given}) > 1
+    return len({len(item) for item in candidate}) == 1 and len({(item.shape[1:], item.dtype) for item in candidate}) > 1
 
 
 def samples_in(loader: Any) -> int:
-    """Samples that a loader gives in an epoch. Raises `TypeError` where it does not tell."""
+    """The number of samples that a loader gives in an epoch. Raises `TypeError` if it is not known."""
     if isinstance(loader, DataLoader) and loader.batch_size is not None and isinstance(loader.sampler, Sized):
         return len(loader) * loader.batch_size if loader.drop_last else len(loader.sampler)
     raise TypeError(f"a {type(loader).__name__} does not say how many samples it has, so its windows cannot be counted beforehand")

@@ -1,7 +1,7 @@
-"""Out of memory in mid-training: the same window, smaller, exactly.
+"""The rescue after an out-of-memory during training: the same window runs again in smaller micro-batches, with the same result.
 
-When forward or backward runs out of memory, what the window changed is put back (see `rewinding`), and it runs again
-in smaller micro-batches. Once an optimizer has begun to step, weights have changed and nothing can be repeated.
+If forward or backward runs out of memory, the state that the window changed is restored (see `WindowStart`), and the window runs
+again. After an optimizer has begun to step, weights may have changed, so the window cannot run again.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from autoaccum.units import MIB
 from autoaccum.window import Job, PhaseCallback, WindowResult, WindowStart, batch_norms, forget
 
 log = logging.getLogger("autoaccum")
-Sizes = Callable[[int], Sequence[int]]  # a window's micro-batches, none larger than the given
+Sizes = Callable[[int], Sequence[int]]  # largest size allowed -> the micro-batch sizes of a window
 
 
 class Attempt(Protocol):
-    """Runs a window's micro-batches, and says where it is."""
+    """Runs a window's micro-batches, and calls `on_phase` at the start of each phase."""
 
     def __call__(self, cut: Cut, *, on_phase: PhaseCallback) -> WindowResult: ...
 
@@ -38,11 +38,12 @@ _BALLAST_BYTES = 16 * MIB
 
 @dataclass(frozen=True)
 class Rescued:
-    """What a rescue changed. `str` of it is the line that is logged.
+    """The record of a rescue. Its `str` is the line that is logged.
 
-    phase: forward, backward or clip; index: of the micro-batch, from 0. before, after: micro-batches of the window, as it
-    was first and as it ran in the end. attempts: how often it ran out of memory.
-    kept_bytes: what did not come back after the failure, beyond what was held before the window.
+    phase: the phase of the first out-of-memory: forward, backward or clip. index: its micro-batch, from 0.
+    before, after: the window's micro-batch sizes in the first attempt and in the last.
+    attempts: the number of attempts that ran out of memory.
+    kept_bytes: memory that was not freed after the failure, compared with the memory held before the window.
     """
 
     phase: str
@@ -54,28 +55,30 @@ class Rescued:
 
     def __str__(self) -> str:
         more = "" if self.attempts == 1 else f", and in {self.attempts - 1} smaller size{'s' if self.attempts > 2 else ''}"
-        kept = f"; {self.kept_bytes / MIB:.0f} MiB did not come back" if self.kept_bytes > 16 * MIB else ""
+        kept_text = f"; {self.kept_bytes / MIB:.0f} MiB did not come back" if self.kept_bytes > 16 * MIB else ""
         return (
             f"out of memory in {self.phase} of micro-batch {self.index + 1} of {window_notation(self.before)}{more}: "
-            f"the window ran again, whole, as {window_notation(self.after)}; micro-batches stay at {max(self.after)} or less{kept}"
+            f"the window ran again, whole, as {window_notation(self.after)}; micro-batches stay at {max(self.after)} or less{kept_text}"
         )
 
 
 class Rescuer:
-    """Runs windows, and those that run out of memory again in smaller micro-batches.
+    """Runs windows. A window that runs out of memory runs again in smaller micro-batches.
 
-    micro_batch: the most a micro-batch may hold now: the plan's, less after a rescue.
-    grow_after: windows without trouble after which a size that a rescue left is tried again, twice as many after each
-    time that it was still too much; None for never. together: whether other ranks run a part of the same windows.
+    micro_batch: the largest micro-batch allowed now: the plan's, or less after a rescue.
+    enabled: False lets every out-of-memory through.
+    grow_after: the number of windows without trouble after which the size from before a rescue is tried again; None for never.
+    The number doubles each time that the size was still too large.
+    together: True if other ranks run parts of the same windows.
     """
 
     def __init__(self, jobs: Sequence[Job], device: Device, plan: Plan, *, enabled: bool, grow_after: int | None, together: bool = False) -> None:
         self._together = together
         self._jobs, self._device, self._plan, self._enabled, self._grow_after = jobs, device, plan, enabled, grow_after
-        # A rank without a share may still be handed samples of others.
+        # A rank without a share may still get samples from other ranks.
         self.micro_batch = plan.micro_batch or (plan.fleet.curves[plan.rank].most if plan.fleet is not None else 0)
-        self._left: list[int] = []  # sizes that rescues have left, to grow back to
-        self._windows = self._quiet_windows = self._held_bytes = 0
+        self._left: list[int] = []  # sizes from before each rescue, to be tried again
+        self._windows = self._quiet_windows = self._base_bytes = 0
         self._grew = self._failed = False
         self._phase, self._index = "forward", 0
         self._ballast = Ballast(device if enabled else None)
@@ -83,111 +86,113 @@ class Rescuer:
             self._start = WindowStart(jobs)
 
     def begin(self) -> None:
-        """Called before a window, also one that several jobs run in turn: counts, and grows back where that is due."""
+        """Called once before each window, also with several jobs. Counts windows, and raises the size again if that is due."""
         self._quiet_windows = 0 if self._failed else self._quiet_windows + 1
         self._windows += 1
         self._failed = False
         if self._left and self._grow_after is not None and self._quiet_windows >= self._grow_after:
             self.micro_batch, self._quiet_windows, self._grew = self._left.pop(), 0, True
             log.info("trying micro-batches of %d again, after %d windows without trouble", self.micro_batch, self._grow_after)
-        if self._enabled and (self._windows <= 2 or self._windows % 64 == 0):  # optimizers make their state at the first step
-            self._held_bytes = self._device.live_bytes()
+        if self._enabled and (self._windows <= 2 or self._windows % 64 == 0):  # the first step allocates the optimizer state
+            self._base_bytes = self._device.live_bytes()
 
-    def run(self, whole: Window, sizes: Sizes, attempt: Attempt, crossing: WindowVote | None = None) -> tuple[WindowResult, Rescued | None]:
-        """One job's window. sizes: micro-batches for a given most. attempt: runs them, up to the optimizer's step. crossing: what `attempt`
-        does with other ranks.
+    def run(self, window: Window, sizes: Sizes, attempt: Attempt, crossing: WindowVote | None = None) -> tuple[WindowResult, Rescued | None]:
+        """Runs a window of one job, and runs it again in smaller micro-batches after an out-of-memory.
 
-        Raises what `attempt` raised where it is no out-of-memory, where the optimizer had begun to step, and
-        where not even the smallest micro-batch runs; an out-of-memory with a note that says which. Over ranks, raises `sync.Void` with
-        all as it was before the window where a rank cannot hold one sample of it.
+        sizes: a function from the largest size allowed to the micro-batch sizes. attempt: runs the micro-batches and the optimizer's step.
+        crossing: the vote of all ranks on this window; None on one rank.
+        Returns the result, and the record of the rescue or None.
+        Raises the exception of `attempt` if it is no out-of-memory. Raises an out-of-memory, with a note that gives the reason, if an
+        optimizer has begun to step, or if not even the smallest micro-batch runs. On several ranks, raises `VoidWindow` if a rank cannot
+        hold one sample of the window; the state is then the same as before the window.
         """
-        before, at_first, left_at_first = whole.runs_as(sizes(self.micro_batch)), self.micro_batch, len(self._left)
-        cut = whole.cut(sizes(self.micro_batch), most=self.micro_batch)
-        outside = sys.exc_info()[1]  # what the caller is handling, if anything: none of our business
+        before, at_first, left_at_first = window.runs_as(sizes(self.micro_batch)), self.micro_batch, len(self._left)
+        cut = window.cut(sizes(self.micro_batch), most=self.micro_batch)
+        outside = sys.exc_info()[1]  # an exception that the caller is handling already; it is not examined
         if self._enabled:
             self._start.note()
         failures: list[tuple[str, int]] = []
-        ran, kept_bytes = None, 0
-        while ran is None:
+        result, kept_bytes = None, 0
+        while result is None:
             self._phase, self._index = "forward", 0
-            votes: int | None = None  # what the other ranks wait to hear of this one
-            others: VoidWindow | None = None
+            own_vote: int | None = None  # the vote for which the other ranks wait
+            void_window: VoidWindow | None = None
             try:
-                ran = attempt(cut, on_phase=self._on_phase)
+                result = attempt(cut, on_phase=self._on_phase)
             except VoidWindow as void:
-                others = void
+                void_window = void
                 forget(void, self._jobs, outside)
             except Exception as error:
-                self._ballast.drop()  # first of all: what follows takes memory, too
+                self._ballast.drop()  # first, because the handling below needs memory too
                 if not self._is_oom(error, outside):
                     raise
-                again = self._smaller(whole, sizes) if self._redone(crossing) else None
-                if again is None:
-                    why = self._why_not()
+                smaller_cut = self._smaller(window, sizes) if self._redone(crossing) else None
+                if smaller_cut is None:
+                    note = self._why_not()
                     self.micro_batch, self._left = at_first, self._left[:left_at_first]
                     if crossing is None or not (self._redone(crossing) and crossing.votes):
-                        noted(error, why)
+                        noted(error, note)
                         if self._enabled and self._phase not in self._final(crossing):
                             self._start.put_back()
                         raise
-                    votes = CANNOT
+                    own_vote = CANNOT
                 else:
                     failures.append((self._phase, self._index))
-                    cut = again
-                    votes = AGAIN if crossing is not None and crossing.redone == "together" else None
+                    cut = smaller_cut
+                    own_vote = AGAIN if crossing is not None and crossing.redone == "together" else None
                 forget(error, self._jobs, outside)
             finally:
                 self._ballast.take()
-            if ran is None:
-                # Not in the handler: there the exception, and through it the failed window, is still held.
+            if result is None:
+                # Not inside the handler: there the exception still keeps the failed window's tensors alive.
                 self._start.put_back()
                 self._device.release()
-                kept_bytes = self._device.live_bytes() - self._held_bytes
+                kept_bytes = self._device.live_bytes() - self._base_bytes
                 if crossing is not None:
-                    self._agree(crossing, votes, others)
+                    self._agree(crossing, own_vote, void_window)
         if not failures:
-            return ran, None
+            return result, None
         if self._grew and self._grow_after is not None:
-            self._grow_after *= 2  # it is still too much: try less often
+            self._grow_after *= 2  # the size was still too large: try it less often
         self._failed, self._grew = True, False
-        rescued = Rescued(*failures[0], before, whole.runs_as(sizes(self.micro_batch)), len(failures), kept_bytes)
+        rescued = Rescued(*failures[0], before, window.runs_as(sizes(self.micro_batch)), len(failures), kept_bytes)
         log.warning("%s", rescued)
-        return ran, rescued
+        return result, rescued
 
-    def _agree(self, crossing: WindowVote, votes: int | None, others: VoidWindow | None) -> None:
-        """Tells the other ranks, and raises `Void` where one of them, or this one, cannot hold a sample."""
-        if votes is not None:
+    def _agree(self, crossing: WindowVote, own_vote: int | None, void_window: VoidWindow | None) -> None:
+        """Sends this rank's vote to the other ranks. Raises `VoidWindow` if any rank cannot hold one sample."""
+        if own_vote is not None:
             try:
-                crossing.vote(votes)
+                crossing.vote(own_vote)
             except VoidWindow as void:
-                others = void
-        if others is not None or votes is not None:
+                void_window = void
+        if void_window is not None or own_vote is not None:
             crossing.void()
-        if others is not None and others.out:
+        if void_window is not None and void_window.out:
             self._failed = True
-            raise others
+            raise void_window
 
     def _redone(self, crossing: WindowVote | None) -> bool:
-        """Whether this rank may run the window again after what just failed."""
+        """True if this rank may run the window again after a failure in the current phase."""
         if not self._enabled or self._phase in self._final(crossing):
             return False
         return crossing is None or crossing.redone != "never"
 
     def _final(self, crossing: WindowVote | None) -> tuple[str, ...]:
-        """Phases after which nothing can be repeated: weights may have changed, or gradients have crossed."""
+        """The phases in which a failed window cannot run again: weights may have changed, or gradients have crossed ranks."""
         return ("step",) if crossing is None else ("sync", "clip", "step")
 
-    def _smaller(self, whole: Window, sizes: Sizes) -> Cut | None:
-        """The window in the next smaller micro-batches that make a difference to it; None where there are none."""
-        smallest = 2 if any(batch_norms(job.model) for job in self._jobs) else 1  # which forbids a sample alone
-        now = whole.runs_as(sizes(self.micro_batch))
+    def _smaller(self, window: Window, sizes: Sizes) -> Cut | None:
+        """Cuts the window into the next smaller micro-batches and lowers `micro_batch` to their size. Returns None if this is not possible."""
+        smallest = 2 if any(batch_norms(job.model) for job in self._jobs) else 1  # BatchNorm forbids a micro-batch of one sample
+        current_sizes = window.runs_as(sizes(self.micro_batch))
         for most in arithmetic.candidate_sizes(self._plan.share, smallest=smallest)[::-1]:
-            then = whole.runs_as(sizes(most))
-            if most >= self.micro_batch or max(then) >= max(now) or min(then) < min(smallest, *now):
+            new_sizes = window.runs_as(sizes(most))
+            if most >= self.micro_batch or max(new_sizes) >= max(current_sizes) or min(new_sizes) < min(smallest, *current_sizes):
                 continue
             try:
-                cut = whole.cut(sizes(most), most=most)
-            except Exception:  # batches that cannot be cut came as micro-batches, or the user's splitter failed
+                cut = window.cut(sizes(most), most=most)
+            except Exception:  # micro-batches that cannot be cut, or the user's splitter failed
                 return None
             self._left.append(self.micro_batch)
             self.micro_batch = most
@@ -203,40 +208,40 @@ class Rescuer:
         return f"{where}; the window cannot be cut smaller" if self._enabled else where
 
     def _is_oom(self, error: Exception, outside: BaseException | None) -> bool:
-        word = oom.verdict(error, outside)
-        if word != "ask-device":
-            return word == "oom"
+        verdict = oom.verdict(error, outside)
+        if verdict != "ask-device":
+            return verdict == "oom"
         try:
             live_bytes, free_bytes = self._device.live_bytes(), self._device.memory(who=False).free_bytes
-        except Exception:  # a device that lost its context answers nothing: then that is the trouble
+        except Exception:  # a device that lost its context raises here: then the device failed, not its memory
             return False
         left_bytes = free_bytes
-        if self._plan.budget_bytes:  # a plan of cards that were not here has none
+        if self._plan.budget_bytes:  # a plan made for a simulated card has no budget
             left_bytes = min(self._plan.budget_bytes + self._plan.headroom_bytes - live_bytes, free_bytes)
-        return oom.is_oom(error, left_bytes=left_bytes, taken_bytes=live_bytes - self._held_bytes, outside=outside)
+        return oom.is_oom(error, left_bytes=left_bytes, taken_bytes=live_bytes - self._base_bytes, outside=outside)
 
     def _on_phase(self, phase: str, index: int) -> None:
         self._phase, self._index = phase, index
 
 
 class Ballast:
-    """On a CPU, memory that is given back first of all when memory has run out: handling that takes some, too.
+    """A memory reserve on a CPU. It is freed first after an out-of-memory, because the handling of the error needs memory too.
 
-    Its pages are never touched, so it counts under RLIMIT_DATA alone, which is where memory runs out with an
-    exception; what a container counts does not show it.
+    Its pages are never touched, so it counts only under RLIMIT_DATA, the limit at which memory runs out with an exception.
+    The memory use that a container counts does not include it.
     """
 
     def __init__(self, device: Device | None) -> None:
         self._wanted = device is not None and device.facts.kind == "cpu"
-        self._held: mmap.mmap | None = None
+        self._mapping: mmap.mmap | None = None
         self.take()
 
     def take(self) -> None:
-        if self._wanted and self._held is None:
-            with suppress(OSError, MemoryError, ValueError):  # then without
-                self._held = mmap.mmap(-1, _BALLAST_BYTES)
+        if self._wanted and self._mapping is None:
+            with suppress(OSError, MemoryError, ValueError):  # then there is no reserve
+                self._mapping = mmap.mmap(-1, _BALLAST_BYTES)
 
     def drop(self) -> None:
-        if self._held is not None:
-            self._held.close()
-            self._held = None
+        if self._mapping is not None:
+            self._mapping.close()
+            self._mapping = None
