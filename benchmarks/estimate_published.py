@@ -221,7 +221,7 @@ def plain_loop(job, batch, position: str, steps: int, tracer=None) -> None:
     for step in range(steps):
         if tracer is not None:
             tracer.window = step
-            tracer.say("forward", 0)
+            tracer.on_phase("forward", 0)
         if position == "start":
             job.optimizer.zero_grad()
         inputs = batches.move(batch(), torch.device("cuda"))
@@ -231,10 +231,10 @@ def plain_loop(job, batch, position: str, steps: int, tracer=None) -> None:
         if position != "start":
             job.optimizer.zero_grad()
         if tracer is not None:
-            tracer.say("backward", 0)
+            tracer.on_phase("backward", 0)
         loss.backward()
         if tracer is not None:
-            tracer.say("step", 0)
+            tracer.on_phase("step", 0)
         job.optimizer.step()
         del loss, inputs
 

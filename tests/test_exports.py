@@ -51,7 +51,7 @@ def test_what_is_not_installed_is_told_with_the_line_that_installs_it():
         "transformers": "from autoaccum.integrations import huggingface; huggingface.tune(None, target_batch=1)",
         "accelerate": "from autoaccum.integrations import accelerate; accelerate.tune(None, None, None, None, None, target_batch=1)",
         "lightning": "from autoaccum.integrations import lightning",
-        "matplotlib": "from autoaccum.plan import picture; search_picture.pyplot()",
+        "matplotlib": "from autoaccum.plan import search_picture; search_picture.pyplot()",
     }
     for package, extra in FRAMEWORKS.items():
         finished = subprocess.run([sys.executable, "-c", _program(package, use[package])], capture_output=True, text=True, check=False)

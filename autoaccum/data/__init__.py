@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
-    from autoaccum.data import batches, lengths, prefetch
+    from autoaccum.data import batches, lengths, prefetch, variety
     from autoaccum.data.lengths import AtLength
     from autoaccum.data.sampler import WindowSampler
+    from autoaccum.data.variety import IGNORED
     from autoaccum.data.windows import Cut, Window, Windows, counted, samples_in
 else:
-    __getattr__ = lazily(__name__, lengths="AtLength", sampler="WindowSampler", windows="Cut Window Windows counted samples_in")
+    __getattr__ = lazily(__name__, lengths="AtLength", sampler="WindowSampler", variety="IGNORED", windows="Cut Window Windows counted samples_in")

@@ -118,17 +118,21 @@ def join(parts: Sequence[Any]) -> Any:
 
 def nbytes(batch: Any) -> int:
     """The size of all tensors and arrays in `batch`, in bytes."""
-    return sum(int(leaf.nbytes) for _, leaf in _leaves(batch) if hasattr(leaf, "nbytes"))
+    return sum(sum(row.nbytes for row in leaf.unbind()) if _is_nested(leaf) else int(leaf.nbytes) for _, leaf in _leaves(batch) if hasattr(leaf, "nbytes"))
 
 
 def shapes(batch: Any) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor, array and list of samples, by its path: `{"input_ids": (40, 512)}`.
 
-    The path of a batch that is a single tensor is `"batch"`. Items of tuples and lists are named by their index.
+    The path of a batch that is a single tensor is `"batch"`. Items of tuples and lists are named by their index. A nested tensor has the shape
+    of its rows padded to the longest.
     """
     result: dict[str, tuple[int, ...]] = {}
     for path, leaf in _leaves(_with_samples_marked(batch)):
-        if hasattr(leaf, "shape"):
+        if _is_nested(leaf):
+            rows = leaf.unbind()
+            result[path] = (len(rows), *(max(int(row.shape[dim]) for row in rows) for dim in range(rows[0].dim())))
+        elif hasattr(leaf, "shape"):
             result[path] = tuple(int(extent) for extent in leaf.shape)
         elif isinstance(leaf, list):
             result[path] = (len(leaf),)
@@ -232,7 +236,7 @@ def _mapped(batch: Any, change: Callable[[Any], Any]) -> Any:
 
 def _pieces(batch: Any, sizes: list[int]) -> list[Any]:
     """One piece of `batch` per size. Tuples are traversed once, not once per piece."""
-    if isinstance(batch, torch.Tensor):
+    if isinstance(batch, torch.Tensor) and not batch.is_nested:
         return list(batch.split(sizes)) if batch.dim() else [batch] * len(sizes)
     if isinstance(batch, tuple):
         fields = [_pieces(item, sizes) for item in batch]
@@ -274,15 +278,29 @@ def _length(leaf: Any) -> int | None:
     raise PlanError(f"a batch with a {type(leaf).__name__} cannot be cut into samples; give `make_batch(n)`, or `split=` with a function that cuts it")
 
 
+def _is_nested(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_nested
+
+
+def _nest(rows: Sequence[torch.Tensor], like: torch.Tensor) -> torch.Tensor:
+    """Rows as a nested tensor of the same layout. https://docs.pytorch.org/docs/stable/nested.html"""
+    return torch.nested.nested_tensor(list(rows), layout=like.layout)
+
+
 def _cut(leaf: Any, start: int, stop: int) -> Any:
     if _length(leaf) is None:
         return leaf
+    if _is_nested(leaf):
+        return _nest(leaf.unbind()[start:stop], leaf)
     return _Samples(leaf[start:stop]) if isinstance(leaf, list) else leaf[start:stop]
 
 
 def _repeated(leaf: Any, length: int, samples: int) -> Any:
     if _length(leaf) is None:
         return leaf
+    if _is_nested(leaf):
+        rows = leaf.unbind()
+        return _nest([rows[index % length] for index in range(samples)], leaf)
     if isinstance(leaf, torch.Tensor):
         return leaf[torch.arange(samples, device=leaf.device) % length]
     if isinstance(leaf, list):
@@ -330,6 +348,10 @@ def _joined_leaf(parts: Sequence[Any]) -> Any:
     first = parts[0]
     if isinstance(first, list):
         return _Samples(item for part in parts for item in part)
+    if any(_is_nested(part) for part in parts):
+        if not all(_is_nested(part) and part.layout == first.layout and part.dtype == first.dtype for part in parts):
+            raise _CannotJoin
+        return _nest([row for part in parts for row in part.unbind()], first)
     if hasattr(first, "shape"):
         if len({(part.shape[1:], part.dtype) for part in parts}) > 1 or len({len(part.shape) for part in parts}) > 1:
             raise _CannotJoin

@@ -52,6 +52,12 @@ def worst_case(data: Any, n: int | None = None, *, length: Length | None = None,
     def make_batch(n: int) -> Any:
         return collate_samples([data[index] for index in _filled(order, n)])
 
+    def varied(n: int) -> Any:
+        """`n` samples of which the first half are the longest and the others the shortest."""
+        few = min(n, len(order))
+        return collate_samples([data[index] for index in (*order[: few - few // 2], *order[len(order) - few // 2 :])])
+
+    make_batch.varied = varied  # type: ignore[attr-defined] # for the comparison of a split batch, which needs samples that differ
     return make_batch if n is None else make_batch(n)
 
 

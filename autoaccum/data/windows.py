@@ -28,6 +28,7 @@ class Window:
     and parts are never joined.
     arranged: True if the parts are micro-batches already, whose sizes depend on the length of their samples.
     of_all: the samples of this window over all ranks; by default `samples`.
+    regrouped: True if `Windows` made it. A smaller window is then the last one of an epoch; of other batches that can only be guessed.
     """
 
     def __init__(
@@ -39,7 +40,9 @@ class Window:
         told: bool = False,
         arranged: bool = False,
         of_all: int | None = None,
+        regrouped: bool = False,
     ) -> None:
+        self.regrouped = regrouped
         self.parts, self.sizes, self.samples = tuple(parts), tuple(sizes), sum(sizes)
         self.split, self.told, self.arranged = split, told, arranged
         self.of_all = self.samples if of_all is None else of_all
@@ -54,7 +57,7 @@ class Window:
         samples: `samples(batch)`, the number of samples in a batch; None takes the first dimension.
         """
         part_list = list(parts)
-        return cls(part_list, [counted(part, samples) for part in part_list], split, told=samples is not None)
+        return cls(part_list, [counted(part, samples, cut_by_user=split is not None) for part in part_list], split, told=samples is not None)
 
     def between(self, start: int, stop: int) -> Window:
         """The samples from `start` to `stop` as a window. Raises `PlanError` if a part has to be cut and cannot be cut."""
@@ -85,7 +88,7 @@ class Window:
 
     def cut_by(self, split: Splitter) -> Window:
         """The same window with `split` as its splitter, or the window itself if it has a splitter."""
-        return self if self.split is not None else Window(self.parts, self.sizes, split, told=self.told, arranged=self.arranged)
+        return self if self.split is not None else Window(self.parts, self.sizes, split, told=self.told, arranged=self.arranged, regrouped=self.regrouped)
 
     def runs_as(self, sizes: Sequence[int]) -> tuple[int, ...]:
         """The micro-batch sizes that `cut(sizes)` is expected to return. Parts that cannot be cut keep their sizes."""
@@ -194,6 +197,11 @@ class Windows:
             _check_unsharded(loader)
 
     def __iter__(self) -> Iterator[Window]:
+        for window in self._windows():
+            window.regrouped = True
+            yield window
+
+    def _windows(self) -> Iterator[Window]:
         if self._sampler is not None:
             yield from self._sampled(self._sampler)
             return
@@ -265,7 +273,7 @@ class Windows:
                 ragged_seen = True
             even_seen = even_seen or (isinstance(batch, list) and not ragged_seen)
             batch = batches.as_samples(batch) if ragged_seen else batch
-            remaining = counted(batch, self._samples)
+            remaining = counted(batch, self._samples, cut_by_user=self._split is not None)
             while remaining:
                 room = self._share - sum(sizes)
                 piece, piece_size = batch, remaining
@@ -300,9 +308,10 @@ class Windows:
             ) from error
 
 
-def counted(batch: Any, samples: Callable[[Any], int] | None = None) -> int:
+def counted(batch: Any, samples: Callable[[Any], int] | None = None, *, cut_by_user: bool = False) -> int:
     """The number of samples in a batch: `samples(batch)`, or the length of the first dimension.
 
+    cut_by_user: True if the user gave a function that cuts batches; only the number is missing then.
     Raises `PlanError` if the first dimension does not give the number.
     """
     if samples is not None:
@@ -312,6 +321,9 @@ def counted(batch: Any, samples: Callable[[Any], int] | None = None) -> int:
     except PlanError as error:
         if isinstance(batch, (DataLoader, Windows)) or hasattr(batch, "__next__"):
             raise PlanError(f"a {type(batch).__name__} is not one batch: for window in plan.windows(loader): loop.step(window, loss)") from None
+        if cut_by_user:
+            why = str(error).partition(";")[0]
+            raise PlanError(f"how many samples a batch holds is not known ({why}): give samples=, a function that says it for a batch") from None
         if isinstance(batch, (torch.Tensor, list, tuple)) or hasattr(batch, "keys"):
             raise
         raise PlanError(f"{error}; for batches that cannot be cut, plan.windows(loader, samples=...) with a function that says how many they hold") from None

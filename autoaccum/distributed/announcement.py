@@ -74,11 +74,13 @@ class RankTeam:
         samples_by_rank = tuple(int(row[0]) for row in table)
         totals = tuple(None if count is None else sum(row[4 + job] for row in table) for job, count in enumerate(counts))
         self._check(
-            announcement := WindowAnnouncement(samples_by_rank, totals, any(row[1] for row in table)), [rank for rank, row in enumerate(table) if not row[2]]
+            whole,
+            announcement := WindowAnnouncement(samples_by_rank, totals, any(row[1] for row in table)),
+            [rank for rank, row in enumerate(table) if not row[2]],
         )
         return announcement
 
-    def _check(self, announcement: WindowAnnouncement, empty_ranks: Sequence[int]) -> None:
+    def _check(self, window: Window, announcement: WindowAnnouncement, empty_ranks: Sequence[int]) -> None:
         shares, target = self._fleet.shares, self._fleet.target
         if not announcement.samples:
             raise PlanError("a window of no samples: give a batch with at least one")
@@ -92,7 +94,7 @@ class RankTeam:
                     f"the loader of rank {rank} gives {samples} samples a step, and its share is {share}: "
                     "loop over plan.windows(DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset)))"
                 )
-        self._short = self._short + 1 if announcement.samples < target else 0
+        self._short = self._short + 1 if announcement.samples < target and not window.regrouped else 0
         if self._short > 1:
             missing = [f"rank {rank} {samples} of {share}" for rank, (samples, share) in enumerate(zip(announcement.held, shares)) if samples < share]
             raise PlanError(

@@ -11,12 +11,12 @@ from typing import Any
 
 from autoaccum.errors import MissingExtra, UsageError
 
-# The framework's own package -> our file for it.
+# The framework's package -> the module here.
 _FILES = {"transformers": "huggingface", "lightning": "lightning", "pytorch_lightning": "lightning", "accelerate": "accelerate"}
 
 
 def of(live: Any) -> Any:
-    """Our file for an object of a framework. Raises `UsageError` for anything else."""
+    """The module here for an object of a framework. Raises `UsageError` for any other object."""
     for base in type(live).__mro__:
         file = _FILES.get(base.__module__.partition(".")[0])
         if file is not None:
@@ -25,7 +25,7 @@ def of(live: Any) -> Any:
 
 
 def needed(package: str, extra: str) -> Any:
-    """The framework. Raises `MissingExtra` with the line that installs it."""
+    """Imports and returns the framework's package. Raises `MissingExtra` with the command that installs it."""
     try:
         return import_module(package)
     except ImportError:
@@ -33,6 +33,9 @@ def needed(package: str, extra: str) -> Any:
 
 
 def not_remembered(request: dict[str, Any]) -> None:
-    """Raises `UsageError` for `cache=True`: what a framework's settings change is not among what readings are kept by."""
+    """Raises `UsageError` for `cache=True`.
+
+    A framework's settings change the memory, but the key of the reading cache does not contain them.
+    """
     if request.get("cache"):
         raise UsageError("readings of a framework's own loop are not remembered, because its settings are not known here: leave cache=True out")

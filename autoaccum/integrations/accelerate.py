@@ -1,4 +1,4 @@
-"""Accelerate: a plan from prepared objects, and micro-batches that are exact under `accelerator.accumulate`.
+"""Accelerate: a plan for prepared objects, and micro-batches with exact weights for `accelerator.accumulate`.
 
 model, optimizer = accelerator.prepare(model, optimizer)
 plan = tune(accelerator, model, optimizer, loss, batch, target_batch=512)
@@ -23,36 +23,40 @@ from autoaccum.tuner import tune as tune_in_place
 from autoaccum.window import Job, RngState
 
 
-def tune(accelerator: Any, model: Any, optimizer: Any, loss: Callable[[Any, Any], Any], batch: Any, *, target_batch: int, **given: Any) -> Plan:
-    """The plan for objects that `accelerator.prepare` has returned, which come back as they were; it is set in the accelerator, too.
+def tune(accelerator: Any, model: Any, optimizer: Any, loss: Callable[[Any, Any], Any], batch: Any, *, target_batch: int, **request: Any) -> Plan:
+    """The plan for objects that `accelerator.prepare` returned. It also applies the plan to the accelerator.
 
-    Rehearsed with the accelerator's precision and its scaler. given: keywords of `autoaccum.tune` and of `Job`. Under
-    `accelerate launch` every rank calls it, and micro-batches are equal. Raises `UsageError` for models that are sharded, and what
-    `autoaccum.tune` raises.
+    The trials use the accelerator's precision and scaler, and restore the objects afterwards. Under `accelerate launch` every rank
+    calls this function, and micro-batches are equal.
+    request: keywords of `autoaccum.tune` and of `Job`.
+    Raises `UsageError` for sharded models, and the errors of `autoaccum.tune`.
     """
     needed("accelerate", "accelerate")
-    not_remembered(given)
+    not_remembered(request)
     kind = str(getattr(accelerator.distributed_type, "value", accelerator.distributed_type))
     if kind in ("FSDP", "DEEPSPEED", "MEGATRON_LM"):
         raise UsageError(f"with {kind} the model is sharded, and one rank cannot rehearse it alone: tune the plain model with autoaccum.tune before prepare()")
     if accelerator.num_processes > 1:
-        given = {**given, "equal": True}
-    plain: list[Any] = [getattr(each, "optimizer", each) for each in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
-    drawn = RngState(accelerator.device)
-    drawn.note()
+        request = {**request, "equal": True}
+    plain: list[Any] = [getattr(wrapped, "optimizer", wrapped) for wrapped in (optimizer if isinstance(optimizer, (list, tuple)) else [optimizer])]
+    rng = RngState(accelerator.device)
+    rng.note()
     try:
-        job_only = {name: given.pop(name) for name in ("data", "scheduler", "autocast", "max_grad_norm", "count", "split", "keep") if name in given}
-        # A prepared model autocasts in its own forward, so the job need not.
+        job_only = {name: request.pop(name) for name in ("data", "scheduler", "autocast", "max_grad_norm", "count", "split", "keep") if name in request}
+        # A prepared model has autocast in its forward, so the job does not need it.
         job = Job(model, plain if len(plain) > 1 else plain[0], loss, batch, scaler=accelerator.scaler, **job_only)
-        plan = replace(tune_in_place(job, target_batch=target_batch, **given), hints=())
+        plan = replace(tune_in_place(job, target_batch=target_batch, **request), hints=())
     finally:
-        drawn.put_back()
+        rng.put_back()
     apply(plan, accelerator)
     return plan
 
 
 def apply(plan: Plan, accelerator: Any) -> None:
-    """Sets the window's number of micro-batches, by which `accelerator.backward` divides. Raises `PlanError` for a plan of other ranks."""
+    """Sets the accelerator's gradient accumulation steps, by which `accelerator.backward` divides.
+
+    Raises `PlanError` if the plan is for another world size.
+    """
     if accelerator.num_processes != plan.world_size:
         raise PlanError(
             f"the plan is for {plan.world_size} rank{'s' if plan.world_size != 1 else ''}, and the accelerator has {accelerator.num_processes}: tune again"
@@ -63,10 +67,11 @@ def apply(plan: Plan, accelerator: Any) -> None:
 
 
 def micro_batches(accelerator: Any, plan: Plan, loader: Iterable[Any], *, count: Callable[[Any], float] | None = None) -> Iterator[MicroBatch]:
-    """Every micro-batch of an epoch, window by window, with what its mean loss is multiplied with before `accelerator.backward`.
+    """Every micro-batch of an epoch, window by window. Multiply its mean loss by its `weight` before `accelerator.backward`.
 
-    loader: as `Plan.windows` takes it, not prepared: over ranks with `plan.batch_sampler`. count: as in `Plan.split`. Micro-batches are moved to the device.
-    Raises `PlanError` for a prepared loader, whose end Accelerate would take for the window's.
+    Micro-batches are moved to the device.
+    loader: a loader for `Plan.windows`, not prepared. With several ranks it needs `plan.batch_sampler`. count: as in `Plan.split`.
+    Raises `PlanError` for a prepared loader: Accelerate would take the end of that loader for the end of the window.
     """
     if type(loader).__name__ in ("DataLoaderShard", "DataLoaderDispatcher"):
         raise PlanError(
@@ -77,20 +82,24 @@ def micro_batches(accelerator: Any, plan: Plan, loader: Iterable[Any], *, count:
     try:
         for window in plan.windows(loader):
             accelerator.step, inside = 0, True
-            # By this number Accelerate divides every loss, and after it gradients cross.
-            accelerator.gradient_accumulation_steps = steps = _steps(plan, window)
+            # Accelerate divides every loss by this number, and synchronizes gradients after this many micro-batches.
+            accelerator.gradient_accumulation_steps = steps = _steps(plan, window, count)
             for micro in plan.split(window, count):
                 yield replace(micro, weight=micro.weight * steps)
             inside = False
     finally:
-        if inside:  # left before its end: what it has gathered is no part of the next window
+        if inside:  # the caller stopped inside a window: its gradients must not enter the next one
             for optimizer in accelerator._optimizers:
                 getattr(optimizer, "optimizer", optimizer).zero_grad(set_to_none=True)
         accelerator.gradient_accumulation_steps = plan.accumulation_steps
 
 
-def _steps(plan: Plan, window: Window) -> int:
-    """A smaller last window has fewer micro-batches, and one of parts that cannot be joined more: they are cut on the host to see."""
-    if window.samples == plan.share and len(window.parts) == 1:
+def _steps(plan: Plan, window: Window, count: Callable[[Any], float] | None) -> int:
+    """The number of micro-batches of a window. A smaller last window has fewer; a window of parts that cannot be joined has more.
+
+    The window is cut on the host to count them; those that count nothing are left out, as `Plan.split` leaves them out.
+    """
+    if count is None and window.samples == plan.share and len(window.parts) == 1:
         return plan.accumulation_steps
-    return sum(1 for _ in window.cut(plan.sizes_of(window), most=plan.micro_batch)) if window.samples else 1
+    pieces = window.cut(plan.sizes_of(window), most=plan.micro_batch) if window.samples else ()
+    return max(sum(1 for piece, _ in pieces if count is None or count(piece)), 1)

@@ -1,4 +1,4 @@
-"""What a module holds beside its tensors, kept while something else dresses it up."""
+"""The attributes of a module, restored after other code has changed them."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ import torch
 
 @contextmanager
 def attributes_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Afterwards every module of `model` has the attributes, the hooks, the parameters and the children that it had before; none is copied."""
-    kept: list[tuple[torch.nn.Module, dict[str, Any], dict[str, dict[Any, Any]]]] = [
-        (module, dict(vars(module)), {name: dict(held) for name, held in vars(module).items() if isinstance(held, (dict, OrderedDict))})
+    """Restores the attributes, hooks, parameters and children of every module of `model` at the end. It does not copy them."""
+    before: list[tuple[torch.nn.Module, dict[str, Any], dict[str, dict[Any, Any]]]] = [
+        (module, dict(vars(module)), {name: dict(value) for name, value in vars(module).items() if isinstance(value, (dict, OrderedDict))})
         for module in model.modules()
     ]
     try:
         yield
     finally:
-        for module, attributes, dictionaries in kept:
+        for module, attributes, dictionaries in before:
             vars(module).clear()
             vars(module).update(attributes)
-            for name, held in dictionaries.items():
+            for name, value in dictionaries.items():
                 vars(module)[name].clear()
-                vars(module)[name].update(held)
+                vars(module)[name].update(value)

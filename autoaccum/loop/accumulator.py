@@ -14,6 +14,7 @@ from autoaccum import devices, oom
 from autoaccum.data import Cut, Window, counted
 from autoaccum.distributed import Engine, RankTeam, VoidWindow, WindowAnnouncement, WindowVote, engines, ranks
 from autoaccum.errors import PlanError, UsageError, noted
+from autoaccum.loop.first_windows import FirstWindows
 from autoaccum.loop.rescue import Rescued, Rescuer
 from autoaccum.plan import Plan, micro_batches
 from autoaccum.window import Job, PhaseCallback, RunningStats, WindowResult, accumulation, as_jobs, batch_norms, fingerprint, optimizer_step
@@ -101,6 +102,7 @@ class Accumulator:
         max_grad_norm: float | None = None,
         count: Callable[[Any], Any] | None = None,
         split: Callable[[Any, Sequence[int]], Sequence[Any]] | None = None,
+        samples: Callable[[Any], int] | None = None,
         keep: Sequence[Any] = (),
         on_oom: Literal["rescue", "raise"] = "rescue",
         grow_after: int | None = None,
@@ -109,7 +111,7 @@ class Accumulator:
         rank_timeout_s: float = 1800.0,
     ) -> None:
         settings = {
-            "scheduler": scheduler, "scaler": scaler, "autocast": autocast, "max_grad_norm": max_grad_norm, "count": count, "split": split, "keep": keep,
+            "scheduler": scheduler, "scaler": scaler, "autocast": autocast, "max_grad_norm": max_grad_norm, "count": count, "split": split, "samples": samples, "keep": keep,
         }  # fmt: skip
         if not isinstance(model, torch.nn.Module):
             if not isinstance(optimizer, Plan):
@@ -137,6 +139,9 @@ class Accumulator:
         self._engines, self._team = self._ranks(on_oom, careful_windows, rank_timeout_s)
         self._rescuer = Rescuer(self._jobs, device, self._plan, enabled=on_oom == "rescue", grow_after=grow_after, together=self._team is not None)
         self._short, self._begun = 0, False
+        told_already = any("not over samples" in warning for warning in self._plan.warnings)
+        # Where forward communicates, one rank alone cannot run the loss.
+        self._first = None if told_already or any(engine is not None and engine.in_step for engine in self._engines) else FirstWindows(self._jobs)
 
     @property
     def micro_batch(self) -> int:
@@ -152,8 +157,12 @@ class Accumulator:
         Returns a `StepResult`, or a tuple of them for several jobs.
         Raises `PlanError` for a window with more samples than the share, and for a second smaller window in a row.
         """
-        window = batch if isinstance(batch, Window) else Window((batch,), (counted(batch),), self._jobs[0].split)
+        window = batch if isinstance(batch, Window) else self._window_of(batch)
         return self._step(window, loss, self._plan.sizes_of)
+
+    def _window_of(self, batch: Any) -> Window:
+        job = self._jobs[0]
+        return Window((batch,), (counted(batch, job.samples, cut_by_user=job.split is not None),), job.split, told=job.samples is not None)
 
     def step_micro(self, micro_batches: Iterable[Any] | Window, loss: Loss | None = None, *, samples: Callable[[Any], int] | None = None) -> Any:
         """Runs one optimizer step on given micro-batches, which together are one window. They run one by one, as they are.
@@ -162,7 +171,7 @@ class Accumulator:
         samples: `samples(batch)`, the number of samples in a micro-batch, if its first dimension does not give it.
         Returns and raises the same as `step`.
         """
-        window = micro_batches if isinstance(micro_batches, Window) else Window.of(micro_batches, self._jobs[0].split, samples)
+        window = micro_batches if isinstance(micro_batches, Window) else Window.of(micro_batches, self._jobs[0].split, samples or self._jobs[0].samples)
         return self._step(window, loss, lambda part, most: [size for part_size in part.sizes for size in self._plan.sizes(part_size, most)])
 
     def _step(self, window: Window, loss: Loss | None, sizes: Callable[[Window, int], Sequence[int]]) -> Any:
@@ -171,8 +180,12 @@ class Accumulator:
         if loss is not None and len(self._jobs) > 1:
             raise UsageError("several jobs run in turn, each with its own loss: call step(batch) without one")
         if self._team is None:
-            self._check(window.samples)
+            self._check(window)
         announcement = None if self._team is None else self._team.announce(window, [job.count for job in self._jobs])
+        if self._first is not None:
+            self._first.look(window, loss, self.micro_batch)
+            if self._first.is_over:
+                self._first = None
         self._rescuer.begin()
         results = []
         for index, (job, stats) in enumerate(zip(self._jobs, self._stats)):
@@ -270,11 +283,12 @@ class Accumulator:
         in_step = any(engine is not None and engine.in_step for engine in job_engines)
         return list(job_engines), RankTeam(world, fleet, careful_windows, in_step=in_step)
 
-    def _check(self, samples: int) -> None:
-        share = self._plan.share
+    def _check(self, window: Window) -> None:
+        samples, share = window.samples, self._plan.share
         if samples < 1:
             raise PlanError("a window of no samples: give a batch with at least one")
-        self._short = self._short + 1 if samples < share else 0
+        # A window of `plan.windows` is smaller at the end of an epoch only; several loaders in turn may all end.
+        self._short = self._short + 1 if samples < share and not window.regrouped else 0
         if samples > share or self._short > 1:
             raise PlanError(
                 f"the loader gives {samples} samples a step, this plan needs {share}: loop over plan.windows(loader), or DataLoader(batch_size={share})"

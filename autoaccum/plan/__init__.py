@@ -26,7 +26,7 @@ else:
         explanation="chart",
         micro_batch="MicroBatch",
         notation="window_notation",
-        search_picture="GREY INK check pyplot",
         plan="Plan",
         record="PlannedDevice TrialRecord",
+        search_picture="GREY INK check pyplot",
     )

@@ -50,6 +50,8 @@ class Plan(PlanRecord):
         On several ranks, the batch is this rank's part of the window, and every rank calls this at the same time. The weights sum
         to world size x part / window, for an engine that averages over the ranks. A rank without samples gets one micro-batch of
         weight 0, because it must take part in the communication.
+        A micro-batch whose count is 0 is left out: its mean is nan, and 0 times nan is nan. A rank on which nothing counts still gets one
+        micro-batch of weight 0: write `torch.nan_to_num(loss) * micro.weight` in a loop over ranks.
         Raises `PlanError` for a batch that cannot be cut, and for a batch with more samples than the share.
         """
         import torch
@@ -69,6 +71,8 @@ class Plan(PlanRecord):
             cut = window.cut(self.sizes_of(window), most=self.micro_batch)
             counts = [float(samples if count is None else count(piece)) for piece, samples in cut]
             weights = [value / sum(counts) if any(counts) else 0.0 for value in counts]
+            if not all(weights):
+                cut, weights = _owing(list(cut), weights)
         device = torch.device(self.device.label)
         for index, (piece, samples) in enumerate(prefetch.feed(cut, device)):
             moved = batches.move(piece, device, non_blocking=True)
@@ -92,7 +96,8 @@ class Plan(PlanRecord):
         counts = [float(samples if count is None else count(piece)) for piece, samples in pieces]
         table = self._ranks().table([window.samples, sum(counts)], "announcing a window")
         total = sum(row[1] for row in table)
-        return pieces, [self.world_size * value / total if total else 0.0 for value in counts]
+        owing, weights = _owing(pieces, [self.world_size * value / total if total else 0.0 for value in counts])
+        return (owing, weights) if owing else (pieces[-1:], [0.0])  # this rank must take part in the communication
 
     def _ranks(self) -> Ranks:
         """The ranks of this process group. Raises `PlanError` if they are not those of the plan, or if there is no group."""
@@ -332,6 +337,12 @@ class Plan(PlanRecord):
         label = next((candidate for candidate in labels if candidate == f"cuda:{local_rank}"), labels[0])
         kind, _, index = label.partition(":")
         return replace(self, device=replace(self.device, kind=kind, index=int(index) if index else None))
+
+
+def _owing(pieces: Sequence[tuple[Any, int]], weights: Sequence[float]) -> tuple[list[tuple[Any, int]], list[float]]:
+    """The pieces whose weight is not 0, and their weights."""
+    pairs = [(piece, weight) for piece, weight in zip(pieces, weights) if weight]
+    return [piece for piece, _ in pairs], [weight for _, weight in pairs]
 
 
 def _name_here(device: PlannedDevice) -> str | None:

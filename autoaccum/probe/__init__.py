@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from autoaccum.probe.cache import ReadingCache
     from autoaccum.probe.child import Child, die_with_parent
     from autoaccum.probe.command import Command, Template
+    from autoaccum.probe.equivalence import compare_values
     from autoaccum.probe.readings import COMPARED_SAMPLES, Equivalence, Limits, Progress, Reading, Rehearser, Subject, Trying
     from autoaccum.probe.rehearsal import rehearsing
     from autoaccum.probe.request import Objective, Request
@@ -22,6 +23,7 @@ else:
         cache="ReadingCache",
         child="Child die_with_parent",
         command="Command Template",
+        equivalence="compare_values",
         readings="COMPARED_SAMPLES Equivalence Limits Progress Reading Rehearser Subject Trying",
         rehearsal="rehearsing",
         request="Objective Request",

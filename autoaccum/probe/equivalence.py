@@ -8,17 +8,17 @@ If no weights do so, a layer or the loss looks at several samples at once.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from autoaccum.data import batches
+from autoaccum.data import IGNORED, batches, variety
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.probe.readings import COMPARED_SAMPLES, Equivalence
-from autoaccum.window import IGNORED, Job, accumulation, as_jobs, batch_norms, preserved, token_mean
+from autoaccum.window import Job, RngState, accumulation, as_jobs, batch_norms, preserved, token_mean
 
 ORDER = [False, None, True]  # of `exact`: with several jobs, the result that comes first here is reported
 _PER_PARAMETER = 4096  # compared elements of each parameter's gradient
@@ -56,6 +56,73 @@ def compare(jobs: Sequence[Job], samples: int) -> Equivalence:
     return result if len(jobs) == 1 or result.exact else replace(result, message=f"job {index + 1} of {len(jobs)}: {result.message}")
 
 
+def compare_values(job: Job, batch: Any) -> str:
+    """Looks at loss values alone: a sentence if the loss of a batch does not follow from those of its pieces, weighted by samples.
+
+    Forward only, without dropout, on the given batch, so it costs little and holds no activations. "" if the loss is as expected, and if
+    it cannot tell: for losses that draw random numbers, and for values that are not finite.
+    """
+    samples = _count(job, batch)
+    if samples < 2:
+        return ""
+    sizes = (samples - samples // 2, samples // 2)
+    split = list(zip(batches.split(batch, sizes), sizes))
+    with torch.no_grad(), _in_eval([*_dropouts(job.model), *batch_norms(job.model).values()]):
+        returned = [_loss(job, piece) for piece in (batch, batch, split[0][0], split[1][0])]
+        whole, again, first, second = map(_scalars_of, returned)
+        if whole != again:
+            return ""
+        wrong_pair = _no_count(job, (batch, samples), split)
+    if wrong_pair:
+        return wrong_pair
+    sums = [_sums_of(one) for one in (returned[0], *returned[2:])]
+    for name, value in sums[0].items():
+        parts = [of_piece.get(name, math.nan) for of_piece in sums[1:]]
+        if math.isfinite(value) and abs(value - sum(parts)) > _tolerance(job) * max(abs(value), *map(abs, parts)):
+            return (
+                f"the loss sum is {value:.4g} for {samples} samples, and {parts[0]:.4g} and {parts[1]:.4g} for {_words(sizes)} of them, which do not add up: the "
+                "samples' losses depend on which others are there (padding that counts, a mean over something else), so micro-batches change the gradient"
+            )
+    for name, value in whole.items():
+        one, other = first.get(name, math.nan), second.get(name, math.nan)
+        if not math.isfinite(value):
+            continue
+        expected = (one * sizes[0] + other * sizes[1]) / samples
+        if abs(value - expected) <= _tolerance(job) * max(abs(value), abs(one), abs(other)):
+            continue
+        term = f"term {name!r} of the loss" if name else "the loss"
+        weight = (value - other) / (one - other) if one != other else math.nan
+        field = _field_that_weighs(split, torch.tensor([weight, 1 - weight])) if 0 < weight < 1 else ""
+        if not math.isfinite(expected):
+            return f"{term} is {value:.4g} for {samples} samples and nan for a part of them, in which nothing counts: {_cure(batch, '')}"
+        if field:
+            owed = f"{weight:.3f} and {1 - weight:.3f} instead of {sizes[0] / samples:.3f} and {sizes[1] / samples:.3f}"
+            return f"{term} is a mean over what counts in {field!r} (labels, tokens, weights), not over samples: pieces weigh {owed}; {_cure(batch, field)}"
+        return (
+            f"{term} is {value:.4g} for {samples} samples, and {one:.4g} and {other:.4g} for {_words(sizes)} of them, whose mean is {expected:.4g}: it is no mean "
+            "over samples, so micro-batches change it; autoaccum.equivalence(...) looks for the reason"
+        )
+    return ""
+
+
+def _scalars_of(returned: Any) -> dict[str, float]:
+    """The terms that are means over samples in what a loss returned, by name; by "" for a loss of one term."""
+    named = dict(returned.items()) if isinstance(returned, Mapping) else dict(enumerate(returned)) if isinstance(returned, list) else {"": returned}
+    return {str(name): float(term) for name, term in named.items() if isinstance(term, torch.Tensor) and term.numel() == 1}
+
+
+def _sums_of(returned: Any) -> dict[str, float]:
+    """The first parts of the pairs in what a loss returned, by term."""
+    named = dict(returned.items()) if isinstance(returned, Mapping) else dict(enumerate(returned)) if isinstance(returned, list) else {"": returned}
+    return {str(name): float(term[0]) for name, term in named.items() if isinstance(term, tuple) and len(term) == 2 and _is_number(term[0])}
+
+
+def _cure(batch: Any, field: str) -> str:
+    if isinstance(batch, Mapping) and isinstance(batch.get("labels"), torch.Tensor) and "label" in (field or "labels"):
+        return "use loss=autoaccum.token_mean, or return (loss_sum, count)"
+    return "return (loss_sum, count)"
+
+
 def _compared(job: Job, batch: Any) -> Equivalence:
     samples = _count(job, batch)
     if samples < 2:
@@ -70,11 +137,24 @@ def _compared(job: Job, batch: Any) -> Equivalence:
     def told(exact: bool | None, error: float | None, cause: str, layers: Sequence[str], message: str, norm_error: float | None = None) -> Equivalence:
         return Equivalence(exact, samples, sizes, error, cause, tuple(layers), message, norm_error)
 
+    rng = RngState(job.device)
+    rng.note()
     with _in_eval(_dropouts(job.model)):
         norm_error = _difference(_gradient(job, whole), _gradient(job, split)) if norms and min(sizes) > 1 else None
         with _in_eval(norms.values()):
-            whole_gradient = _gradient(job, whole)
             tolerance = _tolerance(job)
+            wrong_pair = _no_count(job, whole[0], split)
+            if wrong_pair:
+                return told(False, None, "count", (), wrong_pair)
+            rng.put_back()
+            before = _buffers(job, norms)
+            whole_gradient = _gradient(job, whole)
+            moved = [name for name, buffer in _buffers(job, norms).items() if not torch.equal(buffer, before[name])]
+            rng.put_back()
+            again = _difference(whole_gradient, _gradient(job, whole))
+            if again > (_rounding(job) if moved else tolerance):
+                rng.put_back()
+                return told(False, again, "state", *_what_moves(job, whole[0], moved, rng))
             eval_modules = list(job.model.modules()) if _difference(whole_gradient, _gradient(job, whole)) > tolerance else []
             with _in_eval(eval_modules):
                 whole_gradient = _gradient(job, whole) if eval_modules else whole_gradient
@@ -105,6 +185,12 @@ def _compared(job: Job, batch: Any) -> Equivalence:
             "Accumulator(correct_running_stats=True) mends its running statistics, GroupNorm does not mix samples",
             norm_error,
         )
+    if variety.is_countable(batch) and variety.is_uniform(batch) and not _returns_counts(job, split[0]):
+        message = (
+            f"could not tell: the gradient of {_words(sizes)} samples is that of {samples} at once, but these samples all hold the same number of labels, "
+            "for which a mean over labels looks like a mean over samples: compare samples of unlike lengths, e.g. with batch=autoaccum.worst_case(loader)"
+        )
+        return told(None, error, "", (), message)
     how = ", in eval mode, because the loss draws random numbers in training" if eval_modules else ""
     return told(True, error, "", (), f"exact: the gradient of {_words(sizes)} samples is that of {samples} at once{how} (relative difference {error:.0e})")
 
@@ -132,6 +218,13 @@ def _why(
     if float((weights - 1).abs().max()) < 0.02:
         return "sum", [], "the loss is a sum over the samples, not their mean: use reduction='mean', or return (loss_sum, number of samples)"
     shares = weights / weights.sum()
+    if all(abs(float(share) - size / whole[0][1]) < 0.0005 for share, (_, size) in zip(shares, split)):
+        return (
+            "mixed",
+            [],
+            "a part of the loss is no mean over samples (a balance or contrastive loss beside the main one, a regulariser that sees the batch): "
+            "return the parts as a dict of terms, each a mean over samples or (loss_sum, count)",
+        )
     actual = " and ".join(f"{float(share):.3f}" for share in shares)
     expected = " and ".join(f"{size / whole[0][1]:.3f}" for _, size in split)
     field = _field_that_weighs(split, shares)
@@ -180,6 +273,72 @@ def _field_that_weighs(split: Sequence[tuple[Any, int]], shares: torch.Tensor) -
                 deviation[path] = min(deviation.get(path, 1.0), abs(first_count / (first_count + second_count) - float(shares[0])) + (0 if marked else 1e-3))
     best = min(deviation, key=deviation.__getitem__, default="")
     return best if deviation.get(best, 1.0) < 0.005 else ""
+
+
+def _no_count(job: Job, whole: tuple[Any, int], split: Sequence[tuple[Any, int]]) -> str:
+    """A sentence if the loss returns pairs whose second part does not add up, as a metric does not; "" otherwise."""
+    with torch.no_grad():
+        returned = [_loss(job, batch) for batch, _ in (whole, *split)]
+    pairs = [_pairs_of(one) for one in returned]
+    for name in pairs[0]:
+        if not all(name in of_piece for of_piece in pairs):
+            continue
+        of_whole, *of_pieces = (float(found[name]) for found in pairs)
+        if math.isfinite(of_whole) and abs(sum(of_pieces) - of_whole) > 0.02 * max(abs(of_whole), abs(sum(of_pieces))):
+            term = f"term {name!r} of the loss is" if name else "loss(model, batch) returned"
+            shown = " and ".join(f"{value:.4g}" for value in of_pieces)
+            return (
+                f"{term} a pair, which is read as (loss_sum, count), but its second part is no count: it is {of_whole:.4g} for {whole[1]} samples and {shown} for "
+                f"{_words([size for _, size in split])} of them, and counts add up. Return the loss alone if the second part is a metric, or (loss_sum, count)"
+            )
+    return ""
+
+
+def _pairs_of(returned: Any) -> dict[str, Any]:
+    """The second parts of the pairs in what a loss returned, by term; by "" for a loss of one term."""
+    named = dict(returned.items()) if isinstance(returned, Mapping) else dict(enumerate(returned)) if isinstance(returned, list) else {"": returned}
+    return {str(name): term[1] for name, term in named.items() if isinstance(term, tuple) and len(term) == 2 and _is_number(term[1])}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) or (isinstance(value, torch.Tensor) and value.numel() == 1)
+
+
+def _returns_counts(job: Job, piece: tuple[Any, int]) -> bool:
+    """True if the loss says its counts itself, so that equal counts prove as much as unlike ones."""
+    if job.count is not None:
+        return True
+    with torch.no_grad():
+        return bool(_pairs_of(_loss(job, piece[0])))
+
+
+def _buffers(job: Job, norms: Mapping[str, torch.nn.Module]) -> dict[str, torch.Tensor]:
+    """Copies of the model's floating-point buffers up to a million elements, without BatchNorm's statistics."""
+    skipped = {id(buffer) for norm in norms.values() for buffer in norm.buffers()}
+    return {
+        name: buffer.detach().clone()
+        for name, buffer in job.model.named_buffers()
+        if id(buffer) not in skipped and buffer.is_floating_point() and buffer.numel() <= 1_000_000
+    }
+
+
+def _what_moves(job: Job, whole: tuple[Any, int], moved: Sequence[str], rng: RngState) -> tuple[Sequence[str], str]:
+    """The layers whose state changes in forward, and a sentence."""
+    if moved:
+        layers = list(dict.fromkeys(name.rpartition(".")[0] or "the model" for name in moved))
+        what = f"{layers[0]!r} changes its buffer{'s' if len(moved) > 1 else ''} {', '.join(repr(name.rpartition('.')[2]) for name in moved[:3])} in forward"
+    else:
+        rng.put_back()
+        first = _outputs(job, *whole)
+        rng.put_back()
+        second = _outputs(job, *whole)
+        layers = [name for (name, one), (_, other) in zip(first, second) if one is not None and other is not None and _difference(one, other) > 0][:1]
+        what = f"{layers[0]!r} keeps something from the forward before" if layers else "something in the model or the loss is kept from the forward before"
+    return (
+        layers,
+        f"{what} (a codebook, a queue, a hidden state): each micro-batch moves it once and the later ones see it moved, so splitting changes the gradient; "
+        "update it once per optimizer step, after loop.step(), or reset it before every batch",
+    )
 
 
 def _first_that_mixes(job: Job, whole: tuple[Any, int], piece: tuple[Any, int], tolerance: float) -> str:
@@ -266,6 +425,12 @@ def _tolerance(job: Job) -> float:
     return 5e-3 if tf32 else 2e-4
 
 
+def _rounding(job: Job) -> float:
+    """By how much two runs of the same computation may differ, where the order of sums is not fixed."""
+    types = {parameter.dtype for parameter in job.trained()}
+    return 1e-2 if types & {torch.float16, torch.bfloat16} else 1e-12 if types == {torch.float64} else 1e-5
+
+
 def _dropouts(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The dropout modules. They are found by class name, because every library has its own (Dropout, DropPath, StochasticDepth)."""
     return [module for module in model.modules() if any(word in type(module).__name__ for word in ("Drop", "StochasticDepth"))]
@@ -285,22 +450,22 @@ def _in_eval(modules: Any) -> Iterator[None]:
 
 
 def _samples_of(job: Job, samples: int) -> Any:
-    """A batch of at most this many different samples of the job."""
+    """A batch of at most this many different samples of the job, as unlike as there are."""
     if callable(job.batch):
-        return job.batch_of(samples)
+        varied = getattr(job.batch, "varied", None)
+        return job.batch_of(samples) if varied is None else varied(samples)
     have = _count(job, job.batch)
-    if have <= samples:
-        return job.batch
-    sizes = [samples, have - samples]
-    return (job.split(job.batch, sizes) if job.split is not None else batches.split(job.batch, sizes))[0]
+    if job.split is None:
+        return variety.most_unlike(job.batch, have, samples)
+    return job.batch if have <= samples else job.split(job.batch, [samples, have - samples])[0]
 
 
 def _count(job: Job, batch: Any) -> int:
-    try:
+    if job.split is None:
         return batches.count(batch)
+    try:
+        return job.samples_in(batch)
     except PlanError:
-        if job.split is None:
-            raise
         return 0  # only the job's own split can cut this batch, and its number of samples is not known
 
 

@@ -94,8 +94,8 @@ class Equivalence:
     exact: True if the two gradients are equal up to rounding, False if not. None if they could not be compared; `message` then gives the reason.
     samples: the number of samples in the whole batch. sizes: the sizes of the pieces.
     relative_error: the relative error of the split batch's gradient, with BatchNorm in eval mode.
-    cause: "sum", "token-mean", "weights", "mixed" (a layer or the loss looks at several samples), "batch-norm", "random",
-    or "" if it is exact.
+    cause: "sum", "token-mean", "weights", "mixed" (a layer or the loss looks at several samples), "batch-norm", "count" (the second
+        part of a returned pair is no count), "state" (forward changes something that later micro-batches see), "random", or "" if exact.
     layers: the names of the layers that cause the difference.
     message: one sentence, with the cure.
     batch_norm_error: like `relative_error`, with BatchNorm in training mode.

@@ -1,8 +1,9 @@
-"""What cuDNN takes for a convolution beside its result, without benchmark mode.
+"""The workspace of a convolution in cuDNN, without benchmark mode.
 
-Kernels for tensor cores want channels last: what lies otherwise is copied, input, output and weights, and partial sums of the
-weights' gradient are added up in memory. No formula is public. The rules here were read off 640 shapes on an H200
-(cuDNN 9.19, torch 2.11): sizes are exact where a rule applies, which kernel cuDNN chooses is a heuristic of its own that is followed in most cases.
+Kernels for tensor cores need channels-last tensors. cuDNN copies an input, an output and weights that are not channels last,
+and adds up partial sums of the weights' gradient in memory. No formula is public. The rules here are fitted to 640 shapes on an H200
+(cuDNN 9.19, torch 2.11). If a rule applies, the size is exact. cuDNN selects the kernel by its own heuristic; the rules follow it in
+most cases.
 """
 
 from __future__ import annotations
@@ -15,12 +16,17 @@ import torch
 
 from autoaccum.units import MIB
 
-_SUMS = 8 * MIB  # about what partial sums of the weights' gradient may take
+_SUMS = 8 * MIB  # about the largest size of the partial sums of the weights' gradient
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One convolution. images, weights, outputs: elements. spatial: positions of the output; kernel: of a filter."""
+    """The shape of one convolution.
+
+    images, weights, outputs: the number of elements of the input, the weights and the output.
+    spatial: the number of positions in the output. kernel: the number of positions in a filter.
+    strided: True if the input has more than twice as many positions as the output.
+    """
 
     dtype: torch.dtype
     samples: int
@@ -36,7 +42,7 @@ class Shape:
 
     @classmethod
     def of(cls, images: Any, weight: Any, outputs: Any, groups: int) -> Shape:
-        """From a call's tensors; outputs may be their gradient."""
+        """The shape of a call, from its tensors. outputs: the output or its gradient."""
         positions = math.prod(outputs.shape[2:])
         last = images.dim() == 4 and images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
         return cls(
@@ -46,38 +52,38 @@ class Shape:
 
     @property
     def dense(self) -> bool:
-        """False for depthwise convolutions, which run on kernels of torch's own."""
+        """False for depthwise convolutions, which run on torch's own kernels."""
         return self.groups == 1 or self.groups < self.channels
 
     @property
     def size(self) -> int:
-        """Bytes of an element."""
+        """The bytes of one element."""
         return self.dtype.itemsize
 
     @property
     def padded(self) -> float:
-        """How much larger the input and the weights get where channels are filled up: to 8 of them in bfloat16, else to 4."""
+        """The factor by which the input and the weights grow if cuDNN pads the channels: to 8 channels in bfloat16, otherwise to 4."""
         step = 8 if self.dtype is torch.bfloat16 else 4
         return 1.0 if self.groups > 1 or self.channels >= step else step / self.channels
 
     @property
     def moved(self) -> int:
-        """Bytes of input and output once more."""
+        """The bytes of a copy of the input and the output."""
         return (self.images + self.outputs) * self.size
 
     @property
     def copied(self) -> int:
-        """Bytes of everything once more, channels last."""
+        """The bytes of a channels-last copy of the input, the weights and the output."""
         return int((self.images + self.weights) * self.padded + self.outputs) * self.size
 
 
 def generation(capability: int) -> int:
-    """Cards of one generation are alike in all of this."""
+    """The generation of a card. All rules here are equal for the cards of one generation. capability: 75 for sm_75."""
     return 6 if capability < 70 else min(capability // 10, 9)
 
 
 def forward(shape: Shape, capability: int) -> int:
-    """Bytes that are taken while the output is computed."""
+    """The bytes of the workspace while the output is computed."""
     if not _on_tensor_cores(shape, capability) or not shape.dense:
         return 0
     if shape.channels == 3 and shape.kernel == 9:
@@ -88,17 +94,17 @@ def forward(shape: Shape, capability: int) -> int:
 
 
 def of_images(shape: Shape, capability: int) -> int:
-    """While the input's gradient is computed."""
+    """The bytes of the workspace while the input's gradient is computed."""
     if not _on_tensor_cores(shape, capability) or not shape.dense or shape.last:
         return 0
     return _pointwise(shape) if shape.kernel == 1 else shape.copied
 
 
 def of_weights(shape: Shape, capability: int) -> int:
-    """While the weights' gradient is computed."""
+    """The bytes of the workspace while the weights' gradient is computed."""
     if not _on_tensor_cores(shape, capability):
         return 0
-    weights = 4 * shape.weights  # added up in single precision
+    weights = 4 * shape.weights  # the sums are float32
     if not shape.dense:
         return _depthwise(shape, weights, capability) if shape.last else 0
     if shape.last:
@@ -115,31 +121,37 @@ def of_weights(shape: Shape, capability: int) -> int:
 
 
 def _by_sample(shape: Shape, weights: int, capability: int) -> bool:
-    """Whether the weights' gradient of a filter of one position is a product for each sample, added up afterwards."""
+    """True if the weights' gradient of a 1x1 filter is one product for each sample, and cuDNN adds up the products afterwards."""
     if capability < 90 and shape.size == 4:
-        # Published peaks of MnasNet, MobileNetV2 and RegNetX on Ampere and Ada (cuDNN 9.1) leave no other explanation: up to 529 MB they
-        # hold these products, from 618 MB on they do not.
+        # This limit explains the published peaks of MnasNet, MobileNetV2 and RegNetX on Ampere and Ada (cuDNN 9.1): they contain these
+        # products up to 529 MB, and do not contain them from 618 MB on.
         return shape.samples * weights <= 512 * MIB
     filters = shape.weights // shape.channels
     return filters * shape.channels < 190 * (filters + shape.channels)
 
 
 def _pointwise(shape: Shape) -> int:
-    """A filter of one position is a product of matrices where rows begin as products of matrices want it."""
+    """The bytes of the copies for a 1x1 filter. It is a matrix product, and needs no copies if its rows are aligned."""
     if shape.strided:
         return shape.moved if shape.size == 2 or shape.channels >= 200 else 0
     return shape.moved if 1 < shape.spatial < 64 and shape.spatial % 4 else 0
 
 
 def _depthwise(shape: Shape, weights: int, capability: int) -> int:
-    """Channels last, where other kernels than torch's own run; in single precision on Hopper and later, and in large planes."""
+    """The bytes for a depthwise convolution in channels last, which does not run on torch's own kernels.
+
+    In float32 only Hopper and later cards take memory, and only for a large output plane.
+    """
     if shape.size == 2:
         return 8 * shape.samples * weights
     return 8 * shape.images * shape.size + 14 * MIB if capability >= 90 and shape.spatial > 400 else 0
 
 
 def _partial(shape: Shape, weights: int) -> int:
-    """Partial sums of the weights' gradient, as many as there is room for; in halves fewer where there are few positions to share out."""
+    """The bytes of the partial sums of the weights' gradient: as many sums as fit.
+
+    Half types have fewer sums if there are few positions.
+    """
     if shape.size == 4:
         return weights * min(14, _SUMS // weights) if weights <= _SUMS // 2 else int(0.917 * weights)
     most = 13 if shape.spatial > 3000 else 4 if shape.spatial > 700 else 0
@@ -147,7 +159,7 @@ def _partial(shape: Shape, weights: int) -> int:
 
 
 def _on_tensor_cores(shape: Shape, capability: int) -> bool:
-    """Whether the kernels are those for tensor cores; what others take has not been measured."""
+    """True if the convolution runs on tensor cores. The workspace of other kernels has not been measured."""
     if shape.size == 2:
         return capability >= 70
     return shape.dtype is torch.float32 and capability >= 80 and bool(torch.backends.cudnn.allow_tf32)

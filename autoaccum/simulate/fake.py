@@ -1,8 +1,7 @@
-"""Makes torch train on CUDA tensors that are not there: no card, no memory, no arithmetic, but every operator's shapes.
+"""Fake CUDA: torch trains on CUDA tensors without a card, without memory and without arithmetic, but with every operator's shapes.
 
-All of it is process-wide and bound to torch's inside, so it belongs in a process of its own, and `self_test` says
-whether it works with the torch that is installed. Linux on x86-64; seen with torch 2.11, 2.13 and 2.15, CPU builds and
-CUDA builds without a card.
+It changes the whole process and depends on torch's internals. Use it in a separate process. `self_test` checks that it works with
+the installed torch. It needs Linux on x86-64. It was tested with torch 2.11, 2.13 and 2.15, CPU builds and CUDA builds without a card.
 """
 
 from __future__ import annotations
@@ -18,15 +17,15 @@ from typing import Any
 
 import torch
 
-_kept: list[Any] = []  # what C code points to must live as long as the process
+_kept: list[Any] = []  # C code points to these objects, so they must live as long as the process
 
 
 class CannotFake(Exception):
-    """This torch, or this system, does not let itself be traced on CUDA tensors that are not there."""
+    """This torch or this system does not support tracing on fake CUDA tensors."""
 
 
 def fake_cuda() -> str:
-    """`enable` and `self_test`: "" where both succeed, else the reason, in words."""
+    """Runs `enable` and `self_test`. Returns "" if both succeed, otherwise the reason in words."""
     try:
         enable()
         self_test()
@@ -36,7 +35,7 @@ def fake_cuda() -> str:
 
 
 def enable() -> None:
-    """Once per process. Raises `CannotFake` with the reason."""
+    """Turns on fake CUDA for this process; a second call does nothing. Raises `CannotFake` with the reason."""
     if _kept:
         return
     if not sys.platform.startswith("linux") or os.uname().machine != "x86_64":
@@ -46,7 +45,7 @@ def enable() -> None:
     if torch.cuda.is_initialized():
         raise CannotFake("this process uses a card already, and its tensors cannot be told from those that are not there")
     _kept.append("enabled")
-    # A card that is here stays untouched: torch would make a context on it for the first fake tensor.
+    # Hide a real card: torch would make a context on it for the first fake tensor.
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     _set(torch.cuda, "is_available", lambda: False)
     _stand_in_for_the_driver()
@@ -55,7 +54,7 @@ def enable() -> None:
 
 
 def self_test() -> None:
-    """Trains a network of two layers in every way that is simulated. Raises `CannotFake` with what went wrong."""
+    """Trains a small network with autocast, and with a fused and an unfused optimizer. Raises `CannotFake` with the failure."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     try:
@@ -79,10 +78,10 @@ def self_test() -> None:
 
 
 def _stand_in_for_the_driver() -> None:
-    """Autograd asks for CUDA's device guard and whether CUDA was built in; without a card the answers end the process.
+    """Replaces CUDA's device guard and hooks. Autograd calls them, and without a card their answers end the process.
 
-    A stub in c10's registry makes torch put its own fake guard there, and two entries of the table of CUDA's hooks
-    answer for a build that has CUDA and no context: isBuilt (2) and hasPrimaryContext (4).
+    A stub in c10's registry makes torch install its own fake guard. Two entries in the table of CUDA's hooks, isBuilt (2) and
+    hasPrimaryContext (4), answer that this build has CUDA but no context.
     """
     library = os.path.join(os.path.dirname(torch.__file__), "lib")
     core = ctypes.CDLL(f"{library}/libc10.so")
@@ -95,7 +94,7 @@ def _stand_in_for_the_driver() -> None:
     table = (ctypes.c_void_p * 128)(*[_address(none)] * 128)
     stub = (ctypes.c_void_p * 2)(ctypes.addressof(table), 0)
     _kept.extend([none, table, stub])
-    # Also in the place of a real guard: where a card is here, that would count as one card and stay.
+    # Replace a real guard too: it would report a real card, and torch would keep it.
     registry[1] = ctypes.addressof(stub)
     torch._C._ensureCUDADeviceGuardSet()
     if registry[1] == ctypes.addressof(stub):
@@ -110,7 +109,7 @@ def _stand_in_for_the_driver() -> None:
     _kept.extend([yes, no, answers])
     before = hooks[0]
     hooks[0] = ctypes.addressof(answers)
-    # Python's functions are gone when torch's own destructors ask at the end of the process.
+    # torch's destructors call the hooks at the end of the process, when Python's functions no longer exist.
     atexit.register(hooks.__setitem__, 0, before)
 
 
@@ -119,7 +118,10 @@ def _address(function: Any) -> int | None:
 
 
 def _kernels_that_a_cpu_build_lacks() -> None:
-    """Three operators are taken apart where no CUDA kernel is registered, five temporaries for one of them."""
+    """Registers CUDA kernels for three operators.
+
+    Without one, torch decomposes the operator; one of them then makes five temporaries.
+    """
     if torch._C._dispatch_has_kernel_for_dispatch_key("aten::silu_backward", "CUDA"):
         return
 
@@ -131,13 +133,13 @@ def _kernels_that_a_cpu_build_lacks() -> None:
     for name in ("silu_backward", "mish_backward", "_fused_rms_norm"):
         with suppress(RuntimeError):  # an operator that this torch does not have
             library.impl(name, never, "CUDA")
-    # rms_norm takes its fused form by a choice made when torch was compiled.
+    # The choice of the fused rms_norm is compiled into torch.
     with suppress(RuntimeError):
         library.impl("rms_norm", lambda x, shape, weight=None, eps=None: torch.ops.aten._fused_rms_norm(x, shape, weight, eps)[0], "AutogradCUDA")
 
 
 def _switches() -> None:
-    """Autocast and the optimizers look at what is there, and would take the path of a machine without a card."""
+    """Makes autocast and the optimizers use the code path for CUDA. They check for a card and would use the CPU path."""
     import torch.optim.optimizer as optimizers
     import torch.utils._foreach_utils as foreach
     from torch._subclasses.fake_tensor import FakeTensor
@@ -151,10 +153,13 @@ def _switches() -> None:
 
 
 def quieten_transformers() -> None:
-    """transformers takes a fake tensor for a sign of being traced and builds masks that training never makes."""
-    found = sys.modules.get("transformers.utils.import_utils")
-    if found is not None:
-        _set(found, "is_fake_tensor", lambda _: False)
+    """Makes transformers treat fake tensors as real ones.
+
+    It would assume that it is traced, and build masks that training never builds.
+    """
+    module = sys.modules.get("transformers.utils.import_utils")
+    if module is not None:
+        _set(module, "is_fake_tensor", lambda _: False)
 
 
 def _set(module: Any, name: str, value: Callable[..., Any]) -> None:
@@ -162,6 +167,6 @@ def _set(module: Any, name: str, value: Callable[..., Any]) -> None:
 
 
 def quieten_torch() -> None:
-    """Hides torch's warnings about the machine that simulates: they say nothing about the card or the job."""
+    """Hides torch's warnings about the simulating machine. They are not about the simulated card or the job."""
     for message in ("torch.cuda.amp.GradScaler is enabled, but CUDA", "PyTorch was compiled without cuDNN", "Failed to initialize NumPy"):
         warnings.filterwarnings("ignore", message=message)

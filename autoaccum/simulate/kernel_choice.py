@@ -1,4 +1,4 @@
-"""What of a card decides which kernels run, and when two cards run the same."""
+"""The properties of a card that select the kernels, and the test if two cards run the same kernels."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ from autoaccum.simulate.attention import AttentionCall
 
 @dataclass(frozen=True)
 class Card:
-    """What of a card the rows of `kernels` need. capability: 75 for sm_75. cublas: whether handles have a workspace at all. What else differs between
-    cards is put in when a tape is replayed."""
+    """The properties of a card that the rows of `kernels` need. All other differences between cards enter when a tape is replayed.
+
+    capability: the compute capability, 75 for sm_75. cublas: True if cuBLAS handles have a workspace.
+    benchmark: True if cuDNN's benchmark mode is on.
+    """
 
     capability: int
     cublas: bool = True
     benchmark: bool = False
 
 
-def same_kernels(one: Card, other: Card, calls: Iterable[AttentionCall], *, convolves: bool) -> bool:
-    """True where a job with these attention calls takes the same kernels on both cards. convolves: whether it has convolutions."""
-    if replace(other, capability=one.capability) != one:
+def same_kernels(first: Card, second: Card, calls: Iterable[AttentionCall], *, convolves: bool) -> bool:
+    """True if a job with these attention calls runs the same kernels on both cards. convolves: True if the job has convolutions."""
+    if replace(second, capability=first.capability) != first:
         return False
-    if convolves and convolutions.generation(one.capability) != convolutions.generation(other.capability):
+    if convolves and convolutions.generation(first.capability) != convolutions.generation(second.capability):
         return False
-    return all(attention.alike(one.capability, other.capability, call) for call in calls)
+    return all(attention.alike(first.capability, second.capability, call) for call in calls)

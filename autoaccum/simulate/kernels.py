@@ -1,8 +1,8 @@
-"""Memory that kernels take from the allocator unseen, and give back when they return.
+"""The table of temporary memory that kernels take from the allocator inside an operator, and free before it returns.
 
-No operator shows it, so each row here says from a call's shapes how much it is, and when. `MEASURED` rows are what an H200 did
-(torch 2.11, cuDNN 9.19; `benchmarks/gpu/virtual.py`, part B); `ESTIMATED` ones follow from the kernel's source or its
-documentation, and nobody has compared them yet.
+A trace of operators does not contain this memory. Each row computes it from the shapes of a call: how many bytes, and when.
+Rows marked "measured" agree with an H200 (torch 2.11, cuDNN 9.19; `benchmarks/gpu/virtual.py`, part B). Rows marked "estimated" follow
+from the kernel's source or its documentation; they have not been compared with a card.
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ from autoaccum.units import MIB
 
 
 class Taken(NamedTuple):
-    """Bytes that are there from `begin` to `end` of a call, None for until it returns. At 1.0 one result has been made, at 2.0 two.
+    """Bytes that are allocated from `begin` to `end` of a call.
 
-    staging: instead of bytes, for sums that a card's size decides on.
+    begin, end: the number of results that exist: 1.0 after the first result, 2.0 after the second. end: None if the bytes are freed
+    when the call returns.
+    staging: used instead of `nbytes` for a sum whose memory depends on the size of the card.
     """
 
     nbytes: int
@@ -35,8 +37,12 @@ class Taken(NamedTuple):
 
 @dataclass(frozen=True)
 class Row:
-    """operators: names in `torch.ops.aten`. taken: `(arguments, results, card)`. order: from the arguments, in which order a card makes the
-    tensors among the results, by number, None for as they are returned; those that are left out are made elsewhere."""
+    """The rule for some operators.
+
+    operators: names in `torch.ops.aten`. taken: a function `(arguments, results, card)` that returns the temporary memory.
+    order: a function of the arguments. It returns the order in which a card makes the result tensors, by their numbers; None if that
+    is the order of the results. A result that is left out is not made on the card.
+    """
 
     operators: tuple[str, ...]
     taken: Callable[[Sequence[Any], Sequence[Any], Card], Sequence[Taken]]
@@ -47,19 +53,19 @@ class Row:
 
 
 def taken(operator: str, arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
-    """What this call takes beside its results."""
+    """The temporary memory of this call, without its results."""
     row = _BY_OPERATOR.get(operator)
-    return () if row is None else [each for each in row.taken(arguments, results, card) if each.nbytes > 0 or each.staging is not None]
+    return () if row is None else [piece for piece in row.taken(arguments, results, card) if piece.nbytes > 0 or piece.staging is not None]
 
 
 def order(operator: str, arguments: Sequence[Any]) -> tuple[int, ...] | None:
-    """In which order a card makes the results of this call, where that is not the order in which they are returned."""
+    """The order in which a card makes the results of this call; None if that is the order of the results."""
     row = _BY_OPERATOR.get(operator)
     return None if row is None else row.order(arguments)
 
 
 def handles(operator: str) -> tuple[str, ...]:
-    """Libraries of which the thread has a handle from this operator on, each with a workspace for good."""
+    """The libraries that this operator makes a handle of, if the thread has none yet. The workspace of a handle is never freed."""
     if operator not in _CUBLAS:
         return ()
     return ("cublas", "cublaslt") if operator == "addmm" and _lt_has_its_own() else ("cublas",)
@@ -70,7 +76,7 @@ _CUBLAS = {"mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "_scaled_mm", 
 
 
 def _lt_has_its_own() -> bool:
-    """From torch 2.13 on both libraries share one workspace."""
+    """True before torch 2.13. From 2.13 on cuBLAS and cuBLASLt share one workspace."""
     major, minor = (int(part) for part in torch.__version__.split(".")[:2])
     return (major, minor) < (2, 13)
 
@@ -85,7 +91,7 @@ def _up(value: int, step: int) -> int:
 def _sum(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
     value = arguments[0]
     dims = arguments[1] if len(arguments) > 1 and isinstance(arguments[1], (list, tuple)) else ()
-    if not value.is_floating_point():  # counted in 64 bits
+    if not value.is_floating_point():  # the sum is computed in int64
         return [Taken(8 * value.numel(), 1)] if value.element_size() < 8 else []
     return _staged(value, dims, 1)
 
@@ -102,13 +108,13 @@ def _flash_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card
     query, key = arguments[1], arguments[2]
     batch, heads, length, width = query.shape
     padded = _up(width, 32) if width <= 128 else _up(width, 64)
-    copies = [Taken(each.nbytes) for each in (arguments[0], arguments[4]) if not each.transpose(1, 2).is_contiguous()]
+    copies = [Taken(tensor.nbytes) for tensor in (arguments[0], arguments[4]) if not tensor.transpose(1, 2).is_contiguous()]
     sums = [Taken(4 * batch * heads * _up(length, 128), 3), Taken(4 * batch * _up(length, 128) * heads * padded, 3)]
     return [*copies, *sums, *(Taken(_expanded(query, key), 3) for _ in range(2))]
 
 
 def _expanded(query: torch.Tensor, key: torch.Tensor) -> int:
-    """Bytes of the gradient of keys, or of values, for every head of the queries; 0 where they have no less heads than these."""
+    """The bytes of a gradient of the keys, or of the values, with one head for every query head; 0 if the heads are not grouped."""
     heads = query.shape[1]
     return key.nbytes // key.shape[1] * heads if heads > key.shape[1] else 0
 
@@ -116,14 +122,14 @@ def _expanded(query: torch.Tensor, key: torch.Tensor) -> int:
 def _efficient_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
     gradient, query = arguments[0], arguments[1]
     batch, heads, length, width = query.shape
-    made = len(results)
+    last = len(results)
     copied = [] if gradient.transpose(1, 2).is_contiguous() else [Taken(gradient.nbytes)]
     tiles = -(-length // 64) * -(-width // 64)
-    # The product of the output and its gradient is summed, and the sum laid out anew; the kernel for halves does that itself.
+    # torch sums the product of the output and its gradient, and copies the sum to another layout. The kernel for half types does it itself.
     sums = 4 * batch * heads * length
     by_kernel = query.dtype is not torch.float32 and card.capability > 70
-    delta = [Taken(sums, made)] if by_kernel else [Taken(4 * query.numel(), made, made + 0.3), Taken(sums, made + 0.1, made + 0.3), Taken(sums, made + 0.2)]
-    return [*copied, *delta, Taken(batch * heads * tiles * (64 * 64 * 4 + 16), made + 0.4)]
+    delta = [Taken(sums, last)] if by_kernel else [Taken(4 * query.numel(), last, last + 0.3), Taken(sums, last + 0.1, last + 0.3), Taken(sums, last + 0.2)]
+    return [*copied, *delta, Taken(batch * heads * tiles * (64 * 64 * 4 + 16), last + 0.4)]
 
 
 def _cudnn_attention(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
@@ -139,11 +145,11 @@ def _cudnn_attention_backward(arguments: Sequence[Any], results: Sequence[Any], 
 
 
 def _copies(*places: int) -> Callable[[Sequence[Any], Sequence[Any], Card], Sequence[Taken]]:
-    """Of the arguments at these places those that do not lie as the kernel wants them."""
+    """A rule: contiguous copies of those arguments at `places` that are not contiguous."""
 
     def taken(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
         given = [arguments[place] for place in places if place < len(arguments)]
-        return [Taken(each.numel() * each.element_size()) for each in given if isinstance(each, torch.Tensor) and not each.is_contiguous()]
+        return [Taken(value.numel() * value.element_size()) for value in given if isinstance(value, torch.Tensor) and not value.is_contiguous()]
 
     return taken
 
@@ -151,11 +157,11 @@ def _copies(*places: int) -> Callable[[Sequence[Any], Sequence[Any], Card], Sequ
 def _layer_norm_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
     width = math.prod(arguments[2])
     rows = arguments[1].numel() // max(width, 1)
-    found = [*_copied(arguments[1], 0.0), *_copied(arguments[0], 3.0)]
+    pieces = [*_copied(arguments[1], 0.0), *_copied(arguments[0], 3.0)]
     if rows > 64 * 1024 and width // 32 < 64:  # fewer columns than half the multiprocessors of a large card
         partial = 4 * -(-rows // 32) * width
-        found += [Taken(partial, 3), Taken(partial, 3)]
-    return found
+        pieces += [Taken(partial, 3), Taken(partial, 3)]
+    return pieces
 
 
 def _batch_norm(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
@@ -169,7 +175,7 @@ def _batch_norm_backward(arguments: Sequence[Any], results: Sequence[Any], card:
 
 
 def _meeting(value: torch.Tensor, floats: int, begin: float) -> list[Taken]:
-    """Channels-last statistics are gathered by several blocks of threads, which meet in memory."""
+    """The staging buffer and semaphores of the thread blocks that compute channels-last statistics together."""
     if not _channels_last(value):
         return []
     channels = value.shape[1]
@@ -211,23 +217,23 @@ def _embedding_backward(arguments: Sequence[Any], results: Sequence[Any], card: 
     if count <= 3072:
         return copies
     cub = [Taken(8 * count, 0.0, 0.2), Taken(16 * count + 16895 + 1024 * -(-count // 4608), 0.1, 0.2)]
-    segments = min(count, weights)  # as many as can be: how many there are depends on the indices
+    segments = min(count, weights)  # an upper bound: the exact number depends on the values of the indices
     partial = count // 10 + segments
     blocks = -(-segments * _up(width, 32) // min(_up(width, 32), 1024))
-    # Few rows are added up by atomic operations; "few" also depends on the card, here a small one.
+    # torch adds up a small number of rows with atomic operations. The limit depends on the card; this is the limit of a small card.
     by_atomics = partial > 4 * blocks and blocks < 4 * 40 and not torch.are_deterministic_algorithms_enabled()
-    found = [Taken(8 * count, 1.0), Taken(8, 1.0), Taken(8 * count, 1.0, 1.1)]
+    segment_offsets = [Taken(8 * count, 1.0), Taken(8, 1.0), Taken(8 * count, 1.0, 1.1)]
     after = [8 * segments, 8 * segments, 8, 8 * partial, 8 * partial if by_atomics else 4 * partial * width]
-    return [*copies, *(Taken(8 * count) for _ in range(2)), *cub, *found, *(Taken(each, 1.2) for each in after)]
+    return [*copies, *(Taken(8 * count) for _ in range(2)), *cub, *segment_offsets, *(Taken(nbytes, 1.2) for nbytes in after)]
 
 
 def _index_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
-    indices = [each for each in arguments[1] if isinstance(each, torch.Tensor) and each.dtype is not torch.bool]
+    indices = [index for index in arguments[1] if isinstance(index, torch.Tensor) and index.dtype is not torch.bool]
     if not indices or not (len(arguments) > 3 and arguments[3]):
         return []
-    count = max(each.numel() for each in indices)
-    made = len(results)
-    return [*(Taken(8 * count, made) for _ in range(5)), *_copied(arguments[2], made), Taken(16 * count, made)]
+    count = max(index.numel() for index in indices)
+    last = len(results)
+    return [*(Taken(8 * count, last) for _ in range(5)), *_copied(arguments[2], last), Taken(16 * count, last)]
 
 
 def _copied(value: Any, begin: float) -> list[Taken]:
@@ -253,7 +259,7 @@ def _cumulative(arguments: Sequence[Any], results: Sequence[Any], card: Card) ->
 
 
 def _norms(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
-    chunks = max((-(-each.numel() // 65536) for each in arguments[0]), default=0)
+    chunks = max((-(-tensor.numel() // 65536) for tensor in arguments[0]), default=0)
     return [Taken(4 * len(arguments[0]) * chunks)]
 
 
@@ -262,7 +268,7 @@ def _rnn(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequen
 
 
 def _convolution(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
-    if card.benchmark:  # the plan that was fastest; one tensor more agrees best with the published peaks of timm's models
+    if card.benchmark:  # cuDNN uses the fastest algorithm. The size of one more output agrees best with the published peaks of timm's models
         return [Taken(results[0].nbytes, 1)] if convolutions.Shape.of(arguments[0], arguments[1], results[0], arguments[8]).dense else []
     shape = convolutions.Shape.of(arguments[0], arguments[1], results[0], arguments[8])
     return [Taken(convolutions.forward(shape, card.capability), 1)]
@@ -273,16 +279,16 @@ def _convolution_backward(arguments: Sequence[Any], results: Sequence[Any], card
     if card.benchmark:
         return [Taken(images.nbytes, len(results))] if convolutions.Shape.of(images, weight, gradient, arguments[9]).dense else []
     shape = convolutions.Shape.of(images, weight, gradient, arguments[9])
-    wanted = arguments[10]
-    alike = gradient.is_contiguous() or (_channels_last(gradient) and _channels_last(images))
-    found = [] if alike else [Taken(gradient.numel() * gradient.element_size())]
+    output_mask = arguments[10]
+    same_format = gradient.is_contiguous() or (_channels_last(gradient) and _channels_last(images))
+    pieces = [] if same_format else [Taken(gradient.numel() * gradient.element_size())]
     made = 0
-    for asked, rule in zip(wanted, (convolutions.of_images, convolutions.of_weights, None)):
-        if not asked:
+    for needed, rule in zip(output_mask, (convolutions.of_images, convolutions.of_weights, None)):
+        if not needed:
             continue
         made += 1
-        found += [Taken(rule(shape, card.capability), made, made + 0.1)] if rule else _staged(gradient, (0, *range(2, gradient.dim())), made)
-    return found
+        pieces += [Taken(rule(shape, card.capability), made, made + 0.1)] if rule else _staged(gradient, (0, *range(2, gradient.dim())), made)
+    return pieces
 
 
 def _is_depthwise(arguments: Sequence[Any]) -> bool:
@@ -290,12 +296,15 @@ def _is_depthwise(arguments: Sequence[Any]) -> bool:
 
 
 def is_benchmarked(operator: str) -> bool:
-    """True for what cuDNN's benchmark mode tries out."""
+    """True for the operators that cuDNN's benchmark mode times."""
     return operator in ("convolution", "convolution_backward")
 
 
 def benchmark_bytes(operator: str, arguments: Sequence[Any], result: Any) -> int:
-    """The largest workspace that the benchmark of a convolution tries, where there is little room: it takes up to all that is free."""
+    """The largest workspace that the benchmark of a convolution tries if little memory is free.
+
+    It may try one as large as the free memory.
+    """
     if operator == "convolution":
         return int(arguments[0].nbytes + result.nbytes)
     return int(arguments[0].nbytes + arguments[1].nbytes)

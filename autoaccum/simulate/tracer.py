@@ -1,4 +1,7 @@
-"""Writes down when every CUDA storage is born and when it dies, while a job runs on tensors that are not there."""
+"""The tracer: it records every allocation and free of a storage while a job runs on phantom tensors.
+
+Phantom tensors are torch's fake tensors: they have shapes but no memory and no values. The result is a `Tape`.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,9 @@ _IN_TORCH = "an optimizer or another part of torch"
 
 @contextmanager
 def trace(card: Card, kind: str, mode: FakeTensorMode) -> Iterator[Tracer]:
-    """Inside, what runs on phantom tensors is written down as it would go on such a card; `finished()` has the tape.
+    """Inside, the tracer records the memory of a job on phantom tensors, with the kernels of this card. `finished()` returns the tape.
 
-    kind: the type of device, "cuda", or "cpu" for an approximation. mode: in which the phantom tensors were made.
+    kind: the type of the device: "cuda", or "cpu" for an approximation. mode: the mode that made the phantom tensors.
     """
     tracer = Tracer(card, kind)
     with torch.compiler.set_stance("force_eager"), chosen_for(card.capability) as tracer.attention, mode, tracer:
@@ -39,11 +42,11 @@ def trace(card: Card, kind: str, mode: FakeTensorMode) -> Iterator[Tracer]:
 
 
 class Tracer(TorchDispatchMode):
-    """Made by `trace`. Inside, storages on `kind` ("cuda", or "cpu" for an approximation) are written to `tape`.
+    """Records storages on devices of type `kind` ("cuda", or "cpu" for an approximation) in `tape`. Use `trace` to make one.
 
-    Operators whose result depends on values that nobody has are answered by rule, and every such answer is counted:
-    a number is 1, a comparison False, `all()` True; `nonzero` and masks select everything.
-    attention: the calls of attention that were seen.
+    Phantom tensors have no values. If an operator's result depends on values, the tracer answers by a rule and records an assumption:
+    a number is 1, a comparison is False, `all()` is True; `nonzero` and masks select every element.
+    attention: the attention calls so far.
     """
 
     def __init__(self, card: Card, kind: str = "cuda") -> None:
@@ -51,7 +54,7 @@ class Tracer(TorchDispatchMode):
         self.tape = Tape()
         self.attention: set[AttentionCall] = set()
         self.phase, self.window, self.piece = "setup", 0, 0
-        self.late: set[int] = set()  # storages that are counted when they are first used
+        self.late: set[int] = set()  # storages that are counted from their first use on
         self._card, self._kind = card, kind
         self._live: dict[int, int] = {}
         self._handles: set[tuple[int, str]] = set()
@@ -60,41 +63,41 @@ class Tracer(TorchDispatchMode):
         self._done = False
         self._benchmarked: set[Any] = set()
 
-    # -- what the caller tells --
+    # -- calls from the caller --
 
     def on_phase(self, phase: str, index: int) -> None:
-        """A `reading.Say`: the window's phases."""
+        """A `PhaseCallback`: records the phase of the window."""
         self.phase, self.piece = phase, index
         self.tape.mark(phase, self.window, index)
 
     def ended(self) -> None:
-        """A window is over."""
+        """Records the end of a window."""
         self.tape.mark("end", self.window, 0)
         self.window += 1
         self.phase = "forward"
 
     def named(self, tensors: Sequence[torch.Tensor], kind: str) -> None:
-        """These tensors' blocks are of that kind, whenever they were born."""
+        """Sets the kind of these tensors' blocks; blocks that were allocated earlier are included."""
         for tensor in tensors:
             number = self._live.get(tensor.untyped_storage()._cdata)
             if number is not None:
                 self.tape.kinds[number] = kind
 
     def finished(self) -> Tape:
-        """The tape; what dies from now on is no part of it."""
+        """Ends the recording and returns the tape. Later frees are not recorded."""
         self._done = True
         self.tape.assumed = self.assumed()
         return canonical(self.tape)
 
     def assumed(self) -> tuple[str, ...]:
-        """What was taken for granted so far, in words."""
+        """The assumptions so far, in words."""
         return tuple(self._assumed)
 
-    # -- what torch calls --
+    # -- calls from torch --
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled inside, and keeping the compiler out would take a tenth of a trace's time
+        return False  # nothing is compiled inside, and to keep the compiler out costs a tenth of a trace's time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,7 +108,7 @@ class Tracer(TorchDispatchMode):
             return self._everywhere(args[0])
         if self.late:
             self._use_late(args)
-        if name in _INDEXED and any(isinstance(each, torch.Tensor) and each.dtype in _MASKS and self._here(each) for each in args[1] or ()):
+        if name in _INDEXED and any(isinstance(value, torch.Tensor) and value.dtype in _MASKS and self._here(value) for value in args[1] or ()):
             args = (args[0], self._selecting_all(args[1]), *args[2:])
         try:
             out = func(*args, **kwargs)
@@ -114,24 +117,24 @@ class Tracer(TorchDispatchMode):
         if func is aten.add.Tensor and self._summed_in_place(args, out):
             return out
         _follow_truth(name, args, out)
-        here = any(self._here(each) for each in args) or bool(args and isinstance(args[0], (list, tuple)) and any(self._here(each) for each in args[0]))
+        here = any(self._here(value) for value in args) or bool(args and isinstance(args[0], (list, tuple)) and any(self._here(value) for value in args[0]))
         self._made(name, args, _flat(out), here)
         if here:
             self._handle(name)
-        if self._card.benchmark and kernels.is_benchmarked(name) and any(self._here(each) for each in args):
+        if self._card.benchmark and kernels.is_benchmarked(name) and any(self._here(value) for value in args):
             self._benchmark(name, args, out)
         return out
 
     def _made(self, name: str, args: Sequence[Any], results: list[torch.Tensor], here: bool) -> None:
-        """Writes down a call: its results in the order in which a card makes them, and what its kernels take beside them, when they do."""
+        """Records a call: its results in the order in which a card makes them, and its kernels' temporary memory at the right times."""
         order = kernels.order(name, args) if here else None
-        taken = sorted(kernels.taken(name, args, results, self._card), key=lambda each: each.begin) if here else []
+        taken = sorted(kernels.taken(name, args, results, self._card), key=lambda piece: piece.begin) if here else []
         made = [results[number] for number in order if number < len(results)] if order is not None else results
         alive: list[tuple[float, list[int]]] = []
         for done in range(len(made) + 1):
-            for each in [each for each in taken if done <= each.begin < done + 1 or (done == len(made) and each.begin >= done)]:
-                alive = self._given_back(alive, each.begin)
-                alive.append((each.end if each.end is not None else math.inf, self._workspace(name, each)))
+            for piece in [piece for piece in taken if done <= piece.begin < done + 1 or (done == len(made) and piece.begin >= done)]:
+                alive = self._given_back(alive, piece.begin)
+                alive.append((piece.end if piece.end is not None else math.inf, self._workspace(name, piece)))
             if done < len(made):
                 alive = self._given_back(alive, done + 0.99)
                 self.track(made[done], name)
@@ -142,29 +145,29 @@ class Tracer(TorchDispatchMode):
             if end <= by:
                 for number in numbers:
                     self.tape.died(number)
-        return [each for each in alive if each[0] > by]
+        return [entry for entry in alive if entry[0] > by]
 
     def _workspace(self, name: str, taken: kernels.Taken) -> list[int]:
         if taken.staging is None:
             return [self.tape.born(taken.nbytes, "workspace", name)]
         numbers = [self.tape.born(1, "workspace", name) for _ in range(2)]
-        self.tape.staged |= {number: (taken.staging, which) for which, number in enumerate(numbers)}
+        self.tape.staged |= {number: (taken.staging, part) for part, number in enumerate(numbers)}
         return numbers
 
     def _use_late(self, args: Any) -> None:
-        for each in args:
-            if isinstance(each, (tuple, list)):
-                self._use_late(each)
-            elif self._here(each) and each.untyped_storage()._cdata in self.late:
-                self.late.discard(each.untyped_storage()._cdata)
-                self.track(each, "tensor of the loss")
-                self.named([each], "parameters")
+        for value in args:
+            if isinstance(value, (tuple, list)):
+                self._use_late(value)
+            elif self._here(value) and value.untyped_storage()._cdata in self.late:
+                self.late.discard(value.untyped_storage()._cdata)
+                self.track(value, "tensor of the loss")
+                self.named([value], "parameters")
 
     def _here(self, value: Any) -> bool:
         return isinstance(value, torch.Tensor) and value.device.type == self._kind
 
     def track(self, tensor: torch.Tensor, operator: str) -> None:
-        """Counts a tensor's storage from now on, if it is not counted yet."""
+        """Counts a tensor's storage from now on, if it is not counted yet. Raises `JobError` for a layout other than strided."""
         if tensor.device.type != self._kind or self._done:
             return
         if tensor.layout != torch.strided:
@@ -175,7 +178,7 @@ class Tracer(TorchDispatchMode):
         key, nbytes = storage._cdata, storage.nbytes()
         if not nbytes or (key in self._live and self.tape.sizes[self._live[key]] >= nbytes):
             return
-        if key in self._live:  # it was resized
+        if key in self._live:  # the storage was resized
             self.tape.died(self._live.pop(key))
         kind = "parameters" if self.phase == "setup" else "optimizer" if self.phase == "step" else "activations"
         self._live[key] = number = self.tape.born(nbytes, kind, operator)
@@ -188,16 +191,19 @@ class Tracer(TorchDispatchMode):
                 self.tape.died(number)
 
     def _handle(self, operator: str) -> None:
-        """One handle a thread and library, with a workspace for good: the main thread's and autograd's."""
+        """Records the workspace of a new library handle, which is never freed.
+
+        The main thread and autograd's thread have one handle each.
+        """
         for library in kernels.handles(operator):
             handle = threading.get_ident(), library
             if handle not in self._handles and self._card.cublas:
                 self._handles.add(handle)
-                self.tape.born(kernels.LT_BYTES, "workspace", library)  # cuBLAS's own size is the card's, and put in later
+                self.tape.born(kernels.LT_BYTES, "workspace", library)  # the size of cuBLAS's workspace depends on the card, and is set later
 
     def _benchmark(self, name: str, args: Sequence[Any], out: Any) -> None:
-        """cuDNN's benchmark mode tries every algorithm of a new convolution with its workspace, then empties the cache."""
-        signature = (name, *(tuple(each.shape) if isinstance(each, torch.Tensor) else str(each) for each in args))
+        """Records the benchmark of a new convolution. cuDNN tries every algorithm with its workspace, then empties the cache."""
+        signature = (name, *(tuple(value.shape) if isinstance(value, torch.Tensor) else str(value) for value in args))
         if signature in self._benchmarked:
             return
         self._benchmarked.add(signature)
@@ -205,8 +211,11 @@ class Tracer(TorchDispatchMode):
         self.tape.emptied()
 
     def _summed_in_place(self, args: Sequence[Any], out: torch.Tensor) -> bool:
-        """Autograd adds up gradients that meet in place, but for tensors of a subclass, as fakes are: so the sum takes
-        over the block of the first, if nobody else holds that. (torch/csrc/autograd/input_buffer.cpp)"""
+        """Gives the sum of two gradients the block of the first one, as autograd's in-place sum does. Returns True if it did so.
+
+        Autograd sums gradients in place, but not for tensor subclasses such as fake tensors. The block must have no other user.
+        Source: torch/csrc/autograd/input_buffer.cpp.
+        """
         if threading.get_ident() == self._main or torch.is_grad_enabled() or not _asked_by_the_engine():
             return False
         first, second = args[0], args[1]
@@ -215,25 +224,25 @@ class Tracer(TorchDispatchMode):
         storage = first.untyped_storage()
         key = storage._cdata
         if 0 in first.stride() or first.numel() * first.element_size() != storage.nbytes():
-            return False  # an expanded gradient, or a part of something, is not written to
+            return False  # autograd does not write to an expanded gradient or to a part of a storage
         if key not in self._live or torch._C._storage_Use_Count(key) > 2:
             return False
-        made = out.untyped_storage()
-        self._live[made._cdata] = number = self._live.pop(key)
-        weakref.finalize(made, self._dropped, made._cdata, number).atexit = False
+        summed = out.untyped_storage()
+        self._live[summed._cdata] = number = self._live.pop(key)
+        weakref.finalize(summed, self._dropped, summed._cdata, number).atexit = False
         return True
 
-    # -- values that nobody has --
+    # -- rules for unknown values --
 
     def _number(self, func: Any, args: Sequence[Any]) -> Any:
         try:
-            return func(*args)  # a constant is known
+            return func(*args)  # the value of a constant is known
         except DataDependentOutputException:
-            told = getattr(args[0], "_autoaccum_truth", None)
-            if told is not None:
-                return told
+            known = getattr(args[0], "_autoaccum_truth", None)
+            if known is not None:
+                return known
             where = _where()
-            if self.phase != "step" or where != _IN_TORCH:  # an optimizer's count of its own steps is no assumption
+            if self.phase != "step" or where != _IN_TORCH:  # an optimizer reads its own step count, which is no assumption
                 self._assumed[f"a value that is read from the device was taken to be {'False' if args[0].dtype is torch.bool else 1}, at {where}"] += 1
             if args[0].dtype is torch.bool:
                 return False
@@ -246,15 +255,15 @@ class Tracer(TorchDispatchMode):
         return out
 
     def _selecting_all(self, indices: Sequence[Any]) -> list[Any]:
-        """Masks among the indices as the indices of every element."""
+        """The indices, with every mask replaced by indices that select every element."""
         self._assumed[f"a mask was taken to select every element, at {_where()}: an upper bound"] += 1
-        found: list[Any] = []
-        for each in indices:
-            if isinstance(each, torch.Tensor) and each.dtype in _MASKS:
-                found += [each.new_empty(each.numel(), dtype=torch.int64) for _ in range(each.dim())]
+        replaced: list[Any] = []
+        for index in indices:
+            if isinstance(index, torch.Tensor) and index.dtype in _MASKS:
+                replaced += [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.dim())]
             else:
-                found.append(each)
-        return found
+                replaced.append(index)
+        return replaced
 
     def _all_of(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         name = func._overloadpacket.__name__
@@ -275,11 +284,11 @@ class Tracer(TorchDispatchMode):
 def _flat(out: Any) -> list[torch.Tensor]:
     if isinstance(out, torch.Tensor):
         return [out]
-    return [tensor for each in out for tensor in _flat(each)] if isinstance(out, (tuple, list)) else []
+    return [tensor for value in out for tensor in _flat(value)] if isinstance(out, (tuple, list)) else []
 
 
 def _follow_truth(name: str, args: Sequence[Any], out: Any) -> None:
-    """Answers that are known without values: nothing overflowed, and what is asked of everything holds."""
+    """Attaches answers that need no values: no gradient overflowed, `any()` is False, and `all()` is True."""
     if name == "_amp_foreach_non_finite_check_and_unscale_":
         args[1]._autoaccum_truth = 0.0
     elif name in ("any", "is_nonzero") and isinstance(out, torch.Tensor):
@@ -291,13 +300,13 @@ def _follow_truth(name: str, args: Sequence[Any], out: Any) -> None:
 
 
 def _where() -> str:
-    """The line of the user's that asks: the innermost one outside torch and of ours."""
+    """The user's line that runs this operator: the innermost line outside torch and outside autoaccum."""
     frame: Any = sys._getframe(2)
     here = __file__.rsplit("/", 2)[0]
     while frame is not None:
         path = frame.f_code.co_filename
         if path.startswith(here) and not path.endswith("simulate/tracer.py"):
-            return _IN_TORCH  # what called is ours: nobody's line stands between
+            return _IN_TORCH  # autoaccum called torch directly, without a line of the user
         if "/torch/" not in path and not path.startswith(here) and "<" not in path:
             return f"{path.rsplit('/', 1)[-1]}:{frame.f_lineno}"
         frame = frame.f_back
@@ -305,7 +314,7 @@ def _where() -> str:
 
 
 def _asked_by_the_engine() -> bool:
-    """True where no Python code but torch's wrappers stands between autograd's engine and this operator."""
+    """True if autograd's engine called this operator with no Python code in between, except torch's wrappers."""
     frame: Any = sys._getframe(1)
     while frame is not None:
         if not frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py", "simulate/tracer.py")):

@@ -8,7 +8,7 @@ import time
 
 from autoaccum import oom
 from autoaccum.devices import ASSUMED_OUTSIDE, Budget, budget_terms
-from autoaccum.errors import DeviceError, JobFailed
+from autoaccum.errors import DeviceError, JobError, JobFailed
 from autoaccum.plan import Plan, PlannedDevice, TrialRecord, window_led_by
 from autoaccum.probe import COMPARED_SAMPLES, Command, Reading, Rehearser, Request, search
 from autoaccum.tuner.hints import hints
@@ -128,7 +128,10 @@ def _rate(reading: Reading, target: int) -> float | None:
 
 
 def compared(rehearsal: Rehearser, largest: int) -> tuple[str, ...]:
-    """Compares the gradient of a split batch on a few samples; returns warnings. If the comparison fails, the plan does not change."""
+    """Compares the gradient of a split batch on a few samples; returns warnings. If the comparison fails, the plan does not change.
+
+    Raises `JobError` if the loss returns a pair whose second part is no count.
+    """
     if largest < 2 and not rehearsal.enforces:
         # Two samples at once might not fit, and nothing enforces the budget here.
         return ("whether splitting changes the gradient was not compared, because that takes two samples at once: see autoaccum.equivalence",)
@@ -140,6 +143,8 @@ def compared(rehearsal: Rehearser, largest: int) -> tuple[str, ...]:
         if oom.is_oom(error) or (isinstance(error, JobFailed) and error.kind in ("OutOfMemoryError", "MemoryError")):
             return ()
         return (f"whether splitting changes the gradient could not be seen: {error.kind if isinstance(error, JobFailed) else type(error).__name__}: {error}",)
+    if equivalence is not None and equivalence.cause == "count":
+        raise JobError(equivalence.message)  # nothing divided by such a count would be the job's gradient
     # `_warnings` reports BatchNorm, with the micro-batch.
     return (equivalence.message,) if equivalence is not None and equivalence.exact is False and equivalence.cause != "batch-norm" else ()
 

@@ -20,6 +20,7 @@ from autoaccum.window.job import Job
 from autoaccum.window.optimizer_step import clip, scaled_step, step_with_closure, unmark
 from autoaccum.window.phases import PhaseCallback, silent
 from autoaccum.window.result import WindowGradients, WindowLoss, WindowResult
+from autoaccum.window.weights import SeparateTerms, scale_gradients
 
 
 def run(
@@ -66,14 +67,14 @@ def _stepped(job: Job, evaluated: Callable[[PhaseCallback], WindowGradients], sa
     infs: tuple[torch.Tensor, ...] = ()
     if scaler is not None:
         infs = scaled_step(job, scaler)
-    elif job.wants_closure:
+    elif job.wants_closure or job.takes_closure:
         step_with_closure(job, window_gradients, evaluated, on_phase)
     else:
         for optimizer in job.optimizers:
             optimizer.step()
     for optimizer in job.optimizers:
         optimizer.zero_grad(set_to_none=True)
-    return WindowResult(window_gradients.terms, samples, window_gradients.micro_batches, window_gradients.counted, grad_norm, infs)
+    return WindowResult(window_gradients.loss, samples, window_gradients.micro_batches, window_gradients.counted, grad_norm, infs, window_gradients.by_term)
 
 
 def gradients(
@@ -100,8 +101,9 @@ def gradients(
         parameter.grad = None
     if crossing is not None:
         crossing.gather()
-    terms: list[torch.Tensor] = []
+    losses: list[torch.Tensor] = []
     counts: list[torch.Tensor | float] = []
+    apart: SeparateTerms | None = None
     backwards = 0
     index, crosses = -1, -1 if crossing is None else crossing.crosses_at(pieces, counted)
     for piece, size in prefetch.feed(pieces, device):
@@ -116,37 +118,55 @@ def gradients(
             else:
                 with autocast:
                     returned = loss(job.model, batch)
-            term, count = weights.contribution(
+            terms = weights.terms(
                 returned, samples=size, of_samples=of_samples, count=counted[index] if counted else None, of_count=of_count if counted else None
             )
+            if index == 0 and terms[0].name:
+                apart = SeparateTerms(terms, list(_graded(job)), over_ranks=crossing is not None)
             on_phase("backward", index)
-            if counted and counted[index] == 0:  # contributes nothing; a mean over no items is nan, and so is its gradient
-                if crossing is not None and crossing.in_step:
-                    term.nan_to_num().backward()
-                term = torch.zeros_like(term)
-            else:
+            if apart is not None:
                 backwards += 1
-                (term if scaler is None else scaler.scale(term)).backward()
-        terms.append(term.detach())
-        if count is not None:
-            counts.append(count)
-        del returned, term, batch, piece  # frees graph and activations before the next micro-batch
+                apart.backward(terms, scaler)
+                losses.append(torch.stack([term.value.detach() for term in terms]).sum())
+            else:
+                value, count = terms[0].value, terms[0].counted
+                if counted and counted[index] == 0:  # contributes nothing; a mean over no items is nan, and so is its gradient
+                    if crossing is not None and crossing.in_step:
+                        value.nan_to_num().backward()
+                    value = torch.zeros_like(value)
+                else:
+                    backwards += 1
+                    (value if scaler is None else scaler.scale(value)).backward()
+                losses.append(value.detach())
+                if count is not None:
+                    counts.append(count)
+                del value, count
+        del returned, terms, batch, piece  # frees graph and activations before the next micro-batch
+    if apart is not None and apart.has_one_denominator:
+        counts = apart.counts()
+    by_term: dict[str, WindowLoss] = {}
     if crossing is not None:
         on_phase("sync", max(index, 0))
         crossing.settle(backwards)
-        total, total_count = crossing.totals(WindowLoss(terms, None).sum() if terms else None, counts, device)
+        total, total_count = crossing.totals(WindowLoss(losses, None).sum() if losses else None, counts, device)
         # The reduced gradients are divided by the window's samples, and so is the loss.
         factor = None if total_count is None else weights.late_factor([total_count], crossing.samples)
-        window_gradients = WindowGradients(WindowLoss([total], factor), of_count * crossing.averaged if job.count is not None else total_count, index + 1)
-    elif not terms:
+        window_loss, count_of_all = WindowLoss([total], factor), of_count * crossing.averaged if job.count is not None else total_count
+    elif not losses:
         raise JobError("a window of no micro-batches: give at least one")
+    elif apart is not None and not apart.has_one_denominator:
+        by_term = apart.combine(samples)
+        factor, count_of_all = None, None
+        window_loss = WindowLoss([term.sum() for term in by_term.values()], None)
     else:
         factor = weights.late_factor(counts, samples) if counts else None
-        window_gradients = WindowGradients(WindowLoss(terms, factor), sum(counts) if counts else of_count if counted else None, index + 1)
+        window_loss, count_of_all = WindowLoss(losses, factor), sum(counts) if counts else of_count if counted else None
+    if apart is not None and apart.has_one_denominator:
+        by_term = apart.losses(factor)
     if factor is not None:
         # With a scaler the gradients are still scaled; the multiplication keeps that scale.
-        _scale([parameter.grad for parameter in _graded(job) if parameter.grad is not None], factor)
-    return window_gradients
+        scale_gradients([parameter.grad for parameter in _graded(job) if parameter.grad is not None], factor)
+    return WindowGradients(window_loss, count_of_all, index + 1, by_term)
 
 
 _ALONE: AbstractContextManager[object] = nullcontext()
@@ -158,16 +178,3 @@ def _graded(job: Job) -> Iterator[torch.Tensor]:
     for optimizer in job.optimizers:
         for group in optimizer.param_groups:
             yield from group["params"]
-
-
-def _scale(grads: list[torch.Tensor], factor: torch.Tensor) -> None:
-    """Multiplies the gradients by the factor, with one call per dtype and device.
-
-    The factor has the dtype of the gradients: `_foreach_mul_` handles mixed dtypes one tensor at a time.
-    """
-    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
-    for grad in grads:
-        local = grad.to_local() if hasattr(grad, "to_local") else grad  # of a sharded gradient, this rank's shard
-        groups.setdefault((local.dtype, local.device), []).append(local)
-    for (dtype, device), group in groups.items():
-        torch._foreach_mul_(group, factor.to(device, dtype))

@@ -31,6 +31,7 @@ class Job:
         and is weighted by their count. For a loss that returns `(loss_sum, count)`, `count` gives the window's count before
         the first forward. Called on the host.
     split: `split(batch, sizes)`, for batches that cannot be cut along the first dimension.
+    samples: `samples(batch)`, the number of samples in a batch, if its first dimension does not count them. It goes with `split`.
     keep: other objects with state that the loss changes (EMA, discriminator). Their state is restored after tuning.
     """
 
@@ -45,6 +46,7 @@ class Job:
     max_grad_norm: float | None = field(default=None, kw_only=True)
     count: Callable[[Any], Any] | None = field(default=None, kw_only=True)
     split: Callable[[Any, Sequence[int]], Sequence[Any]] | None = field(default=None, kw_only=True)
+    samples: Callable[[Any], int] | None = field(default=None, kw_only=True)
     keep: Sequence[Any] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
@@ -64,7 +66,7 @@ class Job:
             isinstance(self.max_grad_norm, bool) or not isinstance(self.max_grad_norm, (int, float)) or not self.max_grad_norm > 0
         ):
             raise JobError(f"max_grad_norm must be a number above 0, or None for no clipping, not {self.max_grad_norm!r}")
-        for name in ("count", "split"):
+        for name in ("count", "split", "samples"):
             if getattr(self, name) is not None and not callable(getattr(self, name)):
                 raise JobError(f"{name} must be a function, not {type(getattr(self, name)).__name__}")
         if not isinstance(self.keep, Sequence):
@@ -98,6 +100,16 @@ class Job:
                 return type(optimizer).__name__
         return ""
 
+    @cached_property
+    def takes_closure(self) -> bool:
+        """True if the one optimizer is not of torch and its `step` takes a closure: it may evaluate again (SAM).
+
+        torch's own optimizers except LBFGS evaluate a closure first, once, so they need none.
+        """
+        (optimizer, *others) = self.optimizers
+        steps = type(optimizer).step
+        return not others and not steps.__module__.startswith("torch.optim") and "closure" in inspect.signature(steps).parameters
+
     @property
     def device(self) -> torch.device:
         """Device of the first parameter that requires a gradient. Raises `JobError` if no parameter does."""
@@ -113,12 +125,29 @@ class Job:
         """
         from autoaccum.data import batches
 
+        if not callable(self.batch) and self.split is not None:
+            have = self.samples_in(self.batch)
+            if have < samples:
+                raise JobError(
+                    f"the batch holds {have} samples and a trial needs {samples}, and a batch that only split= can cut is not repeated: "
+                    "give a larger batch, or a function make_batch(n)"
+                )
+            return self.batch if have == samples else self.split(self.batch, [samples, have - samples])[0]
         if not callable(self.batch):
             return batches.resize(self.batch, samples)
         batch = self.batch(samples)
         if self.split is None and (got := batches.count(batch)) != samples:
             raise JobError(f"make_batch({samples}) returned {got} samples: return a batch of exactly the size asked for")
         return batch
+
+    def samples_in(self, batch: Any) -> int:
+        """The number of samples in a batch, by `samples` or by its first dimension.
+
+        Raises `JobError` if the first dimension does not count them and there is no `samples`.
+        """
+        from autoaccum.data import counted
+
+        return counted(batch, self.samples, cut_by_user=self.split is not None)
 
     def moved(self, device: str) -> Job:
         """Moves the model and the optimizer state to `device` and returns this job. The parameters stay the same objects."""

@@ -7,9 +7,8 @@ from typing import Any
 
 import torch
 
+from autoaccum.data import IGNORED
 from autoaccum.errors import JobError
-
-IGNORED = -100  # the label that torch.nn.CrossEntropyLoss ignores by default
 
 
 def token_mean(model: torch.nn.Module, batch: Mapping[str, Any], *, shifted: bool | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,7 +52,9 @@ def predicts_next(model: torch.nn.Module) -> bool:
 
 
 def _inside(model: Any) -> Iterator[Any]:
-    """Yields the model, and the models inside its wrappers (DistributedDataParallel, torch.compile)."""
+    """Yields the model, and the models inside its wrappers (DistributedDataParallel, torch.compile, PEFT)."""
     while model is not None:
         yield model
-        model = getattr(model, "module", None) or getattr(model, "_orig_mod", None)
+        base = getattr(model, "get_base_model", None)  # https://huggingface.co/docs/peft/package_reference/peft_model
+        inner = base() if base is not None and hasattr(model, "peft_config") else None
+        model = getattr(model, "module", None) or getattr(model, "_orig_mod", None) or (inner if inner is not model else None)

@@ -70,22 +70,53 @@ def _infs(scaler: Any, optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
 
 
 def step_with_closure(job: Job, first: WindowGradients, evaluated: Callable[[PhaseCallback], WindowGradients], on_phase: PhaseCallback) -> None:
-    """Steps an optimizer that evaluates the loss itself, through a closure.
+    """Steps an optimizer that may evaluate the loss itself, through a closure.
 
-    The first call of the closure returns `first`, which is already computed. Each further call runs the window again.
+    A call of the closure returns `first`, which is already computed, while weights and gradients are as `first` left them. Each other
+    call runs the window again: SAM moves the weights before it evaluates, LBFGS evaluates several times.
     The first evaluation runs before `step`, where an out-of-memory does no harm: inside `step`, weights may have changed already.
     """
     pending: list[WindowGradients] = [first]
+    state = _EvaluationState(job)
 
     def closure() -> torch.Tensor:
-        if pending:
-            return pending.pop().terms.sum()
+        if pending and state.is_untouched():
+            return pending.pop().loss.sum()
+        pending.clear()
         window_gradients = evaluated(lambda _, index: on_phase("step", index))
         clip(job, None, window_gradients.micro_batches, silent)
-        return window_gradients.terms.sum()
+        return window_gradients.loss.sum()
 
     (optimizer,) = job.optimizers
     optimizer.step(closure)  # type: ignore[arg-type] # a closure may return a tensor: https://docs.pytorch.org/docs/stable/optim.html
+
+
+class _EvaluationState:
+    """The weights and gradients after an evaluation, to find out whether something has changed them since.
+
+    Versions count in-place changes, but not those through `.data`. So the norms are compared too, for optimizers that are not of torch.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._tensors = job.stepped()
+        self._norms = None if job.wants_closure == "LBFGS" else self._norms_now()
+        self._marks = self._marks_now()
+
+    def is_untouched(self) -> bool:
+        """True if no weight and no gradient was changed or replaced."""
+        if self._marks_now() != self._marks:
+            return False
+        return self._norms is None or all(bool(now == then) for now, then in zip(self._norms_now(), self._norms))
+
+    def _marks_now(self) -> list[tuple[int, int, int, int]]:
+        return [
+            (tensor._version, tensor.data_ptr(), 0 if tensor.grad is None else id(tensor.grad), 0 if tensor.grad is None else tensor.grad._version)
+            for tensor in self._tensors
+        ]
+
+    def _norms_now(self) -> list[torch.Tensor]:
+        with torch.no_grad():
+            return [tensor.detach().float().norm() for tensor in self._tensors]
 
 
 @contextmanager

@@ -31,34 +31,38 @@ class WindowLoss:
 class WindowGradients(NamedTuple):
     """The figures of a window's gradient. The gradient itself is in `.grad`.
 
-    terms: the loss. counted: the number that loss sums were divided by; None for means over samples.
+    loss: the loss. counted: the number that loss sums were divided by; None for means over samples, and for several denominators.
+    by_term: the loss of each term, by name; empty for a loss of one term.
     """
 
-    terms: WindowLoss
+    loss: WindowLoss
     counted: torch.Tensor | float | None
     micro_batches: int
+    by_term: dict[str, WindowLoss]
 
 
 class WindowResult(NamedTuple):
     """The result of one window. Its tensors stay on their device; reading a value waits for the device.
 
-    terms: the loss. counted: the number that loss sums were divided by; None for means over samples.
+    total: the loss. counted: the number that loss sums were divided by; None for means over samples, and for several denominators.
+    by_term: the loss of each term, by name; empty for a loss of one term.
     grad_norm: the gradient norm before clipping; None without clipping.
     infs: the scaler's found-inf flags, by optimizer and device. A flag above 0 means an inf or nan in a gradient, and then
         no optimizer stepped. Empty without a scaler.
     """
 
-    terms: WindowLoss
+    total: WindowLoss
     samples: int
     micro_batches: int
     counted: torch.Tensor | float | None
     grad_norm: torch.Tensor | None
     infs: tuple[torch.Tensor, ...]
+    by_term: dict[str, WindowLoss]
 
     @property
     def loss(self) -> torch.Tensor:
         """The mean loss of the window, 0-d, on its device."""
-        return self.terms.sum()
+        return self.total.sum()
 
     @property
     def skipped(self) -> bool:

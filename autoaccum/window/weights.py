@@ -1,4 +1,4 @@
-"""The weights of micro-batches: the share of the window's gradient that each micro-batch contributes.
+"""The weights of micro-batches and of loss terms: the share of the window's gradient that each contributes.
 
 For a window of T samples, micro-batch j contributes `1/T * sum of its sample losses`. A loss that is the mean over its samples
 is therefore weighted with `samples / T`, and a loss sum with `1 / count of the window`. The number of steps does not appear,
@@ -7,12 +7,55 @@ so an uneven or a smaller window needs no special case.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
 from autoaccum.errors import JobError
+from autoaccum.window.result import WindowLoss
+
+_HALVES = (torch.float16, torch.bfloat16)
+
+
+class Term(NamedTuple):
+    """One term of a micro-batch's loss, ready for backward.
+
+    name: its key in the dict that the loss returned; "" for a loss of one term.
+    value: 0-d, weighted. counted: None if the value has its full weight; otherwise it waits for `late_factor`.
+    shared: the count tensor that the loss returned, by which terms are known to share a denominator.
+    """
+
+    name: str
+    value: torch.Tensor
+    counted: torch.Tensor | float | None
+    shared: torch.Tensor | None = None
+
+
+def terms(returned: Any, *, samples: int, of_samples: float, count: float | None = None, of_count: float | None = None) -> list[Term]:
+    """Turns the loss of one micro-batch into its terms, each with its own denominator. Arguments as in `contribution`.
+
+    returned: a scalar or a pair, as in `contribution`; or a dict or list of these, which are terms that are added up.
+    Raises `JobError` as `contribution` does, for no terms, and for several terms beside `count=`, which knows one number only.
+    """
+    if not isinstance(returned, (Mapping, list)):
+        return [Term("", *contribution(returned, samples=samples, of_samples=of_samples, count=count, of_count=of_count))]
+    named = dict(returned.items()) if isinstance(returned, Mapping) else {str(index): term for index, term in enumerate(returned)}
+    if not named:
+        raise JobError("loss(model, batch) returned no terms: return a scalar, or a dict of terms, each a mean over samples or (loss_sum, count)")
+    if of_count is not None:
+        raise JobError(
+            f"the loss has the terms {', '.join(map(str, named))}, and count= gives one number: leave count= out and return (loss_sum, count) for each term "
+            "that is a mean over something else than samples"
+        )
+    found = []
+    for name, term in named.items():
+        try:
+            shared = term[1] if isinstance(term, tuple) and len(term) == 2 and isinstance(term[1], torch.Tensor) else None
+            found.append(Term(str(name), *contribution(term, samples=samples, of_samples=of_samples), shared))
+        except JobError as error:
+            raise JobError(f"term {name!r}: {error}") from None
+    return found
 
 
 def contribution(
@@ -34,7 +77,7 @@ def contribution(
         loss_sum, counted = returned
         _check(loss_sum)
         if isinstance(counted, torch.Tensor) and counted.numel() == 1:
-            counted = counted.reshape(())
+            counted = _wide(counted.reshape(()))
         elif getattr(counted, "shape", ()) != () or not hasattr(counted, "__float__") or counted < 0:
             description = f"a tensor of shape {tuple(counted.shape)}" if isinstance(counted, torch.Tensor) else repr(counted)
             raise JobError(
@@ -57,6 +100,121 @@ def late_factor(counts: Sequence[torch.Tensor | float], of_samples: float) -> to
         total = total.double()
     # If nothing in the window counts, the gradient is 0; a division by 0 would make it nan.
     return torch.where(total == 0, torch.zeros_like(total), of_samples / total)
+
+
+class SeparateTerms:
+    """The terms of a window's loss.
+
+    Means over samples have a known denominator. The denominator of `(loss_sum, count)` pairs is known after the last forward only. If all
+    terms share one denominator, their gradients are added up in `.grad`, as for one term. Otherwise each denominator has gradients of
+    its own, and one backward for each: exact, for the price of one more set of gradients and one more backward per further denominator.
+    Pairs share a denominator if their counts are the same tensor.
+    terms: of the first micro-batch. parameters: everything that backward may give a gradient.
+    Raises `JobError` for several denominators over ranks.
+    """
+
+    def __init__(self, terms: Sequence[Term], parameters: Sequence[torch.Tensor], *, over_ranks: bool) -> None:
+        self._names = [term.name for term in terms]
+        self._groups = _grouped(terms)
+        self._parameters = parameters
+        self._values: dict[str, list[torch.Tensor]] = {name: [] for name in self._names}
+        self._counts: list[list[torch.Tensor | float]] = [[] for _ in self._groups]
+        self._gradients: list[list[torch.Tensor | None]] = [[None] * len(parameters) for _ in self._groups]
+        if over_ranks and len(self._groups) > 1:
+            raise JobError(
+                f"over several ranks all terms of a loss need one denominator, and {', '.join(self._names)} have {len(self._groups)}: return every term as "
+                "(loss_sum, count) with the same count tensor, or every term as a mean over samples"
+            )
+
+    @property
+    def has_one_denominator(self) -> bool:
+        """True if the gradients of all terms are in `.grad` together."""
+        return len(self._groups) == 1
+
+    def backward(self, terms: Sequence[Term], scaler: Any) -> None:
+        """Backward of one micro-batch. Raises `JobError` if its terms are not those of the first."""
+        if [term.name for term in terms] != self._names or _grouped(terms) != self._groups:
+            raise JobError(
+                f"the loss returned the terms {', '.join(term.name for term in terms)} for one micro-batch and {', '.join(self._names)} for the first: "
+                "return the same terms for every batch, those that share a count tensor included"
+            )
+        for number, group in enumerate(self._groups):
+            value = torch.stack([terms[index].value for index in group]).sum()
+            last = number == len(self._groups) - 1
+            if len(self._groups) > 1:
+                for parameter, gradient in zip(self._parameters, self._gradients[number]):
+                    parameter.grad = gradient
+            (value if scaler is None else scaler.scale(value)).backward(retain_graph=not last)
+            if len(self._groups) > 1:
+                self._gradients[number] = [parameter.grad for parameter in self._parameters]
+            count = terms[group[0]].counted
+            if count is not None:
+                self._counts[number].append(count)
+        for term in terms:
+            self._values[term.name].append(term.value.detach())
+
+    def counts(self) -> list[torch.Tensor | float]:
+        """The counts of the one denominator, by micro-batch; empty for means over samples."""
+        return self._counts[0]
+
+    def losses(self, factor: torch.Tensor | None) -> dict[str, WindowLoss]:
+        """Each term's loss, if all have one denominator."""
+        return {name: WindowLoss(values, factor) for name, values in self._values.items()}
+
+    def combine(self, samples: int) -> dict[str, WindowLoss]:
+        """Scales each denominator's gradients, adds all up in `.grad`, and returns each term's loss. samples: of the window."""
+        losses: dict[str, WindowLoss] = {}
+        for number, group in enumerate(self._groups):
+            factor = late_factor(self._counts[number], samples) if self._counts[number] else None
+            if factor is not None:
+                scale_gradients([gradient for gradient in self._gradients[number] if gradient is not None], factor)
+            losses |= {self._names[index]: WindowLoss(self._values[self._names[index]], factor) for index in group}
+        for index, parameter in enumerate(self._parameters):
+            parameter.grad = None
+            for gradients in self._gradients:
+                gradient = gradients[index]
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        self._gradients.clear()
+        return {name: losses[name] for name in self._names}
+
+
+def _grouped(terms: Sequence[Term]) -> list[list[int]]:
+    """Indices of the terms that share a denominator: all means over samples, and pairs with the same count tensor."""
+    groups: dict[int, list[int]] = {}
+    for index, term in enumerate(terms):
+        key = -1 if term.counted is None else id(term.shared) if term.shared is not None else -2 - index
+        groups.setdefault(key, []).append(index)
+    return list(groups.values())
+
+
+def scale_gradients(gradients: Sequence[torch.Tensor], factor: torch.Tensor) -> None:
+    """Multiplies the gradients by the factor, with one call per dtype and device.
+
+    The factor has the dtype of the gradients: `_foreach_mul_` handles mixed dtypes one tensor at a time. Not for half precision, where the
+    rounded factor would be up to 0.4 % off: there the multiplication itself runs in single precision.
+    """
+    groups: dict[tuple[torch.dtype, torch.device], list[torch.Tensor]] = {}
+    for gradient in gradients:
+        local = gradient.to_local() if hasattr(gradient, "to_local") else gradient  # of a sharded gradient, this rank's shard
+        groups.setdefault((local.dtype, local.device), []).append(local)
+    for (dtype, device), group in groups.items():
+        if dtype in _HALVES:
+            wide = factor.to(device, torch.float32)
+            for tensor in group:
+                tensor.mul_(wide.reshape(1) if tensor.dim() else wide)  # of one element, not 0-d, so that torch does not round it first
+        else:
+            torch._foreach_mul_(group, factor.to(device, dtype))
+
+
+def _wide(count: torch.Tensor) -> torch.Tensor:
+    """A count in double precision: counts of a half-precision mask overflow or round when they are added up.
+
+    MPS has no double precision: https://docs.pytorch.org/docs/stable/notes/mps.html
+    """
+    if not count.is_floating_point():
+        return count
+    return count.float() if count.device.type == "mps" else count.double()
 
 
 def _check(loss: Any) -> None:

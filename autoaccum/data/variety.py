@@ -1,0 +1,80 @@
+"""Samples of a batch that differ in what a loss may count: labels, tokens, a mask's ones, lengths.
+
+A mean over labels looks like a mean over samples if all samples hold the same number of labels, so a comparison needs samples that do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from autoaccum.data import batches
+from autoaccum.errors import PlanError
+
+IGNORED = -100  # the label that torch.nn.CrossEntropyLoss ignores by default
+_CONSIDERED = 64  # samples; cutting a batch into single ones takes a few microseconds each
+
+# For a field of shape (samples, numbers): what of each sample a loss may count. Labels that are not ignored, with and without the first
+# one, which models that predict the next token leave out; and what is not padding.
+_COUNTS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
+    lambda field: (field != IGNORED).sum(1),
+    lambda field: (field[:, 1:] != IGNORED).sum(1),
+    lambda field: (field != 0).sum(1),
+    lambda field: (field[:, 1:] != 0).sum(1),
+)
+
+
+def counts(batch: Any) -> Iterator[torch.Tensor]:
+    """Per-sample counts of every field that a loss may count in, each of shape (samples,), in double precision.
+
+    Whole numbers and truth values are counted, and other numbers only in a mask of zeros and ones.
+    """
+    for _, field in batches.tensors(batch):
+        if field.is_nested or field.layout != torch.strided or field.dim() < 2 or not field.numel():
+            continue
+        flat = field.detach().reshape(len(field), -1)
+        if (field.is_floating_point() or field.is_complex()) and not bool(((flat == 0) | (flat == 1)).all()):
+            continue
+        for count in _COUNTS:
+            yield count(flat).double().cpu()
+
+
+def is_countable(batch: Any) -> bool:
+    """True if the batch has a field that a loss may count in."""
+    return next(counts(batch), None) is not None
+
+
+def is_uniform(batch: Any) -> bool:
+    """True if all samples hold the same counts in every field."""
+    return all(bool((count == count[0]).all()) for count in counts(batch))
+
+
+def most_unlike(batch: Any, samples: int, n: int) -> Any:
+    """`n` of the first samples of a batch: half with the largest counts, then half with the smallest.
+
+    samples: of the batch. Returns the first `n` samples if nothing can be counted, or if single samples cannot be joined again.
+    """
+    first: Any = batch if samples <= n else batches.split(batch, [n, samples - n], samples=samples)[0]
+    considered = min(samples, _CONSIDERED)
+    if considered <= 2 or not is_countable(batch):
+        return first
+    head = batch if samples == considered else batches.split(batch, [considered, samples - considered], samples=samples)[0]
+    spread, best = 0.0, None
+    for count in counts(head):
+        if len(count) == considered and float(count.max()) > 0:
+            relative = float((count.max() - count.min()) / count.max())
+            if relative > spread:
+                spread, best = relative, count
+    if best is None:
+        return first
+    order = torch.argsort(best, descending=True, stable=True).tolist()
+    few = min(n, considered)
+    chosen = order[: few - few // 2] + order[len(order) - few // 2 :]
+    try:
+        single = batches.split(head, [1] * considered, samples=considered)
+        joined = batches.join([single[index] for index in chosen])
+    except PlanError:
+        return first
+    return first if joined is None else joined
