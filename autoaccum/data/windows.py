@@ -113,6 +113,8 @@ class Window:
                     "use DataLoader(batch_sampler=plan.batch_sampler(dataset)), give split=, or leave samples= out where the first dimension counts them"
                 )
             return list(zip(self.parts, self.sizes))
+        if tuple(sizes) == self.sizes:  # the parts are the micro-batches already
+            return list(zip(self.parts, self.sizes))
         if len(self.parts) == 1:
             return list(zip(self._pieces(self.parts[0], sizes, self.samples), sizes))
         groups: list[list[tuple[Any, int]]] = []

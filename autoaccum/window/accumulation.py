@@ -118,18 +118,20 @@ def gradients(
             else:
                 with autocast:
                     returned = loss(job.model, batch)
-            terms = weights.terms(
-                returned, samples=size, of_samples=of_samples, count=counted[index] if counted else None, of_count=of_count if counted else None
-            )
-            if index == 0 and terms[0].name:
-                apart = SeparateTerms(terms, list(_graded(job)), over_ranks=crossing is not None)
-            on_phase("backward", index)
+            if index == 0 and weights.has_terms(returned):
+                apart = SeparateTerms(list(_graded(job)), over_ranks=crossing is not None)
             if apart is not None:
+                terms = weights.terms(returned, samples=size, of_samples=of_samples, counted_by_user=bool(counted))
+                on_phase("backward", index)
                 backwards += 1
                 apart.backward(terms, scaler)
                 losses.append(torch.stack([term.value.detach() for term in terms]).sum())
+                del terms
             else:
-                value, count = terms[0].value, terms[0].counted
+                value, count = weights.contribution(
+                    returned, samples=size, of_samples=of_samples, count=counted[index] if counted else None, of_count=of_count if counted else None
+                )
+                on_phase("backward", index)
                 if counted and counted[index] == 0:  # contributes nothing; a mean over no items is nan, and so is its gradient
                     if crossing is not None and crossing.in_step:
                         value.nan_to_num().backward()
@@ -140,8 +142,8 @@ def gradients(
                 losses.append(value.detach())
                 if count is not None:
                     counts.append(count)
-                del value, count
-        del returned, terms, batch, piece  # frees graph and activations before the next micro-batch
+                del value
+        del returned, batch, piece  # frees graph and activations before the next micro-batch
     if apart is not None and apart.has_one_denominator:
         counts = apart.counts()
     by_term: dict[str, WindowLoss] = {}

@@ -21,7 +21,7 @@ _HALVES = (torch.float16, torch.bfloat16)
 class Term(NamedTuple):
     """One term of a micro-batch's loss, ready for backward.
 
-    name: its key in the dict that the loss returned; "" for a loss of one term.
+    name: its key in the dict that the loss returned, or its index in the list.
     value: 0-d, weighted. counted: None if the value has its full weight; otherwise it waits for `late_factor`.
     shared: the count tensor that the loss returned, by which terms are known to share a denominator.
     """
@@ -32,18 +32,26 @@ class Term(NamedTuple):
     shared: torch.Tensor | None = None
 
 
-def terms(returned: Any, *, samples: int, of_samples: float, count: float | None = None, of_count: float | None = None) -> list[Term]:
-    """Turns the loss of one micro-batch into its terms, each with its own denominator. Arguments as in `contribution`.
+def has_terms(returned: Any) -> bool:
+    """True if a loss returned a dict or a list of terms, which are added up."""
+    return isinstance(returned, (Mapping, list))
 
-    returned: a scalar or a pair, as in `contribution`; or a dict or list of these, which are terms that are added up.
-    Raises `JobError` as `contribution` does, for no terms, and for several terms beside `count=`, which knows one number only.
+
+def terms(returned: Any, *, samples: int, of_samples: float, counted_by_user: bool = False) -> list[Term]:
+    """Turns a loss of several terms of one micro-batch into these terms, each with its own denominator.
+
+    returned: a dict or list of terms, each a scalar mean over samples or `(loss_sum, count)`, as in `contribution`.
+    counted_by_user: True if the job has a `count`, which knows one number for all terms.
+    Raises `JobError` as `contribution` does, for anything else, for no terms, and for several terms beside `count=`.
     """
-    if not isinstance(returned, (Mapping, list)):
-        return [Term("", *contribution(returned, samples=samples, of_samples=of_samples, count=count, of_count=of_count))]
+    if not has_terms(returned):
+        raise JobError(
+            f"loss(model, batch) returned terms for the first micro-batch and a {type(returned).__name__} for another: return the same for every batch"
+        )
     named = dict(returned.items()) if isinstance(returned, Mapping) else {str(index): term for index, term in enumerate(returned)}
     if not named:
         raise JobError("loss(model, batch) returned no terms: return a scalar, or a dict of terms, each a mean over samples or (loss_sum, count)")
-    if of_count is not None:
+    if counted_by_user:
         raise JobError(
             f"the loss has the terms {', '.join(map(str, named))}, and count= gives one number: leave count= out and return (loss_sum, count) for each term "
             "that is a mean over something else than samples"
@@ -109,18 +117,21 @@ class SeparateTerms:
     terms share one denominator, their gradients are added up in `.grad`, as for one term. Otherwise each denominator has gradients of
     its own, and one backward for each: exact, for the price of one more set of gradients and one more backward per further denominator.
     Pairs share a denominator if their counts are the same tensor.
-    terms: of the first micro-batch. parameters: everything that backward may give a gradient.
-    Raises `JobError` for several denominators over ranks.
+    parameters: everything that backward may give a gradient. over_ranks: True if gradients cross ranks.
     """
 
-    def __init__(self, terms: Sequence[Term], parameters: Sequence[torch.Tensor], *, over_ranks: bool) -> None:
+    def __init__(self, parameters: Sequence[torch.Tensor], *, over_ranks: bool) -> None:
+        self._parameters, self._over_ranks = parameters, over_ranks
+        self._names: list[str] = []
+
+    def _begin(self, terms: Sequence[Term]) -> None:
         self._names = [term.name for term in terms]
         self._groups = _grouped(terms)
-        self._parameters = parameters
+        parameters = self._parameters
         self._values: dict[str, list[torch.Tensor]] = {name: [] for name in self._names}
         self._counts: list[list[torch.Tensor | float]] = [[] for _ in self._groups]
         self._gradients: list[list[torch.Tensor | None]] = [[None] * len(parameters) for _ in self._groups]
-        if over_ranks and len(self._groups) > 1:
+        if self._over_ranks and len(self._groups) > 1:
             raise JobError(
                 f"over several ranks all terms of a loss need one denominator, and {', '.join(self._names)} have {len(self._groups)}: return every term as "
                 "(loss_sum, count) with the same count tensor, or every term as a mean over samples"
@@ -132,7 +143,12 @@ class SeparateTerms:
         return len(self._groups) == 1
 
     def backward(self, terms: Sequence[Term], scaler: Any) -> None:
-        """Backward of one micro-batch. Raises `JobError` if its terms are not those of the first."""
+        """Backward of one micro-batch.
+
+        Raises `JobError` if its terms are not those of the first, and for several denominators over ranks.
+        """
+        if not self._names:
+            self._begin(terms)
         if [term.name for term in terms] != self._names or _grouped(terms) != self._groups:
             raise JobError(
                 f"the loss returned the terms {', '.join(term.name for term in terms)} for one micro-batch and {', '.join(self._names)} for the first: "

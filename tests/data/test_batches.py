@@ -156,3 +156,18 @@ def test_images_beside_their_boxes_are_samples_also_where_there_are_as_many_as_c
     both = list(joined.values()) if kind is dict else list(joined)
     assert len(both[0]) == len(both[1]) == 2 * samples and both[0][-1].shape == (3, 8, 9)
     assert batches.count(batches.resize(batch, 5)) == 5
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype")
+def test_nested_tensors_are_cut_joined_repeated_and_described(layout):
+    rows = [torch.arange(3.0 * n).view(n, 3) for n in (2, 5, 1, 4)]
+    batch = {"x": torch.nested.nested_tensor(rows, layout=layout), "y": torch.arange(4)}
+    assert batches.count(batch) == 4
+    first, second = batches.split(batch, [3, 1])
+    assert [len(row) for row in first["x"].unbind()] == [2, 5, 1] and torch.equal(second["x"].unbind()[0], rows[3])
+    joined = batches.join([second, first])
+    assert [len(row) for row in joined["x"].unbind()] == [4, 2, 5, 1] and joined["y"].tolist() == [3, 0, 1, 2]
+    assert [len(row) for row in batches.resize(batch, 6)["x"].unbind()] == [2, 5, 1, 4, 2, 5]
+    assert batches.shapes(batch)["x"] == (4, 5, 3) and batches.nbytes(batch["x"]) == sum(row.nbytes for row in rows)
+    assert batches.join([batch, {"x": torch.zeros(1, 2, 3), "y": torch.arange(1)}]) is None

@@ -210,3 +210,104 @@ def test_token_mean_that_counts_the_wrong_labels_is_not_told_to_use_token_mean()
 def test_the_job_that_is_not_exact_is_numbered():
     good, bad = jobs.small(), jobs.small(lambda model, batch: jobs.mse(model, batch) * len(batch[0]))
     assert str(autoaccum.equivalence([good, bad])).startswith("job 2 of 2: the loss is a sum")
+
+
+class Codebook(nn.Module):
+    """A vector quantiser whose codes are a moving average of what they were nearest to."""
+
+    def __init__(self, decay):
+        super().__init__()
+        self.encoder, self.decay = nn.Linear(5, 3).double(), decay
+        self.register_buffer("code", torch.randn(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1)))
+
+    def forward(self, x):
+        z = self.encoder(x)
+        nearest = torch.cdist(z.detach(), self.code).argmin(1)
+        loss = ((z - self.code[nearest]) ** 2).mean()
+        if self.training:
+            for index in range(4):
+                if bool((nearest == index).any()):
+                    self.code[index].lerp_(z.detach()[nearest == index].mean(0), 1 - self.decay)
+        return loss
+
+
+class Carries(nn.Module):
+    """A recurrent layer that keeps its hidden state from one batch to the next."""
+
+    def __init__(self):
+        super().__init__()
+        self.cell, self.hidden = nn.GRUCell(5, 4).double(), None
+
+    def forward(self, x):
+        last = torch.zeros(1, 4, dtype=torch.float64) if self.hidden is None else self.hidden
+        out = self.cell(x, last.expand(len(x), 4))
+        self.hidden = out.detach().mean(0, keepdim=True)
+        return (out**2).mean()
+
+
+class Lazy(nn.Module):
+    """Fills a table in its first forward, as rotary embeddings do."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(5, 1).double()
+        self.register_buffer("table", torch.zeros(5, dtype=torch.float64))
+
+    def forward(self, x):
+        self.table.copy_(torch.arange(5).double())
+        return (self.inner(x + self.table) ** 2).mean()
+
+
+def of_module(module):
+    torch.manual_seed(0)
+    model = module()
+    x = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return autoaccum.equivalence(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda model, batch: model(batch), x)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.99])
+def test_a_buffer_that_forward_moves_is_named(decay):
+    found = of_module(lambda: Codebook(decay))
+    assert (found.exact, found.cause) == (False, "state") and "buffer 'code'" in found.message and "once per optimizer step" in found.message
+
+
+def test_what_is_kept_from_the_forward_before_is_named():
+    found = of_module(Carries)
+    assert (found.exact, found.cause) == (False, "state") and found.layers == ("cell",)
+
+
+def test_a_table_that_is_filled_once_is_no_state_that_moves():
+    found = of_module(Lazy)
+    assert found.exact
+
+
+def test_a_pair_that_does_not_add_up_is_refused_by_tune_and_the_loss_alone_is_taken():
+    def with_accuracy(model, batch):
+        out = model(batch[0])
+        return torch.nn.functional.mse_loss(out, batch[1]), (out > 0).double().mean()
+
+    batch = jobs.pairs(16)
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(autoaccum.JobError, match=r"its second part is no count: it is .* for 4 samples"):
+        autoaccum.tune(model, optimizer, with_accuracy, batch, target_batch=16, max_micro_batch=4)
+    plan = autoaccum.tune(model, optimizer, lambda model, batch: with_accuracy(model, batch)[0], batch, target_batch=16, max_micro_batch=4)
+    assert plan.micro_batches == (4,) * 4
+
+
+def test_a_sum_of_weights_is_a_count():
+    def weighted(model, batch):
+        weights = 0.1 + batch[0][:, 0].abs()
+        return (weights * (model(batch[0])[:, 0] - batch[1][:, 0]) ** 2).sum(), weights.sum()
+
+    model = nn.Linear(8, 1)
+    assert autoaccum.equivalence(model, torch.optim.SGD(model.parameters(), lr=0.1), weighted, jobs.pairs(16)).exact
+
+
+def test_samples_that_are_all_alike_prove_nothing():
+    ids = torch.randint(1, 20, (8, 12), generator=torch.Generator().manual_seed(0))
+    model = Speaker()
+    found = autoaccum.equivalence(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), lambda model, batch: model(**batch).loss, {"input_ids": ids, "labels": ids}
+    )
+    assert found.exact is None and found.message.startswith("could not tell") and "worst_case" in found.message

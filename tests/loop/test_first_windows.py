@@ -1,0 +1,125 @@
+"""The first windows of training: a loss that is weighted wrong is told once, and one that is right never is."""
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+import autoaccum
+from tests.plans import by_hand
+
+
+def texts(samples=60):
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(1, 50, (int(length),), generator=generator) for length in torch.randint(3, 20, (samples,), generator=generator)]
+
+
+def padded(samples):
+    ids = nn.utils.rnn.pad_sequence(samples, batch_first=True)
+    return {"ids": ids, "labels": ids.masked_fill(ids == 0, -100)}
+
+
+class Reader(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding, self.head = nn.Embedding(50, 8), nn.Linear(8, 50)
+        self.double()
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.embedding(ids)))
+
+
+def over_labels(model, batch):
+    return F.cross_entropy(model(batch["ids"]).flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+
+
+def over_samples(model, batch):
+    """Each text's own mean, and the mean of these."""
+    losses = F.cross_entropy(model(batch["ids"]).transpose(1, 2), batch["labels"], ignore_index=-100, reduction="none")
+    return (losses.sum(1) / (batch["labels"] != -100).sum(1)).mean()
+
+
+def sum_and_count(model, batch):
+    return F.cross_entropy(model(batch["ids"]).flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"), (batch["labels"] != -100).sum()
+
+
+def with_noise(model, batch):
+    return over_samples(model, batch) + 0.1 * torch.rand(())
+
+
+def train(loss, **given):
+    """The warnings of two epochs with a plan that no comparison went into."""
+    model = Reader()
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), loss, padded(texts()[:4]), **given)
+    plan = by_hand(job, 20, 6)
+    loop = autoaccum.Accumulator(job, plan)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for window in plan.windows(DataLoader(texts(), batch_size=10, collate_fn=padded)):
+                loop.step(window)
+    return [str(warning.message) for warning in caught]
+
+
+def test_a_mean_over_labels_is_told_once_with_the_cure():
+    (message,) = train(over_labels)
+    assert "mean over what counts in 'labels'" in message and "autoaccum.token_mean" in message
+
+
+@pytest.mark.parametrize("loss", [over_samples, sum_and_count, with_noise])
+def test_what_is_right_or_cannot_be_told_is_not_alarmed_about(loss):
+    assert train(loss) == []
+
+
+def test_a_count_settles_it():
+    assert train(over_labels, count=lambda batch: (batch["labels"] != -100).sum()) == []
+
+
+def test_a_metric_beside_the_loss_is_told():
+    def loss_and_accuracy(model, batch):
+        return over_samples(model, batch), torch.tensor(0.5)
+
+    (message,) = train(loss_and_accuracy)
+    assert "no count" in message and "Return the loss alone" in message
+
+
+def test_looking_changes_nothing_that_training_depends_on():
+    def run(looks):
+        torch.manual_seed(5)
+        model = nn.Sequential(Reader(), nn.Dropout(0.5), nn.BatchNorm1d(50, dtype=torch.float64))
+
+        def loss(model, batch):
+            inner, drop, norm = model
+            return F.cross_entropy(norm(drop(inner(batch["ids"])).transpose(1, 2)), batch["labels"], ignore_index=-100)
+
+        job = autoaccum.Job(model, torch.optim.Adam(model.parameters()), loss, padded(texts()[:4]))
+        plan = by_hand(job, 20, 6)
+        loop = autoaccum.Accumulator(job, plan)
+        if not looks:
+            loop._first = None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for window in plan.windows(DataLoader(texts(), batch_size=10, collate_fn=padded)):
+                loop.step(window)
+        return [tensor.clone() for tensor in model.state_dict().values()] + [torch.get_rng_state()]
+
+    assert all(torch.equal(one, other) for one, other in zip(run(True), run(False)))
+
+
+def test_windows_that_end_several_epochs_in_turn_are_no_short_batches():
+    model = nn.Linear(4, 2).double()
+    job = autoaccum.Job(
+        model, torch.optim.SGD(model.parameters(), lr=0.1), lambda model, batch: F.mse_loss(model(batch), torch.zeros(len(batch), 2).double()), ()
+    )
+    plan = by_hand(job, 20, 7)
+    loop = autoaccum.Accumulator(job, plan)
+    one, other = torch.randn(50, 4, dtype=torch.float64), torch.randn(30, 4, dtype=torch.float64)
+    samples = [loop.step(window).samples for pair in zip(plan.windows(DataLoader(one, 8)), plan.windows(DataLoader(other, 8))) for window in pair]
+    assert samples == [20, 20, 20, 10]
+    with pytest.raises(autoaccum.PlanError, match="the loader gives 8 samples a step"):  # raw batches are still looked at
+        for batch in DataLoader(one, 8):
+            loop.step(batch)
