@@ -29,7 +29,7 @@ def count(batch: Any) -> int:
     if type(batch) is tuple and batch and all(type(item) is torch.Tensor and item.dim() for item in batch):  # fast path
         lengths = {item.size(0) for item in batch}  # len() of a tensor is a Python function, ten times as slow
         if len(lengths) == 1:
-            return lengths.pop()
+            return int(lengths.pop())
     batch = _with_samples_marked(batch)
     first: tuple[str, int] | None = None
     for path, leaf in _leaves(batch):
@@ -92,6 +92,14 @@ def move(batch: Any, device: torch.device, *, non_blocking: bool = False) -> Any
         return batch
     # User code gets plain lists, not `_Samples`.
     return _mapped(batch, lambda leaf: list(leaf) if type(leaf) is _Samples else leaf)
+
+
+def copied(batch: Any) -> Any:
+    """A shallow copy of a mapping, so that a loss may take fields out of it (`batch.pop("labels")`); any other batch itself."""
+    kind = type(batch)
+    if kind is dict:
+        return dict(batch)
+    return copy.copy(batch) if kind is not tuple and kind is not torch.Tensor and isinstance(batch, Mapping) else batch
 
 
 def tensors(batch: Any) -> list[tuple[str, torch.Tensor]]:

@@ -29,10 +29,17 @@ _COUNTS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
 def counts(batch: Any) -> Iterator[torch.Tensor]:
     """Per-sample counts of every field that a loss may count in, each of shape (samples,), in double precision.
 
-    Whole numbers and truth values are counted, and other numbers only in a mask of zeros and ones.
+    Whole numbers and truth values are counted, and other numbers only in a mask of zeros and ones, or as weights of samples.
     """
     for _, field in batches.tensors(batch):
-        if field.is_nested or field.layout != torch.strided or field.dim() < 2 or not field.numel():
+        if field.is_nested or field.layout != torch.strided or not field.numel():
+            continue
+        if field.dim() == 1:
+            if field.is_floating_point() and bool((field >= 0).all()):
+                yield field.detach().double().cpu()  # weights
+            elif not field.is_floating_point() and not field.is_complex():
+                yield (field != IGNORED).double().cpu()
+                yield field.detach().double().cpu()  # lengths, or classes that have weights
             continue
         flat = field.detach().reshape(len(field), -1)
         if (field.is_floating_point() or field.is_complex()) and not bool(((flat == 0) | (flat == 1)).all()):
@@ -61,12 +68,9 @@ def most_unlike(batch: Any, samples: int, n: int) -> Any:
     if considered <= 2 or not is_countable(batch):
         return first
     head = batch if samples == considered else batches.split(batch, [considered, samples - considered], samples=samples)[0]
-    spread, best = 0.0, None
-    for count in counts(head):
-        if len(count) == considered and float(count.max()) > 0:
-            relative = float((count.max() - count.min()) / count.max())
-            if relative > spread:
-                spread, best = relative, count
+    best = _most_spread(_label_counts(head), considered)
+    if best is None:
+        best = _most_spread(counts(head), considered)
     if best is None:
         return first
     order = torch.argsort(best, descending=True, stable=True).tolist()
@@ -78,3 +82,21 @@ def most_unlike(batch: Any, samples: int, n: int) -> Any:
     except PlanError:
         return first
     return first if joined is None else joined
+
+
+def _label_counts(batch: Any) -> Iterator[torch.Tensor]:
+    """Per-sample counts of labels that are not ignored, of fields of whole numbers. Of two fields that differ, labels tell more."""
+    for _, field in batches.tensors(batch):
+        if not field.is_nested and field.layout == torch.strided and field.numel() and not field.is_floating_point() and not field.is_complex():
+            yield (field.detach().reshape(len(field), -1) != IGNORED).sum(1).double().cpu()
+
+
+def _most_spread(candidates: Iterator[torch.Tensor], samples: int) -> torch.Tensor | None:
+    """The counts that differ most between samples, relative to the largest; None if none differs."""
+    spread, best = 0.0, None
+    for count in candidates:
+        if len(count) == samples and float(count.max()) > 0:
+            relative = float((count.max() - count.min()) / count.max())
+            if relative > spread:
+                spread, best = relative, count
+    return best

@@ -369,6 +369,8 @@ def _is_one_batch(candidate: Any) -> bool:
         return True
     if not isinstance(candidate, (list, tuple)) or not candidate or not all(isinstance(item, torch.Tensor) and item.dim() for item in candidate):
         return False
+    if any(item.is_nested for item in candidate):
+        return False  # each is a batch of its own
     return len({len(item) for item in candidate}) == 1 and len({(item.shape[1:], item.dtype) for item in candidate}) > 1
 
 

@@ -78,7 +78,7 @@ def tune(
         rng.put_back()
 
 
-def apply(plan: Plan, trainer: Any) -> None:
+def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = None) -> None:
     """Sets the Trainer's arguments, and the copies of them that the Trainer holds. The evaluation batch size does not change.
 
     Equal micro-batches come from the Trainer's loader. Micro-batches that differ by a sample come from a loader of their own: with the
@@ -86,10 +86,14 @@ def apply(plan: Plan, trainer: Any) -> None:
     The loss of each micro-batch is its own mean, whatever the model or `compute_loss_func` does with `num_items_in_batch`, and is weighted
     by what is counted in it: its labels other than -100, or its samples, or `count` of `tune`. A micro-batch in which nothing counts is
     left out.
+    count: as in `tune`, for a Trainer that was not tuned itself; by default what `tune` was given.
     Raises `PlanError` for unequal micro-batches if there are several ranks, if the dataset is a stream, or if the order of samples comes
-    from batches that the user's own code puts together; and, in training, for a batch that cannot be counted.
+    from batches that the user's own code puts together; and, in training, for a batch that cannot be counted, for a loader of another batch size,
+    and for a `training_step` that does not call `self.compute_loss`.
     """
     args = trainer.args
+    if count is not None:
+        trainer._autoaccum_count = count
     if args.world_size != plan.world_size:
         raise PlanError(f"the plan is for {plan.world_size} rank{'s' if plan.world_size != 1 else ''}, and the Trainer has {args.world_size}: tune again")
     if plan.world_size > 1:
@@ -99,6 +103,10 @@ def apply(plan: Plan, trainer: Any) -> None:
         "_autoaccum_own", {name: getattr(trainer, name) for name in ("get_train_dataloader", "get_batch_samples", "training_step", "compute_loss")}
     )
     ragged = len(set(plan.micro_batches)) > 1
+    if (strategy := getattr(args, "train_sampling_strategy", "random")) == "batch_rebalance":
+        raise PlanError(
+            f"train_sampling_strategy={strategy!r} makes micro-batches of other sizes than the plan's: use 'random', 'sequential' or 'group_by_length'"
+        )
     if ragged:
         _check_ragged(plan, trainer)
     args.per_device_train_batch_size, args.gradient_accumulation_steps = plan.micro_batch, plan.accumulation_steps
@@ -107,7 +115,7 @@ def apply(plan: Plan, trainer: Any) -> None:
     trainer.accelerator.gradient_accumulation_steps = 1  # the weights of the losses sum to 1 already
     trainer.get_total_train_batch_size = MethodType(lambda self, args: plan.target_batch, trainer)
     trainer.get_train_dataloader = MethodType(
-        lambda self: _loader(self, plan, own["get_train_dataloader"]) if ragged else _on_the_host(own["get_train_dataloader"]()), trainer
+        lambda self: _loader(self, plan, own["get_train_dataloader"]) if ragged else _on_the_host(own["get_train_dataloader"](), plan), trainer
     )
     compared = getattr(trainer, "_autoaccum_compared", "") == plan.job_fingerprint != ""  # then `tune` has compared samples of this Trainer already
     began = False
@@ -121,7 +129,7 @@ def apply(plan: Plan, trainer: Any) -> None:
             began = True
             if not compared and plan.world_size == 1:
                 _compare_first(self, micro_batches[0])
-            if self.model_accepts_loss_kwargs and all(map(_has_token_labels, micro_batches)):
+            if self.model_accepts_loss_kwargs and all(map(_has_counted_labels, micro_batches)):
                 _say_what_the_trainer_divides_by(self, micro_batches, sum(count for count, _ in weights))
         return micro_batches, items
 
@@ -130,16 +138,28 @@ def apply(plan: Plan, trainer: Any) -> None:
         if not count and plan.world_size == 1:
             return torch.zeros((), device=self.args.device)  # its mean is nan, and it contributes nothing
 
+        asked = False
+
         def compute_loss(model: torch.nn.Module, inputs: Any, *_: Any, **__: Any) -> Any:
+            nonlocal asked
+            asked = True
             loss = _mean(self, model, inputs, count, own["compute_loss"])
             return loss * weight if count else loss.nan_to_num() * 0.0
 
         # The loss is weighted here, so the Trainer must divide by 1 only.
         steps, self.current_gradient_accumulation_steps, self.compute_loss = self.current_gradient_accumulation_steps, 1, compute_loss
+        self.args.gradient_accumulation_steps = 1
         try:
-            return own["training_step"](model, inputs, None)
+            loss = own["training_step"](model, inputs, None)
         finally:
             self.current_gradient_accumulation_steps, self.compute_loss = steps, own["compute_loss"]
+            self.args.gradient_accumulation_steps = plan.accumulation_steps
+        if not asked:
+            raise PlanError(
+                f"training_step() of this {type(self).__name__} computes its loss without self.compute_loss(model, inputs), where micro-batches are weighted: "
+                "call that, or train in a loop of your own with autoaccum.Accumulator"
+            )
+        return loss
 
     trainer.get_batch_samples, trainer.training_step = MethodType(get_batch_samples, trainer), MethodType(training_step, trainer)
 
@@ -221,25 +241,30 @@ def _is_of_transformers(method: Any) -> bool:
     return str(getattr(getattr(method, "__func__", method), "__module__", "")).partition(".")[0] == "transformers"
 
 
-def _has_token_labels(batch: Any) -> bool:
-    """True if a sample has several labels, whole numbers, over which models take their mean."""
+def _has_counted_labels(batch: Any) -> bool:
+    """True if labels are whole numbers, over which models take their mean, without those that are -100."""
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return isinstance(labels, torch.Tensor) and labels.dim() >= 2 and not labels.is_floating_point()
+    return isinstance(labels, torch.Tensor) and labels.dim() >= 1 and not labels.is_floating_point() and labels.dtype is not torch.bool
 
 
 def _counted(trainer: Any, batch: Any) -> int | float:
-    """What the mean loss of a batch is a mean over: `count` of the user's, labels other than -100 if a sample has several, or samples.
+    """What the mean loss of a batch is a mean over: `count` of the user's, labels other than -100, or samples.
 
+    A loss function of the user's is given, and judged by, what the Trainer counts for it.
     Raises `PlanError` if nothing of it can be counted.
     """
     count = getattr(trainer, "_autoaccum_count", None)
     if count is not None:
         return float(count(batch))
     labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    if isinstance(labels, torch.Tensor) and _has_token_labels(batch):
+    by_user = trainer.compute_loss_func is not None
+    if isinstance(labels, torch.Tensor) and labels.dim() and (by_user or _has_counted_labels(batch)):
+        shifts = bool(getattr(trainer, "_loss_shifts_labels", False)) if by_user else _shifts_labels(trainer)
         if isinstance(shifted := batch.get("shift_labels"), torch.Tensor):
-            return int((shifted != IGNORED).sum())
-        return int(((labels[..., 1:] if _shifts_labels(trainer) else labels) != IGNORED).sum())
+            labels = shifted
+        elif shifts and labels.dim() >= 2:
+            labels = labels[..., 1:]
+        return int((labels != IGNORED).sum())
     if isinstance(labels, torch.Tensor) and labels.dim():
         return len(labels)
     try:
@@ -344,6 +369,10 @@ def _loader(trainer: Any, plan: Plan, get_train_dataloader: Callable[[], Any]) -
         shuffle = getattr(args, "train_sampling_strategy", "random") == "random"
         seed = args.data_seed if args.data_seed is not None else args.seed
         sampler = plan.batch_sampler(own.dataset, shuffle=shuffle, seed=seed, drop_last=args.dataloader_drop_last)
+    if not len(sampler):
+        raise PlanError(
+            f"the data has fewer samples than the target batch of {plan.target_batch}, and dataloader_drop_last=True leaves that window out: turn it off"
+        )
     workers = (
         {"persistent_workers": args.dataloader_persistent_workers, "prefetch_factor": args.dataloader_prefetch_factor} if args.dataloader_num_workers else {}
     )
@@ -369,13 +398,18 @@ def _sampler_of(loader: Any, method: str, plan: Plan) -> Any:
     return sampler
 
 
-def _on_the_host(loader: Any) -> Any:
-    """Keeps the loader's batches on the host.
+def _on_the_host(loader: Any, plan: Plan) -> Any:
+    """Keeps the loader's batches on the host. Raises `PlanError` for a loader of another batch size than the plan's.
 
     The Trainer reads a window ahead, which would use device memory that no micro-batch needs. It moves each batch later.
     """
     if type(loader).__name__ == "DataLoaderShard":
         loader.device = None
+    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
+    if isinstance(size, int) and size != plan.micro_batch:
+        raise PlanError(
+            f"get_train_dataloader() of this Trainer gives batches of {size}, and the plan's are {plan.micro_batch}: let it use self._train_batch_size"
+        )
     return loader
 
 
@@ -429,7 +463,7 @@ def _loss_of(trainer: Any, collate: Callable[[list[Any]], Any] | None) -> Callab
             batch = collate(list(batch))
         inputs = trainer._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
         count = _counted(trainer, inputs)
-        over_samples = getattr(trainer, "_autoaccum_count", None) is None and not _has_token_labels(inputs)
+        over_samples = getattr(trainer, "_autoaccum_count", None) is None and not _has_counted_labels(inputs)
         with trainer.compute_loss_context_manager():
             mean = _mean(trainer, model, inputs, count, trainer.__dict__.get("_autoaccum_own", {}).get("compute_loss", trainer.compute_loss))
         if over_samples:
@@ -437,6 +471,7 @@ def _loss_of(trainer: Any, collate: Callable[[list[Any]], Any] | None) -> Callab
         # The mean over no items is nan; such a batch contributes nothing.
         return (mean if count else mean.nan_to_num() * 0.0) * count, float(count)
 
+    loss.cure = "give huggingface.tune count=, a function of a batch that says what its loss is a mean over"  # type: ignore[attr-defined]
     return loss
 
 

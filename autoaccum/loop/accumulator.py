@@ -140,8 +140,8 @@ class Accumulator:
         self._rescuer = Rescuer(self._jobs, device, self._plan, enabled=on_oom == "rescue", grow_after=grow_after, together=self._team is not None)
         self._short, self._begun = 0, False
         told_already = any("not over samples" in warning for warning in self._plan.warnings)
-        # Where forward communicates, one rank alone cannot run the loss.
-        self._first = None if told_already or any(engine is not None and engine.in_step for engine in self._engines) else FirstWindows(self._jobs)
+        # Over ranks forward may communicate, and one rank alone cannot run the loss.
+        self._first = None if told_already or self._team is not None else FirstWindows(self._jobs)
 
     @property
     def micro_batch(self) -> int:

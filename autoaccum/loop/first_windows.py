@@ -23,7 +23,7 @@ class FirstWindows:
     four times on at most eight samples, without gradients; the state is as before afterwards.
     """
 
-    _LOOKED_AT, _SEEN = 1, 8  # windows that are compared at most, and windows in which such samples are searched
+    _LOOKED_AT, _SEEN = 3, 8  # windows that are compared at most, and windows in which such samples are searched
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
@@ -60,4 +60,5 @@ class FirstWindows:
             finally:
                 state.put_back()
             if message:
+                self._looked_at = self._LOOKED_AT
                 warnings.warn(message, stacklevel=5)

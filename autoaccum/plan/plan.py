@@ -246,13 +246,13 @@ class Plan(PlanRecord):
             peak_bytes=None,
         )
 
-    def apply(self, live: Any) -> None:
+    def apply(self, live: Any, **settings: Any) -> None:
         """Sets the plan in a `transformers.Trainer`, an `accelerate.Accelerator` or a `lightning.Trainer`, in the settings that it reads.
 
         Raises `PlanError` if the framework cannot run the plan, `UsageError` for anything else.
         """
         # Imported by name: plans do not depend on the integrations, which are built on top of them.
-        importlib.import_module("autoaccum.integrations").of(live).apply(self, live)
+        importlib.import_module("autoaccum.integrations").of(live).apply(self, live, **settings)
 
     def to_huggingface(self) -> dict[str, Any]:
         """Arguments of `transformers.TrainingArguments`. Raises `PlanError` for unequal micro-batches, as the next three methods do."""

@@ -111,7 +111,7 @@ def gradients(
         on_phase("forward", index)
         if stats is not None:
             stats.share(size / samples)
-        batch = batches.move(piece, device, non_blocking=True)
+        batch = batches.copied(batches.move(piece, device, non_blocking=True))
         with _ALONE if crossing is None else crossing.around(last=index == crosses):
             if autocast is None:
                 returned = loss(job.model, batch)
@@ -139,7 +139,7 @@ def gradients(
                 else:
                     backwards += 1
                     (value if scaler is None else scaler.scale(value)).backward()
-                losses.append(value.detach())
+                losses.append(value.detach() if count is None else weights.without_nothing(value.detach(), count))
                 if count is not None:
                     counts.append(count)
                 del value

@@ -94,19 +94,19 @@ def step_with_closure(job: Job, first: WindowGradients, evaluated: Callable[[Pha
 class _EvaluationState:
     """The weights and gradients after an evaluation, to find out whether something has changed them since.
 
-    Versions count in-place changes, but not those through `.data`. So the norms are compared too, for optimizers that are not of torch.
+    Versions count in-place changes, but not those through `.data`. So sums and norms are compared too, for optimizers that are not of torch.
     """
 
     def __init__(self, job: Job) -> None:
         self._tensors = job.stepped()
-        self._norms = None if job.wants_closure == "LBFGS" else self._norms_now()
+        self._figures = None if job.wants_closure == "LBFGS" else self._figures_now()
         self._marks = self._marks_now()
 
     def is_untouched(self) -> bool:
         """True if no weight and no gradient was changed or replaced."""
         if self._marks_now() != self._marks:
             return False
-        return self._norms is None or all(bool(now == then) for now, then in zip(self._norms_now(), self._norms))
+        return self._figures is None or all(torch.equal(now, then) for now, then in zip(self._figures_now(), self._figures))
 
     def _marks_now(self) -> list[tuple[int, int, int, int]]:
         return [
@@ -114,9 +114,10 @@ class _EvaluationState:
             for tensor in self._tensors
         ]
 
-    def _norms_now(self) -> list[torch.Tensor]:
+    def _figures_now(self) -> list[torch.Tensor]:
         with torch.no_grad():
-            return [tensor.detach().float().norm() for tensor in self._tensors]
+            held = [*self._tensors, *(tensor.grad for tensor in self._tensors if tensor.grad is not None)]
+            return [torch.stack([tensor.detach().sum(), tensor.detach().norm()]) for tensor in held if tensor.layout == torch.strided]
 
 
 @contextmanager

@@ -56,18 +56,25 @@ def terms(returned: Any, *, samples: int, of_samples: float, counted_by_user: bo
             f"the loss has the terms {', '.join(map(str, named))}, and count= gives one number: leave count= out and return (loss_sum, count) for each term "
             "that is a mean over something else than samples"
         )
+    if len({str(name) for name in named}) < len(named):
+        raise JobError(f"the loss has two terms of the same name among {', '.join(map(str, named))}: give each a name of its own")
     found = []
+    device = next((leaf.device for term in named.values() for leaf in (term if isinstance(term, tuple) else (term,)) if isinstance(leaf, torch.Tensor)), None)
     for name, term in named.items():
+        if isinstance(term, (int, float)) and not isinstance(term, bool):
+            term = torch.tensor(float(term), device=device)  # a constant that is only logged
         try:
             shared = term[1] if isinstance(term, tuple) and len(term) == 2 and isinstance(term[1], torch.Tensor) else None
-            found.append(Term(str(name), *contribution(term, samples=samples, of_samples=of_samples), shared))
+            found.append(Term(str(name), *contribution(term, samples=samples, of_samples=of_samples, needs_graph=False), shared))
         except JobError as error:
             raise JobError(f"term {name!r}: {error}") from None
+    if not any(term.value.requires_grad for term in found):
+        raise JobError("no term of the loss needs a gradient: compute at least one from the model's output, without no_grad(), detach() or .item()")
     return found
 
 
 def contribution(
-    returned: Any, *, samples: int, of_samples: float, count: float | None = None, of_count: float | None = None
+    returned: Any, *, samples: int, of_samples: float, count: float | None = None, of_count: float | None = None, needs_graph: bool = True
 ) -> tuple[torch.Tensor, torch.Tensor | float | None]:
     """Turns the loss of one micro-batch into (the term that backward runs on, a count).
 
@@ -79,11 +86,12 @@ def contribution(
     engine averages over: A/D is 1 over D/A.
     The returned count is None if the term has its full weight. Otherwise the term is the sum divided by `of_samples`, and
     `late_factor` rescales it later, because the window's count is unknown before its last forward. A raw sum would overflow in fp16.
+    needs_graph: False for one of several terms, which may be constant (no boxes in this batch) or only logged.
     Raises `JobError` for any other return value, for a loss that is not a scalar and for a loss without a graph.
     """
     if isinstance(returned, tuple) and len(returned) == 2:
         loss_sum, counted = returned
-        _check(loss_sum)
+        _check(loss_sum, needs_graph=needs_graph)
         if isinstance(counted, torch.Tensor) and counted.numel() == 1:
             counted = _wide(counted.reshape(()))
         elif getattr(counted, "shape", ()) != () or not hasattr(counted, "__float__") or counted < 0:
@@ -94,11 +102,18 @@ def contribution(
         if samples == 0:
             loss_sum, counted = loss_sum * 0, counted * 0
         return loss_sum / (of_count or of_samples), None if of_count else counted
-    _check(returned)
+    _check(returned, needs_graph=needs_graph)
     if of_count is not None and count is not None:
         # If nothing in the window counts, no micro-batch contributes.
         return returned * (count / of_count if of_count else 0.0), None
     return returned * (samples / of_samples), None
+
+
+def without_nothing(value: torch.Tensor, count: torch.Tensor | float) -> torch.Tensor:
+    """A value, or 0 if its count is 0: the mean over nothing is nan."""
+    if isinstance(count, torch.Tensor):
+        return torch.where(count.to(value.device) != 0, value, torch.zeros_like(value))
+    return value if count else torch.zeros_like(value)
 
 
 def late_factor(counts: Sequence[torch.Tensor | float], of_samples: float) -> torch.Tensor:
@@ -149,25 +164,43 @@ class SeparateTerms:
         """
         if not self._names:
             self._begin(terms)
-        if [term.name for term in terms] != self._names or _grouped(terms) != self._groups:
+        if (
+            sorted(term.name for term in terms) != sorted(self._names)
+            or _grouped([next(term for term in terms if term.name == name) for name in self._names]) != self._groups
+        ):
             raise JobError(
                 f"the loss returned the terms {', '.join(term.name for term in terms)} for one micro-batch and {', '.join(self._names)} for the first: "
                 "return the same terms for every batch, those that share a count tensor included"
             )
+        terms = [next(term for term in terms if term.name == name) for name in self._names]
+        trained = [number for number, group in enumerate(self._groups) if any(terms[index].value.requires_grad for index in group)]
         for number, group in enumerate(self._groups):
             value = torch.stack([terms[index].value for index in group]).sum()
-            last = number == len(self._groups) - 1
+            last = number == trained[-1]
             if len(self._groups) > 1:
                 for parameter, gradient in zip(self._parameters, self._gradients[number]):
                     parameter.grad = gradient
-            (value if scaler is None else scaler.scale(value)).backward(retain_graph=not last)
+            if number in trained:
+                self._run_backward(value if scaler is None else scaler.scale(value), retain_graph=not last)
             if len(self._groups) > 1:
                 self._gradients[number] = [parameter.grad for parameter in self._parameters]
             count = terms[group[0]].counted
             if count is not None:
                 self._counts[number].append(count)
         for term in terms:
-            self._values[term.name].append(term.value.detach())
+            value = term.value.detach()
+            self._values[term.name].append(value if term.counted is None else without_nothing(value, term.counted))
+
+    def _run_backward(self, value: torch.Tensor, *, retain_graph: bool) -> None:
+        try:
+            value.backward(retain_graph=retain_graph)
+        except RuntimeError as error:
+            if "donated buffer" not in str(error):
+                raise
+            raise JobError(
+                "a compiled model frees its graph in the first backward, and a loss of several denominators needs one backward for each: set "
+                "torch._functorch.config.donated_buffer = False before the model first runs, or return every term with the same count tensor"
+            ) from error
 
     def counts(self) -> list[torch.Tensor | float]:
         """The counts of the one denominator, by micro-batch; empty for means over samples."""
@@ -189,8 +222,11 @@ class SeparateTerms:
             parameter.grad = None
             for gradients in self._gradients:
                 gradient = gradients[index]
-                if gradient is not None:
-                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+                if gradient is not None and parameter.grad is not None:
+                    dense_first = parameter.grad.layout == torch.strided  # a dense tensor takes a sparse one, and not the other way round
+                    parameter.grad = parameter.grad.add_(gradient) if dense_first else gradient.add_(parameter.grad)
+                elif gradient is not None:
+                    parameter.grad = gradient
         self._gradients.clear()
         return {name: losses[name] for name in self._names}
 
@@ -233,7 +269,7 @@ def _wide(count: torch.Tensor) -> torch.Tensor:
     return count.float() if count.device.type == "mps" else count.double()
 
 
-def _check(loss: Any) -> None:
+def _check(loss: Any, *, needs_graph: bool) -> None:
     if isinstance(loss, torch.Tensor) and loss.requires_grad and loss.dim() == 0:
         return
     if not isinstance(loss, torch.Tensor):
@@ -242,5 +278,5 @@ def _check(loss: Any) -> None:
         raise JobError(
             f"loss(model, batch) returned a tensor of shape {tuple(loss.shape)}: return a scalar, the mean over the batch's samples (reduction='mean')"
         )
-    if not loss.requires_grad:
+    if needs_graph and not loss.requires_grad:
         raise JobError("loss(model, batch) returned a loss that needs no gradient: compute it from the model's output, without no_grad(), detach() or .item()")

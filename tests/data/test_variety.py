@@ -11,12 +11,12 @@ def test_the_samples_with_most_and_least_labels_come_first_and_last():
         labels[index, :count] = 7
     chosen = variety.most_unlike({"x": torch.arange(12), "labels": labels}, 12, 4)
     assert (chosen["labels"] != -100).sum(1).tolist() == [6, 5, 2, 1]
-    assert chosen["x"].tolist() == [2, 4, 8, 1] or sorted(chosen["x"].tolist()) == [1, 2, 3, 4]
+    assert chosen["x"].tolist()[:2] == [2, 4] and chosen["x"].tolist()[3] == 1
 
 
 def test_masks_of_zeros_and_ones_count_and_other_numbers_do_not():
     assert variety.is_countable((torch.randn(4, 3), torch.ones(4, 3)))
-    assert not variety.is_countable((torch.randn(4, 3), torch.randn(4)))
+    assert not variety.is_countable((torch.randn(4, 3), -torch.rand(4)))
 
 
 def test_uniform_batches_are_known():

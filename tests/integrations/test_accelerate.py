@@ -117,3 +117,30 @@ def test_what_does_not_fit_together_is_refused():
     assert Accelerator(cpu=True, **by_hand(None, 24, 8).to_accelerate()).gradient_accumulation_steps == 3
     with pytest.raises(autoaccum.UsageError, match="did you mean 'memory_limit'"):
         accelerate.tune(accelerator, model, torch.optim.SGD(model.parameters()), jobs.mse, data(8)[:8], target_batch=4, memory_limits="1GiB")
+
+
+@pytest.mark.parametrize("empty", [slice(4, 8), slice(0, 4), slice(0, 12)])
+def test_micro_batches_in_which_nothing_counts_are_left_out(empty):
+    """Their mean is nan, and 0 times nan is nan."""
+    accelerator, model, optimizer = prepared(linear())
+    generator = torch.Generator().manual_seed(2)
+    x, y = torch.randn(16, 8, dtype=torch.float64, generator=generator), torch.randn(16, 1, dtype=torch.float64, generator=generator)
+    counts = torch.ones(16, 1, dtype=torch.float64)
+    counts[empty] = 0
+
+    def mean_over_counted(model, batch):
+        return ((model(batch[0]) - batch[1]) ** 2 * batch[2]).sum() / batch[2].sum()
+
+    batch = (x, y, counts)
+    plan = by_hand(autoaccum.Job(model, optimizer.optimizer, mean_over_counted, batch), 16, 4)
+    gradient = None
+    for micro in accelerate.micro_batches(accelerator, plan, [batch], count=lambda batch: float(batch[2].sum())):
+        with accelerator.accumulate(model):
+            accelerator.backward(mean_over_counted(model, micro.batch) * micro.weight)
+            gradient = torch.cat([each.grad.flatten().clone() for each in model.parameters()])
+            optimizer.step()
+            optimizer.zero_grad()
+    whole = linear()
+    mean_over_counted(whole, batch).backward()
+    right = torch.cat([each.grad.flatten() for each in whole.parameters()])
+    assert (gradient - right).norm() / right.norm() < 1e-13

@@ -224,3 +224,30 @@ def test_a_model_that_optimizes_by_itself_is_told_how(tmp_path):
     model.automatic_optimization = False
     with pytest.raises(autoaccum.UsageError, match=r"loop over plan.split\(batch\)"):
         trainer(tmp_path, EffectiveBatch(20)).fit(model, DataLoader(data(40), batch_size=8))
+
+
+class Again(torch.optim.SGD):
+    """Evaluates its closure twice, which its signature does not tell."""
+
+    def step(self, closure=None):
+        with torch.enable_grad():
+            closure()
+            closure()
+        return super().step()
+
+
+class Optimized(Module):
+    def __init__(self, make):
+        super().__init__()
+        self._make = make
+
+    def configure_optimizers(self):
+        return self._make(self.parameters())
+
+
+@pytest.mark.parametrize("make", [torch.optim.LBFGS, lambda parameters: Again(parameters, lr=0.1)])
+def test_an_optimizer_that_evaluates_again_is_refused_by_name_and_the_remedies_work(tmp_path, make):
+    loader = DataLoader(data(40), batch_size=8)
+    with pytest.raises(autoaccum.PlanError, match=r"(LBFGS|Again) evaluates the loss again .* or with autoaccum.Accumulator"):
+        trainer(tmp_path, EffectiveBatch(20, max_micro_batch=7)).fit(Optimized(make), loader)
+    trainer(tmp_path, EffectiveBatch(20)).fit(Optimized(make), loader)  # in one piece

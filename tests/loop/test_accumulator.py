@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 
 import autoaccum
 from tests import jobs
+from tests.plans import by_hand
 
 
 @pytest.fixture
@@ -145,3 +146,92 @@ def test_the_splitter_of_the_job_cuts_windows_too(plan):
     loop = autoaccum.Accumulator(job, plan)
     windows = plan.windows([Pairs(*jobs.pairs(100))], samples=lambda batch: len(batch.inputs))
     assert [loop.step(window).micro_batches for window in windows] == [3]
+
+
+def time_major(samples=10):
+    """Recordings with time first, their lengths, and labels that lie flat."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 4, (samples,), generator=generator)
+    return torch.randn(14, samples, 5, dtype=torch.float64, generator=generator), lengths, torch.arange(int(lengths.sum()), dtype=torch.float64)
+
+
+def cut_in_time(batch, sizes):
+    x, lengths, labels = batch
+    pieces, start, flat = [], 0, 0
+    for size in sizes:
+        own = lengths[start : start + size]
+        pieces.append((x[:, start : start + size], own, labels[flat : flat + int(own.sum())]))
+        start, flat = start + size, flat + int(own.sum())
+    return pieces
+
+
+def recordings(model, batch):
+    x, lengths, labels = batch
+    sums = torch.stack([part.sum() for part in labels.split(lengths.tolist())])
+    return ((model(x).mean(0)[:, 0] - sums) ** 2).mean()
+
+
+def test_time_major_data_take_split_and_samples_everywhere():
+    def model_and_gradients():
+        torch.manual_seed(0)
+        model, seen = nn.Linear(5, 1).double(), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer.register_step_pre_hook(lambda *_: seen.append(model.weight.grad.clone()))
+        return model, optimizer, seen
+
+    batch = time_major()
+    model, optimizer, _ = model_and_gradients()
+    recordings(model, batch).backward()
+    right = model.weight.grad
+    for given in ({"split": cut_in_time}, {}):  # the sentence names what is missing
+        with pytest.raises(autoaccum.PlanError, match="give samples=" if given else "give `split=`"):
+            autoaccum.tune(*model_and_gradients()[:2], recordings, batch, target_batch=10, max_micro_batch=4, **given)
+    both = {"split": cut_in_time, "samples": lambda batch: len(batch[1])}
+    model, optimizer, seen = model_and_gradients()
+    plan = autoaccum.tune(model, optimizer, recordings, batch, target_batch=10, max_micro_batch=4, **both)
+    assert plan.micro_batches == (4, 3, 3)
+    loop = autoaccum.Accumulator(model, optimizer, plan, **both)
+    seen.clear()
+    loop.step(batch, recordings)
+    loop.step_micro([batch], recordings)
+    for window in plan.windows([batch], **both):
+        loop.step(window, recordings)
+    with pytest.raises(autoaccum.PlanError, match="give samples="):
+        autoaccum.Accumulator(model, optimizer, plan, split=cut_in_time).step(batch, recordings)
+    assert len(seen) == 3
+    for gradient in seen:
+        torch.testing.assert_close(gradient, right, rtol=1e-12, atol=0)
+
+
+def test_a_batch_that_only_the_user_can_cut_is_not_repeated_and_a_function_makes_more():
+    model = nn.Linear(5, 1).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    both = {"split": cut_in_time, "samples": lambda batch: len(batch[1])}
+    with pytest.raises(autoaccum.JobError, match=r"holds 10 samples and a trial needs .*make_batch"):
+        autoaccum.tune(model, optimizer, recordings, time_major(10), target_batch=40, **both)
+    assert autoaccum.tune(model, optimizer, recordings, time_major, target_batch=40, **both).micro_batches == (40,)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_counts_in_half_precision_are_added_up_in_double(dtype):
+    """A mask of the model's type: each count fits, and their sum does not (fp16), or is rounded (bf16)."""
+    generator = torch.Generator().manual_seed(0)
+    x, mask = torch.randn(12, 8192, 2, generator=generator), torch.rand(12, 8192, generator=generator) < torch.linspace(0.5, 1.0, 12)[:, None]
+
+    def gradient(count_in):
+        torch.manual_seed(0)
+        model, seen = nn.Linear(2, 1).to(dtype), []
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        optimizer.register_step_pre_hook(lambda *_: seen.append(torch.cat([p.grad.flatten().double() for p in model.parameters()])))
+
+        def loss(model, batch):
+            errors = model(batch[0].to(dtype))[..., 0].float() ** 2
+            return (errors * batch[1]).sum(), batch[1].to(count_in).sum()
+
+        job = autoaccum.Job(model, optimizer, loss, (x, mask))
+        result = autoaccum.Accumulator(job, by_hand(job, 12, 3)).step((x, mask))
+        return seen[0], result.count
+
+    (half, counted), (whole, true) = gradient(dtype), gradient(torch.int64)
+    assert counted == pytest.approx(true, rel=2e-3) and true == int(mask.sum())
+    assert float(half.norm() / whole.norm()) == pytest.approx(1, abs=2e-3)

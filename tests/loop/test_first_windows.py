@@ -70,7 +70,22 @@ def test_a_mean_over_labels_is_told_once_with_the_cure():
     assert "mean over what counts in 'labels'" in message and "autoaccum.token_mean" in message
 
 
-@pytest.mark.parametrize("loss", [over_samples, sum_and_count, with_noise])
+def with_dropout(model, batch):
+    logits = F.dropout(model(batch["ids"]), 0.3)
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100, reduction="sum"), (batch["labels"] != -100).sum()
+
+
+def with_masks_by_chance(model, batch):
+    labels = batch["labels"].masked_fill(torch.rand(batch["labels"].shape) < 0.5, -100)
+    return F.cross_entropy(model(batch["ids"]).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"), (labels != -100).sum()
+
+
+def pops(model, batch):
+    labels = batch.pop("labels")
+    return F.cross_entropy(model(batch["ids"]).flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"), (labels != -100).sum()
+
+
+@pytest.mark.parametrize("loss", [over_samples, sum_and_count, with_noise, with_dropout, with_masks_by_chance, pops])
 def test_what_is_right_or_cannot_be_told_is_not_alarmed_about(loss):
     assert train(loss) == []
 
@@ -123,3 +138,19 @@ def test_windows_that_end_several_epochs_in_turn_are_no_short_batches():
     with pytest.raises(autoaccum.PlanError, match="the loader gives 8 samples a step"):  # raw batches are still looked at
         for batch in DataLoader(one, 8):
             loop.step(batch)
+
+
+@pytest.mark.parametrize("kind", ["classes", "samples"])
+def test_weights_of_classes_and_of_samples_are_told(kind):
+    generator = torch.Generator().manual_seed(3)
+    x, y, weights = torch.randn(48, 4, generator=generator).double(), torch.arange(48) % 3, torch.rand(48, generator=generator).double() + 0.1
+
+    def loss(model, batch):
+        if kind == "classes":
+            return F.cross_entropy(model(batch[0]), batch[1], weight=torch.tensor([0.2, 1.0, 4.0]).double())
+        return (F.cross_entropy(model(batch[0]), batch[1], reduction="none") * batch[2]).sum() / batch[2].sum()
+
+    model = nn.Linear(4, 3).double()
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), loss, ())
+    with pytest.warns(UserWarning, match="not over samples|no mean over samples"):
+        autoaccum.Accumulator(job, by_hand(job, 48, 10)).step((x, y, weights))

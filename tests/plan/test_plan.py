@@ -184,3 +184,27 @@ def test_a_file_that_does_not_agree_with_itself_is_told(tmp_path):
 def test_a_folder_that_is_not_there_is_told(tmp_path):
     with pytest.raises(PlanError, match="there is no folder"):
         T4.save(tmp_path / "none" / "plan.json")
+
+
+@pytest.mark.parametrize("empty", [slice(4, 8), slice(0, 8), slice(8, 12), slice(0, 0)])
+def test_by_hand_pieces_that_count_nothing_are_left_out(empty):
+    """The mean over no labels is nan, and its weight of 0 would not help."""
+    labels = torch.arange(12 * 3).view(12, 3) % 5
+    labels[empty] = -100
+    batch = (torch.randn(12, 3, 4, dtype=torch.float64), labels)
+
+    def loss(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch[0]).flatten(0, 1), batch[1].flatten())
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 5).double()
+    loss(model, batch).backward()
+    right, model.weight.grad, model.bias.grad = model.weight.grad, None, None
+    from tests.plans import by_hand  # which imports this file
+
+    plan = by_hand(None, 12, 4)
+    pieces = list(plan.split(batch, count=lambda piece: int((piece[1] != -100).sum())))
+    assert sum(piece.weight for piece in pieces) == pytest.approx(1) and [piece.last for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    for piece in pieces:
+        (loss(model, piece.batch) * piece.weight).backward()
+    torch.testing.assert_close(model.weight.grad, right, rtol=1e-12, atol=1e-15)

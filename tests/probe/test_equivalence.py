@@ -311,3 +311,38 @@ def test_samples_that_are_all_alike_prove_nothing():
         model, torch.optim.SGD(model.parameters(), lr=0.1), lambda model, batch: model(**batch).loss, {"input_ids": ids, "labels": ids}
     )
     assert found.exact is None and found.message.startswith("could not tell") and "worst_case" in found.message
+
+
+def test_masks_drawn_by_chance_are_no_reason_to_refuse():
+    """As masked language modelling draws them in the loss: the count of a batch is another every time."""
+
+    def loss(model, batch):
+        mask = (torch.rand(batch[0].shape) < 0.5).float()
+        return ((model(batch[0]) - batch[1]) ** 2 * mask[:, :1]).sum(), mask[:, :1].sum()
+
+    model = nn.Linear(8, 1)
+    plan = autoaccum.tune(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, jobs.pairs(16), target_batch=16, max_micro_batch=4)
+    assert plan.micro_batches == (4,) * 4
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_generator_of_the_losss_own_is_no_state_of_a_layer(kept):
+    own = torch.Generator().manual_seed(0)
+
+    def loss(model, batch):
+        return ((model(batch[0]) - batch[1] + torch.randn(1, generator=own)) ** 2).mean()
+
+    model = nn.Linear(8, 1)
+    found = autoaccum.equivalence(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, jobs.pairs(16), keep=[own] if kept else [])
+    assert found.exact is None and found.cause == "random"
+
+
+def test_a_part_in_which_nothing_counts_is_not_exact():
+    def loss(model, batch):
+        return ((model(batch[0]) - batch[1]) ** 2 * batch[2]).sum() / batch[2].sum()
+
+    counts = torch.ones(8, 1)
+    counts[5:] = 0
+    model = nn.Linear(8, 1)
+    found = autoaccum.equivalence(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, (*jobs.pairs(8), counts))
+    assert found.exact is False and "nothing counts in it" in found.message

@@ -67,6 +67,18 @@ class ThroughData(Sharp):
         self.descend()
 
 
+class ZeroesData(Sharp):
+    """Clears gradients through `.data`, and flips weights, which keeps their norm."""
+
+    def step(self, closure=None):
+        self.ascend(through_data=True, zero=False)
+        for p in self.held():
+            p.grad.data.zero_()
+        with torch.enable_grad():
+            closure()
+        self.descend()
+
+
 def data():
     generator = torch.Generator().manual_seed(1)
     return torch.randn(12, 4, dtype=torch.float64, generator=generator), torch.randn(12, 1, dtype=torch.float64, generator=generator)
@@ -96,7 +108,7 @@ def by_two_passes():
     return flat(model)
 
 
-@pytest.mark.parametrize("kind", [Ascends, EvaluatesFirst, ThroughData])
+@pytest.mark.parametrize("kind", [Ascends, EvaluatesFirst, ThroughData, ZeroesData])
 @pytest.mark.parametrize("size", [5, 12])
 def test_sharpness_aware_minimisation_is_that_of_the_whole_batch(kind, size):
     model = network()

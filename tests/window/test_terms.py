@@ -147,7 +147,8 @@ def test_lbfgs_evaluates_all_terms_again():
     [
         (lambda model, batch: {}, "returned no terms"),
         (lambda model, batch: {"a": heads(model, batch[0])[0]}, "term 'a': loss(model, batch) returned a tensor of shape"),
-        (lambda model, batch: {"a": 0.5}, "term 'a': loss(model, batch) returned a float"),
+        (lambda model, batch: {"a": 0.5}, "no term of the loss needs a gradient"),
+        (lambda model, batch: {"a": "0.5"}, "term 'a': loss(model, batch) returned a str"),
     ],
 )
 def test_what_is_no_term_is_told_with_its_name(loss, says):
@@ -168,3 +169,35 @@ def test_terms_that_change_between_micro_batches_are_refused():
 
     with pytest.raises(autoaccum.JobError, match="return the same terms for every batch"):
         ours(loss, tuple(field[:20] for field in data()), 7)
+
+
+def test_terms_without_a_graph_count_towards_the_loss_and_are_left_out_of_backward():
+    """A detector's boxes in a batch without any, a figure that is only logged, a constant."""
+
+    def loss(model, batch):
+        terms = two_denominators(model, batch)
+        boxes = terms["boxes"] if len(batch[0]) == 7 else (torch.zeros((), dtype=torch.float64), torch.tensor(0.0))
+        return {**terms, "boxes": boxes, "logged": terms["value"].detach(), "constant": 0.5}
+
+    batch = tuple(field[:20] for field in data())
+    model = network()
+    terms = two_denominators(model, batch)
+    first = two_denominators(model, tuple(field[:14] for field in batch))["boxes"]
+    (terms["value"] + first[0] / first[1]).backward()
+    gradient, result = ours(loss, batch, 7)
+    assert (gradient - flat(model)).norm() / gradient.norm() < 1e-14
+    assert result.terms["logged"] == pytest.approx(result.terms["value"]) and result.terms["constant"] == pytest.approx(0.5)
+
+
+def test_a_mean_times_its_count_is_0_where_nothing_counts():
+    def loss(model, batch):
+        x, _y, mask, boxes = batch
+        _value, box = heads(model, x)
+        count = mask.sum()
+        mean = ((box - boxes) ** 2 * mask).sum() / count
+        return torch.where(count > 0, mean, torch.zeros_like(mean)) * count if False else mean * count, count
+
+    x, y, mask, boxes = data()
+    mask[:8] = 0
+    _, result = ours(loss, (x, y, mask, boxes), 4)
+    assert result.loss == result.loss  # not nan
