@@ -17,7 +17,7 @@ from autoaccum.errors import PlanError, UsageError, noted
 from autoaccum.loop.first_windows import FirstWindows
 from autoaccum.loop.rescue import Rescued, Rescuer
 from autoaccum.plan import Plan, micro_batches
-from autoaccum.window import Job, PhaseCallback, RunningStats, WindowResult, accumulation, as_jobs, batch_norms, fingerprint, optimizer_step
+from autoaccum.window import Job, PhaseCallback, RunningStats, WindowResult, accumulation, as_jobs, batch_norms, differing, fingerprint, optimizer_step
 
 Loss = Callable[[Any, Any], Any]
 
@@ -296,9 +296,10 @@ class Accumulator:
             )
 
     def _warn_of_differences(self) -> None:
-        if self._plan.job_fingerprint and fingerprint(self._jobs) != self._plan.job_fingerprint:
+        differences = differing(self._plan.job_fingerprint, fingerprint(self._jobs)) if self._plan.job_fingerprint else ()
+        if differences:
             warnings.warn(
-                "the model, optimizer, autocast, scaler or max_grad_norm differs from what the plan was measured with: tune again, or it may run out of memory",
+                f"the job differs from what the plan was measured with, in {' and in '.join(differences)}: tune again, or it may run out of memory",
                 stacklevel=3,
             )
 

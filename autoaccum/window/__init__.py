@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from autoaccum.window import accumulation, optimizer_step
     from autoaccum.window.batch_norm import RunningStats, batch_norms
     from autoaccum.window.interrupts import Interrupts
-    from autoaccum.window.job import Job, as_jobs, fingerprint, is_compiled
+    from autoaccum.window.job import Job, as_jobs, differing, fingerprint, is_compiled
     from autoaccum.window.losses import predicts_next, token_mean
     from autoaccum.window.phases import PhaseCallback
     from autoaccum.window.result import WindowResult
@@ -25,7 +25,7 @@ else:
         __name__,
         batch_norm="RunningStats batch_norms",
         interrupts="Interrupts",
-        job="Job as_jobs fingerprint is_compiled",
+        job="Job as_jobs differing fingerprint is_compiled",
         losses="predicts_next token_mean",
         phases="PhaseCallback",
         result="WindowResult",

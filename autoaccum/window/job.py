@@ -14,6 +14,9 @@ from autoaccum.errors import JobError
 if TYPE_CHECKING:  # the command line imports this file without the cost of importing torch
     import torch
 
+# What a `fingerprint` identifies.
+FINGERPRINTED = ("the model's parameters", "the optimizer", "autocast", "max_grad_norm", "the scaler")
+
 
 @dataclass(frozen=True)
 class Job:
@@ -204,16 +207,25 @@ def is_compiled(jobs: Sequence[Job]) -> bool:
 
 
 def fingerprint(jobs: Sequence[Job]) -> str:
-    """Sixteen hex digits that identify the jobs.
+    """Identifies the jobs: eight hex digits for each of `FINGERPRINTED`, in this order, joined by "-".
 
-    They change with the parameters (name, shape, dtype, requires_grad), the optimizer classes, autocast, clipping, and with or
-    without a scaler.
+    The parameters are compared by name, shape, dtype and requires_grad, the optimizers by class, the scaler by whether there is one.
     """
     from autoaccum.distributed import unwrapped
 
-    parts = []
-    for job in jobs:
-        parts += [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for name, p in unwrapped(job.model).named_parameters()]
-        parts += [type(optimizer).__name__ for optimizer in job.optimizers]
-        parts += [str(job.autocast), str(job.max_grad_norm), str(job.scaler is not None)]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    settings = (
+        [f"{name} {tuple(p.shape)} {p.dtype} {p.requires_grad}" for job in jobs for name, p in unwrapped(job.model).named_parameters()],
+        [[type(optimizer).__name__ for optimizer in job.optimizers] for job in jobs],
+        [job.autocast for job in jobs],
+        [job.max_grad_norm for job in jobs],
+        [job.scaler is not None for job in jobs],
+    )
+    return "-".join(hashlib.sha256(repr(each).encode()).hexdigest()[:8] for each in settings)
+
+
+def differing(measured: str, now: str) -> tuple[str, ...]:
+    """Those of `FINGERPRINTED` in which two fingerprints differ; all of them if they cannot be told apart."""
+    pairs = list(zip(measured.split("-"), now.split("-")))
+    if len(pairs) != len(FINGERPRINTED):
+        return FINGERPRINTED if measured != now else ()
+    return tuple(name for name, (before, after) in zip(FINGERPRINTED, pairs) if before != after)

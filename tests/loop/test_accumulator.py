@@ -24,6 +24,22 @@ def plan(job):
     return autoaccum.tune(job, target_batch=100, max_micro_batch=40)
 
 
+@pytest.mark.parametrize(
+    "given, named",
+    [
+        ({"optimizer": torch.optim.RMSprop}, "in the optimizer: tune again"),
+        ({"autocast": torch.bfloat16}, "in autocast: tune again"),
+        ({"max_grad_norm": 1.0}, "in max_grad_norm: tune again"),
+        ({"scaler": torch.amp.GradScaler("cpu")}, "in the scaler: tune again"),
+        ({"autocast": torch.bfloat16, "max_grad_norm": 1.0}, "in autocast and in max_grad_norm: tune again"),
+    ],
+)
+def test_the_warning_names_what_differs_from_the_measured_job(job, plan, given, named):
+    optimizer = given.pop("optimizer", type(job.optimizer))(job.model.parameters(), lr=0.1)
+    with pytest.warns(UserWarning, match=named):
+        autoaccum.Accumulator(autoaccum.Job(job.model, optimizer, jobs.mse, job.batch, **given), plan)
+
+
 def test_steps_equal_those_of_the_whole_batch_also_in_the_smaller_last_window(job, plan):
     model = copy.deepcopy(job.model).double()
     by_hand = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -31,7 +47,7 @@ def test_steps_equal_those_of_the_whole_batch_also_in_the_smaller_last_window(jo
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         loop = autoaccum.Accumulator(job, plan)
-    assert "differs from what the plan was measured with" in str(told[0].message)
+    assert "differs from what the plan was measured with, in the model's parameters and in the optimizer:" in str(told[0].message)
     inputs, targets = (each.double() for each in jobs.pairs(250))
     for start in (0, 100, 200):
         batch = inputs[start : start + 100], targets[start : start + 100]

@@ -4,7 +4,7 @@ from torch import nn
 
 import autoaccum
 from autoaccum.window import source
-from autoaccum.window.job import as_jobs, fingerprint
+from autoaccum.window.job import FINGERPRINTED, as_jobs, differing, fingerprint
 from tests import jobs
 
 
@@ -46,6 +46,8 @@ def test_the_fingerprint_changes_with_what_changes_the_answer():
     assert of() == of()
     others = [of(width=17), of(optimizer=torch.optim.SGD), of(autocast=torch.bfloat16), of(max_grad_norm=1.0)]
     assert len({of(), *others}) == 5
+    assert [differing(of(), other) for other in others] == [(name,) for name in FINGERPRINTED[:4]]
+    assert differing("0123456789abcdef", of()) == FINGERPRINTED  # a plan whose fingerprint is of another form
 
 
 def test_lbfgs_stands_alone_and_without_a_scaler():
