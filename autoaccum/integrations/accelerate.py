@@ -42,14 +42,27 @@ def tune(accelerator: Any, model: Any, optimizer: Any, loss: Callable[[Any, Any]
     rng = RngState(accelerator.device)
     rng.note()
     try:
-        job_only = {name: request.pop(name) for name in ("data", "scheduler", "autocast", "max_grad_norm", "count", "split", "keep") if name in request}
+        job_only = {
+            name: request.pop(name) for name in ("data", "scheduler", "autocast", "max_grad_norm", "count", "split", "samples", "keep") if name in request
+        }
         # A prepared model has autocast in its forward, so the job does not need it.
-        job = Job(model, plain if len(plain) > 1 else plain[0], loss, batch, scaler=accelerator.scaler, **job_only)
+        job = Job(model, plain if len(plain) > 1 else plain[0], _measured(loss), batch, scaler=accelerator.scaler, **job_only)
         plan = replace(tune_in_place(job, target_batch=target_batch, **request), hints=())
     finally:
         rng.put_back()
     apply(plan, accelerator)
     return plan
+
+
+def _measured(loss: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    """The loss, with the cure for one that is no mean over samples: the user's loop multiplies a mean by a weight."""
+
+    def measured(model: Any, batch: Any) -> Any:
+        return loss(model, batch)
+
+    cure = "give tune and micro_batches count=, a function of a batch that says what its loss is a mean over"
+    measured.cure = cure  # type: ignore[attr-defined]
+    return measured
 
 
 def apply(plan: Plan, accelerator: Any) -> None:

@@ -40,18 +40,24 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
     The loader may come from `fit`, from a datamodule or from the model. In distributed training micro-batches are equal.
     The attribute `plan` is the plan after `fit` has begun.
 
+    count: `count(batch)`, what the loss of a batch is a mean over, if that is not its samples: the number of its label tokens, or the
+    sum of its class weights. Micro-batches are then weighted by it. A micro-batch in which nothing counts is replaced by another one of
+    its window, with weight 0. Called on the host; one rank only.
     batch: the batch to measure with, as in `autoaccum.tune`; by default the loader's first batch. For samples of different lengths
     give `autoaccum.worst_case(loader)`.
     plan: a plan that exists already, instead of tuning. request: the other keywords of `autoaccum.tune`.
     Raises `UsageError` for manual optimization, several loaders, sharding strategies, and limits that end inside a window.
     """
 
-    def __init__(self, target_batch: int, *, batch: Any = None, plan: Plan | None = None, **request: Any) -> None:
+    def __init__(self, target_batch: int, *, batch: Any = None, plan: Plan | None = None, count: Callable[[Any], float] | None = None, **request: Any) -> None:
         Request(target_batch)  # raise errors before anything is built
         refuse_unknown_keywords(request, tune_in_place)
         if plan is not None and plan.target_batch != target_batch:
             raise UsageError(f"the plan is for a target batch of {plan.target_batch}, not {target_batch}")
+        if count is not None and not callable(count):
+            raise UsageError(f"count must be a function of a batch, not {type(count).__name__}")
         self.target_batch, self.plan, self._batch, self._request, self._given_plan = target_batch, plan, batch, request, plan
+        self._count = count
         self._weights: deque[float] = deque()
         self._weight, self._backwards = 1.0, 0
         self._undo: list[Callable[[], object]] = []
@@ -80,7 +86,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         loader = self._user_loader()
         if self.plan is None:
             return _to_count(loader, self.target_batch, self._world_size)
-        return _MicroBatches(self.plan, _of_windows(self.plan, loader), self._weights)
+        return _MicroBatches(self.plan, _of_windows(self.plan, loader), self._weights, self._count)
 
     def _user_loader(self) -> DataLoader[Any]:
         loader = self._read_loader()
@@ -160,6 +166,10 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         strategy = type(trainer.strategy).__name__
         if strategy not in ("SingleDeviceStrategy", "DDPStrategy"):
             raise UsageError(f"{strategy} shards the model or runs it elsewhere, where one rank cannot rehearse it alone: tune before, and give plan=")
+        if self._count is not None and trainer.world_size > 1:
+            raise UsageError(
+                "EffectiveBatch counts on one rank only: over several, use autoaccum.Accumulator in a loop of your own, with a loss that returns (loss_sum, count)"
+            )
         not_remembered(self._request)
         if sum(isinstance(callback, EffectiveBatch) for callback in trainer.callbacks) > 1:
             raise UsageError("two EffectiveBatch callbacks say how many samples a step sees: give one")
@@ -181,16 +191,17 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
                     next(iter(loader)) if self._batch is None else self._batch,
                     scaler=getattr(trainer.precision_plugin, "scaler", None),
                     max_grad_norm=clips or None,
+                    count=self._count,
                 )
                 return replace(tune_in_place(job, target_batch=self.target_batch, **request), hints=())
         finally:
             rng.put_back()
 
 
-def apply(plan: Plan, trainer: Any) -> None:
-    """Adds the callback to a `lightning.Trainer`, with this plan."""
+def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = None) -> None:
+    """Adds the callback to a `lightning.Trainer`, with this plan. count: as in `EffectiveBatch`."""
     trainer.callbacks[:] = [callback for callback in trainer.callbacks if not isinstance(callback, EffectiveBatch)]
-    trainer.callbacks.append(EffectiveBatch(plan.target_batch, plan=plan))
+    trainer.callbacks.append(EffectiveBatch(plan.target_batch, plan=plan, count=count))
 
 
 def _putting_back(owner: Any, name: str) -> Callable[[], None]:
@@ -213,6 +224,11 @@ def _loss_of(trainer: Any, pl_module: Any) -> Callable[[Any, Any], Any]:
             returned = model.training_step(moved, 0) if takes_index else model.training_step(moved)
         return returned["loss"] if isinstance(returned, dict) else returned
 
+    loss.cure = (  # type: ignore[attr-defined]
+        "give EffectiveBatch count=, a function of a batch that says what its loss is a mean over"
+        if trainer.world_size == 1
+        else "use autoaccum.Accumulator in a loop of your own, with a loss that returns (loss_sum, count)"
+    )
     return loss
 
 
@@ -292,8 +308,8 @@ def _of_windows(plan: Plan, loader: DataLoader[Any]) -> DataLoader[Any]:
 class _MicroBatches:
     """A loader of micro-batches, window by window. It appends the weight of each one to `weights`."""
 
-    def __init__(self, plan: Plan, loader: DataLoader[Any], weights: deque[float]) -> None:
-        self._plan, self._loader, self._weights = plan, loader, weights
+    def __init__(self, plan: Plan, loader: DataLoader[Any], weights: deque[float], count: Callable[[Any], float] | None) -> None:
+        self._plan, self._loader, self._weights, self._count = plan, loader, weights, count
         self.dataset = loader.dataset
         self._drop_last = isinstance(loader.batch_sampler, WindowSampler) and loader.batch_sampler.drop_last
 
@@ -311,9 +327,20 @@ class _MicroBatches:
                 )
             # The ranks synchronize in every micro-batch. A rank with fewer pieces repeats one with weight 0.
             pieces += [(pieces[-1][0] if pieces else window.parts[0], 0)] * (len(sizes) - len(pieces))
-            for piece, size in pieces:
-                self._weights.append(self._plan.world_size * size / window.of_all)
+            for piece, weight in self._weighted(pieces, window.of_all):
+                self._weights.append(weight)
                 yield piece
+
+    def _weighted(self, pieces: list[tuple[Any, int]], of_all: int) -> list[tuple[Any, float]]:
+        """The pieces of a window of `of_all` samples with the weights of their mean losses. Raises `PlanError` where nothing counts."""
+        if self._count is None:
+            return [(piece, self._plan.world_size * size / of_all) for piece, size in pieces]
+        counts = [float(self._count(piece)) for piece, _ in pieces]
+        counted = next((piece for (piece, _), value in zip(pieces, counts) if value), None)
+        if counted is None:
+            raise PlanError(f"count= counts nothing in a window of {of_all} samples, so its loss is the mean of nothing: leave such samples out of the data")
+        # Lightning runs as many micro-batches as it was told. The mean over nothing is nan, and nan with weight 0 is nan.
+        return [(piece if value else counted, value / sum(counts)) for (piece, _), value in zip(pieces, counts)]
 
     def __len__(self) -> int:
         """The number of micro-batches in an epoch, equal on every rank. Raises `TypeError` for a stream."""

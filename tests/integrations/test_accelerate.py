@@ -144,3 +144,27 @@ def test_micro_batches_in_which_nothing_counts_are_left_out(empty):
     mean_over_counted(whole, batch).backward()
     right = torch.cat([each.grad.flatten() for each in whole.parameters()])
     assert (gradient - right).norm() / right.norm() < 1e-13
+
+
+def test_the_cure_that_is_told_for_a_mean_over_something_else_makes_it_exact():
+    accelerator, model, optimizer = prepared(linear())
+    pairs = data(24)
+    counts = torch.randint(1, 5, (24, 1), generator=torch.Generator().manual_seed(3)).double()
+    batch = (*pairs.tensors, counts)
+
+    def counted_mean(model, batch):
+        return ((model(batch[0]) - batch[1]).square() * batch[2]).sum() / batch[2].sum()
+
+    def count(batch):
+        return batch[2].sum()
+
+    with pytest.warns(UserWarning, match="give tune and micro_batches count="):
+        accelerate.tune(accelerator, model, optimizer, counted_mean, batch, target_batch=24, max_micro_batch=5)
+    plan = accelerate.tune(accelerator, model, optimizer, counted_mean, batch, target_batch=24, max_micro_batch=5, count=count)
+    assert not plan.warnings
+    for micro in accelerate.micro_batches(accelerator, plan, [batch], count=count):
+        with accelerator.accumulate(model):
+            accelerator.backward(counted_mean(model, micro.batch) * micro.weight)
+    whole = linear()
+    counted_mean(whole, batch).backward()
+    assert all(torch.allclose(ours.grad, theirs.grad, rtol=1e-12) for ours, theirs in zip(model.parameters(), whole.parameters()))

@@ -251,3 +251,45 @@ def test_an_optimizer_that_evaluates_again_is_refused_by_name_and_the_remedies_w
     with pytest.raises(autoaccum.PlanError, match=r"(LBFGS|Again) evaluates the loss again .* or with autoaccum.Accumulator"):
         trainer(tmp_path, EffectiveBatch(20, max_micro_batch=7)).fit(Optimized(make), loader)
     trainer(tmp_path, EffectiveBatch(20)).fit(Optimized(make), loader)  # in one piece
+
+
+def counted_mean(model, batch):
+    """A mean over what the third tensor counts; nan where that is nothing."""
+    return ((model(batch[0]) - batch[1]).square() * batch[2]).sum() / batch[2].sum()
+
+
+def counted_data(samples, empty=()):
+    counts = torch.randint(0, 4, (samples, 1), generator=torch.Generator().manual_seed(3)).double()
+    counts[list(empty)] = 0
+    return TensorDataset(*data(samples).tensors, counts)
+
+
+@pytest.mark.parametrize("empty", [(), range(4, 8), range(5)])
+@pytest.mark.parametrize("through", ["the callback", "plan.apply"])
+def test_a_mean_over_something_else_than_samples_is_weighted_by_its_count(tmp_path, empty, through):
+    pairs = counted_data(53, empty)
+    loader, model = DataLoader(pairs, batch_size=8), Module(loss=counted_mean)
+    settings = {"count": lambda batch: batch[2].sum()}
+    if through == "the callback":
+        made = trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4, **settings))
+    else:
+        made = trainer(tmp_path)
+        by_hand(None, 22, 4).apply(made, **settings)
+    made.fit(model, loader)
+    whole = Module(loss=counted_mean)
+    for start, ours in zip((0, 22, 44), model.gradients):
+        whole.zero_grad()
+        counted_mean(whole.inner, pairs[start : min(start + 22, 53)]).backward()
+        theirs = torch.cat([each.grad.flatten() for each in whole.inner.parameters()])
+        assert (ours - theirs).norm() / theirs.norm() < 1e-12
+    assert len(model.gradients) == 3
+
+
+def test_a_mean_over_something_else_is_told_with_its_cure_and_a_window_of_nothing_is_refused(tmp_path):
+    with pytest.warns(UserWarning, match="give EffectiveBatch count="):
+        trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4)).fit(Module(loss=counted_mean), DataLoader(counted_data(44), batch_size=8))
+    nothing = EffectiveBatch(22, plan=by_hand(None, 22, 4), count=lambda batch: batch[2].sum())
+    with pytest.raises(autoaccum.PlanError, match="counts nothing in a window of 22 samples"):
+        trainer(tmp_path, nothing).fit(Module(loss=counted_mean), DataLoader(counted_data(44, range(22)), batch_size=8))
+    with pytest.raises(autoaccum.UsageError, match="count must be a function of a batch, not int"):
+        EffectiveBatch(22, count=3)
