@@ -132,6 +132,12 @@ def _loop(document: dict[str, Any]) -> str:
     return loop.table(document)
 
 
+def _loss_forms(document: dict[str, Any]) -> str:
+    import loss_forms
+
+    return loss_forms.table(document)
+
+
 def _longest(document: dict[str, Any]) -> str:
     import longest_sample
 
@@ -162,6 +168,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] 
     "policy": ("side_by_side.json", policy, (*SEARCHING, "benchmarks/simulated.py", "benchmarks/contestant.py", "benchmarks/work.py", "benchmarks/peers")),
     "real": ("side_by_side.json", real, (*SEARCHING, "benchmarks/networks.py", "benchmarks/contestant.py", "benchmarks/work.py", "benchmarks/peers")),
     "loop": ("loop.json", _loop, ("autoaccum/loop/accumulator.py", "autoaccum/window", "autoaccum/data/prefetch.py")),
+    "loss forms": ("loss_forms.json", _loss_forms, ("autoaccum/loop/accumulator.py", "autoaccum/window", "autoaccum/integrations", "benchmarks/loss_forms.py")),
     "longest sample": ("longest_sample.json", _longest, ("autoaccum/data/lengths.py", "autoaccum/integrations/huggingface.py", *SEARCHING)),
     "peaks on a card": ("gpu_virtual_now.json", _on_a_card("peaks"), ("autoaccum/simulate", "autoaccum/virtual/phantom.py")),
     "boundaries on a card": ("gpu.json", _on_a_card("boundaries"), ("benchmarks/gpu/workloads.py",)),
