@@ -63,6 +63,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         self._undo: list[Callable[[], object]] = []
         self._read_loader: Callable[[], Any] = _nothing_to_read
         self._world_size = 1
+        self._limit: int | None = None
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Replaces the loader before Lightning makes the optimizers.
@@ -73,6 +74,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             return
         self._check(trainer, pl_module)
         self.plan, self._world_size = None, trainer.world_size  # forget the plan of an earlier fit
+        self._limit = trainer.limit_train_batches if isinstance(trainer.limit_train_batches, int) and not trainer.fast_dev_run else None
         source = trainer.fit_loop._data_source
         self._read_loader = source.dataloader
         source.dataloader = self._loader  # Lightning calls it again when it reloads
@@ -85,8 +87,23 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         """
         loader = self._user_loader()
         if self.plan is None:
-            return _to_count(loader, self.target_batch, self._world_size)
+            return _to_count(loader, self.target_batch, self._world_size, self._most_windows())
         return _MicroBatches(self.plan, _of_windows(self.plan, loader), self._weights, self._count)
+
+    def _most_windows(self) -> int | None:
+        """The windows of an epoch that `limit_train_batches` lets through; None if it does not count micro-batches.
+
+        Raises `UsageError` if the number of micro-batches in a window is not known yet.
+        """
+        limit = self._limit
+        if limit is None:
+            return None
+        if self._given_plan is None:
+            raise UsageError(
+                f"limit_train_batches={limit} counts micro-batches, and how many make a step is not known before tuning, so nobody can say how many steps "
+                "there will be (estimated_stepping_batches): give max_steps instead, or tune before and give EffectiveBatch plan="
+            )
+        return max(limit // self._given_plan.accumulation_steps, 1)
 
     def _user_loader(self) -> DataLoader[Any]:
         loader = self._read_loader()
@@ -272,13 +289,14 @@ def _is_any_order(loader: DataLoader[Any]) -> bool:
     return not isinstance(sampler, RandomSampler) or (not sampler.replacement and sampler.num_samples == len(cast(Sized, loader.dataset)))
 
 
-def _to_count(loader: DataLoader[Any], target: int, world_size: int) -> DataLoader[Any]:
-    """A loader with one batch per window on every rank. A stream is returned itself, because its windows cannot be counted."""
+def _to_count(loader: DataLoader[Any], target: int, world_size: int, most: int | None) -> DataLoader[Any]:
+    """A loader with one batch per window on every rank, of which there are at most `most`. A stream is returned itself, because its windows cannot be counted."""
     try:
         samples = len(cast(Sized, loader.dataset)) if _is_any_order(loader) else samples_in(loader)
     except TypeError:
         return loader
     windows = samples // target if _is_any_order(loader) and loader.drop_last else -(-samples // target)
+    windows = windows if most is None else min(windows, most)
     return DataLoader(range(windows * world_size), batch_size=1)  # type: ignore[arg-type] # Lightning divides it between the ranks
 
 

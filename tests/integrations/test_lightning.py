@@ -131,7 +131,6 @@ def test_a_plan_that_was_made_before_is_applied(tmp_path):
     [
         ({"accumulate_grad_batches": 2}, "both say how to accumulate"),
         ({"overfit_batches": 2}, "overfit_batches takes batches"),
-        ({"limit_train_batches": 4}, "ends inside a window of 7 x 2 \\+ 6 x 1: give a whole number of windows, 3 for instance"),
         ({"limit_train_batches": 0.5}, "ends inside a window"),
     ],
 )
@@ -293,3 +292,23 @@ def test_a_mean_over_something_else_is_told_with_its_cure_and_a_window_of_nothin
         trainer(tmp_path, nothing).fit(Module(loss=counted_mean), DataLoader(counted_data(44, range(22)), batch_size=8))
     with pytest.raises(autoaccum.UsageError, match="count must be a function of a batch, not int"):
         EffectiveBatch(22, count=3)
+
+
+def test_a_schedule_under_limit_train_batches_is_as_long_as_training_or_refused_with_what_works(tmp_path):
+    """The limit counts micro-batches: 12 of them are 2 windows of 6, in each of 2 epochs."""
+    loader = DataLoader(data(72), batch_size=7)
+
+    def fitted(callback, **given):
+        model = Module()
+        made = trainer(tmp_path, callback, **given)
+        made.fit(model, loader)
+        return model.total, made.global_step
+
+    with pytest.raises(
+        autoaccum.UsageError, match=r"limit_train_batches=12 counts micro-batches.* give max_steps instead, or tune before and give EffectiveBatch plan="
+    ):
+        fitted(EffectiveBatch(24, max_micro_batch=4), max_epochs=2, limit_train_batches=12)
+    with pytest.raises(autoaccum.UsageError, match=r"ends inside a window of 7 x 2 \+ 6 x 1: give a whole number of windows, 3 for instance"):
+        fitted(EffectiveBatch(20, plan=by_hand(None, 20, 7)), limit_train_batches=4)
+    assert fitted(EffectiveBatch(24, plan=by_hand(None, 24, 4)), max_epochs=2, limit_train_batches=12) == (4, 4)
+    assert fitted(EffectiveBatch(24, max_micro_batch=4), max_epochs=2, max_steps=4) == (4, 4)
