@@ -510,15 +510,15 @@ def tuned_with_batch_norm(target, most, settings):
     return [plan.shares, plan.micro_batches, [plan.fleet.cuts(tail) for tail in range(2, target)]]
 
 
-def ends_early(rank_that_dies, how, careful):
-    """In the third window one rank ends, fails, or stays away."""
+def ends_early(ranks_that_end, how, careful):
+    """In the third window these ranks end, fail, or stay away."""
     rank, world = meet(15)
     data, net = texts(), words()
     model = wrapped(net, "ddp", world)
     plan = fleet_plan(rank, world, [35, 17, 8], [20, 17, 3])
 
     def loss(model, batch):
-        if rank == rank_that_dies and at == 2:
+        if rank in ranks_that_end and at == 2:
             if how == "dies":
                 os._exit(1)
             raise ValueError("the data is corrupt")
@@ -528,7 +528,7 @@ def ends_early(rank_that_dies, how, careful):
     started = time.monotonic()
     try:
         for at, window in enumerate(plan.windows(DataLoader(data, batch_sampler=plan.batch_sampler(data)))):
-            if how == "stays away" and rank == rank_that_dies and at == 2:
+            if how == "stays away" and rank in ranks_that_end and at == 2:
                 threading.Event().wait(12)
                 return None
             loop.step(window, loss)

@@ -122,10 +122,13 @@ class Ranks:
             raise self.lost(error, what) from error
 
     def lost(self, error: RuntimeError, what: str) -> RanksDisagree:
-        """The exception for a collective that failed with `error`. It names the missing ranks if they are known. what: as in `table`."""
+        """The exception for a collective that failed with `error`. It names the missing ranks if they are known. what: as in `table`.
+
+        Of several missing ranks one may still run: it waits for this rank in a group with a longer timeout. So only "or" is true.
+        """
         self._lost = True
         missing = self._missing()
-        who = f"rank{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))}" if missing else "a rank"
+        who = " or ".join(f"rank {rank}" for rank in missing) or "a rank"
         return RanksDisagree(
             f"{who} did not come while rank {self.rank} was {what}: it ended, or did something else for too long; "
             f"its own output says why ({str(error).strip().splitlines()[0][:160]})"

@@ -275,16 +275,19 @@ _COUNTS: tuple[Callable[[torch.Tensor], torch.Tensor], ...] = (
 def _field_that_weighs(split: Sequence[tuple[Any, int]], shares: torch.Tensor) -> str:
     """The name of the batch's field whose counts explain the weights best; "" if no field explains them."""
     first, second = (batches.tensors(piece) for piece, _ in split)
-    deviation: dict[str, float] = {}
+    share, of_samples = float(shares[0]), split[0][1] / sum(size for _, size in split)
+    nearest = min(0.005, abs(share - of_samples) / 5)  # a field that counts the same in every sample lies near, too, and explains nothing
+    explaining: dict[str, tuple[bool, float]] = {}
     for (path, first_field), (_, second_field) in zip(first, second):
+        # If two fields explain the weights, the labels win.
+        unmarked = not bool((first_field == IGNORED).any() or (second_field == IGNORED).any())
         for count in _COUNTS:
             first_count, second_count = float(count(first_field)), float(count(second_field))
             if first_count + second_count > 0:
-                # If two fields explain the weights equally well, the labels win.
-                marked = bool((first_field == IGNORED).any() or (second_field == IGNORED).any())
-                deviation[path] = min(deviation.get(path, 1.0), abs(first_count / (first_count + second_count) - float(shares[0])) + (0 if marked else 1e-3))
-    best = min(deviation, key=deviation.__getitem__, default="")
-    return best if deviation.get(best, 1.0) < 0.005 else ""
+                deviation = abs(first_count / (first_count + second_count) - share)
+                if deviation < nearest:
+                    explaining[path] = min(explaining.get(path, (unmarked, deviation)), (unmarked, deviation))
+    return min(explaining, key=explaining.__getitem__, default="")
 
 
 def _no_count(job: Job, whole: tuple[Any, int], split: Sequence[tuple[Any, int]]) -> str:

@@ -163,9 +163,15 @@ def test_a_parameter_that_is_never_used_is_told_at_once():
 
 @pytest.mark.parametrize(("how", "careful"), [("dies", None), ("fails", None), ("stays away", None), ("dies", 0)])
 def test_a_rank_that_is_lost_ends_the_others_with_an_error_that_names_it(how, careful):
-    told = in_ranks("ends_early", 1, how, careful)
+    told = in_ranks("ends_early", [1], how, careful)
     for rank in (0, 2):
         assert told[rank]["raised"] == "RanksDisagree" and told[rank]["seconds"] < 30, told[rank]
         assert "rank 1 " in told[rank]["message"] or (how != "fails" and "a rank did not come" in told[rank]["message"]), told[rank]["message"]
     if how == "fails":
         assert told[1]["raised"] == "ValueError"
+
+
+def test_of_several_that_are_missing_none_is_said_to_have_ended_for_certain():
+    """One of them may still run, and wait for this rank in a group of a longer timeout."""
+    told = in_ranks("ends_early", [1, 2], "stays away", 0)
+    assert told[0]["raised"] == "RanksDisagree" and told[0]["message"].startswith(("rank 1 or rank 2 did not come", "a rank did not come")), told[0]

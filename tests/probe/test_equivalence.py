@@ -346,3 +346,17 @@ def test_a_part_in_which_nothing_counts_is_not_exact():
     model = nn.Linear(8, 1)
     found = autoaccum.equivalence(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, (*jobs.pairs(8), counts))
     assert found.exact is False and "nothing counts in it" in found.message
+
+
+def test_a_field_that_counts_the_same_in_every_sample_is_not_the_reason():
+    """Pixels marked 255 are left out by the loss, and no rule here knows that mark: the image, which has a value everywhere, does not explain it."""
+    torch.manual_seed(0)
+    model = torch.nn.Conv2d(1, 3, 3, padding=1).double()
+    batch = {"image": torch.randn(4, 1, 20, 20, dtype=torch.float64), "mask": torch.randint(1, 3, (4, 20, 20))}
+    batch["mask"][0, 0, :12] = 255  # 0.496 and 0.504 of what counts
+
+    def loss(model, batch):
+        return torch.nn.functional.cross_entropy(model(batch["image"]), batch["mask"], ignore_index=255)
+
+    told = autoaccum.equivalence(autoaccum.Job(model, torch.optim.SGD(model.parameters()), loss, batch))
+    assert told.cause == "weights" and "image" not in str(told), told
