@@ -102,7 +102,7 @@ def _answer(rehearsal: Any, requests: Any, reply: Callable[[dict[str, Any]], Non
             reply({"answer": getattr(rehearsal, verb + "d")(**request)})
         else:
             bytes_before = live_bytes()
-            reading = rehearsal.measure(**request)
+            reading = getattr(rehearsal, verb)(**request)  # "measure" or "evaluate"
             # True if all memory was freed after an out-of-memory; otherwise the parent replaces this process.
             clean = reading.fits or (live_bytes() <= bytes_before + 64 * MIB and not reading.doubtful)
             reply({"answer": {**reading.as_dict(), "clean": clean}})

@@ -91,6 +91,7 @@ def devices(as_json: bool) -> None:
 
 @cli.command(epilog=_EPILOG)
 @_shared
+@click.option("--evaluate", is_flag=True, help="Also search the largest batch for evaluation: the loss, forward only, with the optimizer's state resident.")
 @click.pass_obj
 def tune(rest: list[str] | None, /, **given: Any) -> None:
     """Find the fewest accumulation steps that fit, and print the plan.

@@ -48,6 +48,7 @@ class CallOptions:
         form: str,
         quiet: bool,
         traceback: bool,
+        evaluate: bool = False,
     ) -> None:
         if target_batch is None:
             raise UsageError("Missing option '-b' / '--target-batch': the effective batch")
@@ -62,7 +63,15 @@ class CallOptions:
             writable(plot, "--plot")
         self.virtual = device.removeprefix("virtual:") if device.startswith("virtual:") else None
         self.request = Request(
-            target_batch, memory_limit, headroom, max_micro_batch, equal or form in framework_arguments.FORMATS, largest, timeout, objective=objective
+            target_batch,
+            memory_limit,
+            headroom,
+            max_micro_batch,
+            equal or form in framework_arguments.FORMATS,
+            largest,
+            timeout,
+            objective=objective,
+            evaluate=evaluate,
         )
         if output is not None:
             writable(output)
@@ -75,6 +84,8 @@ class CallOptions:
             profiles.load(self.virtual)  # raises for an unknown card before the job is built
         if self.virtual is not None and objective == "throughput":
             raise UsageError("--objective throughput needs a device that is here: a simulated card has no clock")
+        if self.command and evaluate:
+            raise UsageError("--evaluate is for a JOB: of a command, autoaccum sees only that it trains; tune its evaluation by a run of its own")
         if self.command and (settings or largest):
             raise UsageError("--set and --largest are for a JOB: a command gets its arguments in its own words, and equal micro-batches")
         if self.form not in ("text", "json") and job is None and not self.command:

@@ -15,16 +15,15 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
 
-from autoaccum.data import IGNORED, batches, lengths, variety
-from autoaccum.errors import JobError, PlanError, UsageError
-from autoaccum.integrations import needed, not_remembered
+from autoaccum.data import lengths, variety
+from autoaccum.errors import PlanError, UsageError
+from autoaccum.integrations import needed, not_remembered, trainer_counts, trainer_evaluation, trainer_loader, trainer_samples
 from autoaccum.integrations.module_attributes import attributes_kept
-from autoaccum.plan import Plan, framework_arguments, window_notation
+from autoaccum.plan import Plan, framework_arguments
 from autoaccum.probe import COMPARED_SAMPLES, compare_values
 from autoaccum.tuner import tune as tune_in_place
-from autoaccum.window import Job, RngState, predicts_next
+from autoaccum.window import Job, RngState
 
 
 def tune(
@@ -35,6 +34,7 @@ def tune(
     length: lengths.Length | None = None,
     batch: Any = None,
     count: Callable[[Any], float] | None = None,
+    evaluate: bool = False,
     **request: Any,
 ) -> Plan:
     """Returns the plan for a `transformers.Trainer`. The Trainer, its model, its arguments and the random numbers are restored.
@@ -45,6 +45,7 @@ def tune(
     training set, by `length`.
     count: `count(batch)`, what the loss of a batch is a mean over, if that is neither its samples nor its labels other than -100:
     for class weights, the sum of the weights. `plan.apply(trainer)` uses it too.
+    evaluate: True also searches the batch size of evaluation (`plan.eval_batch`), with the longest samples of the evaluation set.
     request: the other keywords of `autoaccum.tune`.
     With torchrun every rank calls this function, and all micro-batches are equal.
     Raises `UsageError` if the Trainer cannot run in this process, and what `autoaccum.tune` raises.
@@ -61,7 +62,7 @@ def tune(
     rng.note()
     try:
         with _as_it_trains(trainer) as (model, optimizer):
-            make_batch, collate = (batch, None) if batch is not None else _worst(trainer, max_length, length)
+            make_batch, collate = (batch, None) if batch is not None else trainer_samples.longest(trainer, max_length, length)
             job = Job(
                 model,
                 optimizer,
@@ -71,6 +72,8 @@ def tune(
                 max_grad_norm=trainer.args.max_grad_norm or None,
             )
             # Hints explain unequal micro-batches to users who copy the numbers by hand; `apply` can set unequal ones.
+            if evaluate:
+                request["evaluate"] = trainer_evaluation.evaluation_of(trainer, length)
             plan = replace(tune_in_place(job, target_batch=target_batch, **request), hints=())
             trainer._autoaccum_compared = plan.job_fingerprint
             return plan
@@ -79,7 +82,8 @@ def tune(
 
 
 def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = None) -> None:
-    """Sets the Trainer's arguments, and the copies of them that the Trainer holds. The evaluation batch size does not change.
+    """Sets the Trainer's arguments, and the copies of them that the Trainer holds. The evaluation batch size changes only if
+    the plan has an `eval_batch`.
 
     Equal micro-batches come from the Trainer's loader. Micro-batches that differ by a sample come from a loader of their own: with the
     order of the Trainer's sampler or loader if a method for it was overridden, otherwise shuffled with the Trainer's seed.
@@ -108,14 +112,19 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
             f"train_sampling_strategy={strategy!r} makes micro-batches of other sizes than the plan's: use 'random', 'sequential' or 'group_by_length'"
         )
     if ragged:
-        _check_ragged(plan, trainer)
+        trainer_loader.check_ragged(plan, trainer)
     args.per_device_train_batch_size, args.gradient_accumulation_steps = plan.micro_batch, plan.accumulation_steps
     args.auto_find_batch_size = False
+    if plan.eval_batch is not None:
+        args.per_device_eval_batch_size = plan.eval_batch
     trainer._train_batch_size = args.train_batch_size
     trainer.accelerator.gradient_accumulation_steps = 1  # the weights of the losses sum to 1 already
     trainer.get_total_train_batch_size = MethodType(lambda self, args: plan.target_batch, trainer)
     trainer.get_train_dataloader = MethodType(
-        lambda self: _loader(self, plan, own["get_train_dataloader"]) if ragged else _on_the_host(own["get_train_dataloader"](), plan), trainer
+        lambda self: (
+            trainer_loader.window_loader(self, plan, own["get_train_dataloader"]) if ragged else trainer_loader.on_the_host(own["get_train_dataloader"](), plan)
+        ),
+        trainer,
     )
     compared = getattr(trainer, "_autoaccum_compared", "") == plan.job_fingerprint != ""  # then `tune` has compared samples of this Trainer already
     began = False
@@ -124,17 +133,17 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
     def get_batch_samples(self: Any, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         nonlocal began
         micro_batches, items = own["get_batch_samples"](epoch_iterator, num_batches, device)
-        weights[:] = _weights(self, micro_batches)[::-1]
+        weights[:] = trainer_counts.weights(self, micro_batches)[::-1]
         if micro_batches and not began:
             began = True
             if not compared and plan.world_size == 1:
                 _compare_first(self, micro_batches[0])
-            if self.model_accepts_loss_kwargs and all(map(_has_counted_labels, micro_batches)):
+            if self.model_accepts_loss_kwargs and all(map(trainer_counts.has_counted_labels, micro_batches)):
                 _say_what_the_trainer_divides_by(self, micro_batches, sum(count for count, _ in weights))
         return micro_batches, items
 
     def training_step(self: Any, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        count, weight = weights.pop() if weights else (_counted(self, inputs), 1.0)
+        count, weight = weights.pop() if weights else (trainer_counts.counted(self, inputs), 1.0)
         if not count and plan.world_size == 1:
             return torch.zeros((), device=self.args.device)  # its mean is nan, and it contributes nothing
 
@@ -143,7 +152,7 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
         def compute_loss(model: torch.nn.Module, inputs: Any, *_: Any, **__: Any) -> Any:
             nonlocal asked
             asked = True
-            loss = _mean(self, model, inputs, count, own["compute_loss"])
+            loss = trainer_counts.mean(self, model, inputs, count, own["compute_loss"])
             return loss * weight if count else loss.nan_to_num() * 0.0
 
         # The loss is weighted here, so the Trainer must divide by 1 only.
@@ -174,10 +183,10 @@ def _compare_first(trainer: Any, batch: Any) -> None:
     rng.note()
     try:
         model.eval()
-        samples, collate = _samples_of(batch), None
+        samples, collate = trainer_samples.samples_of(batch), None
         if samples is None:
             loader = trainer._autoaccum_own["get_train_dataloader"]()
-            _forget(trainer, loader)
+            trainer_loader.forget(trainer, loader)
             batch, collate = [loader.dataset[index * len(loader.dataset) // few] for index in range(few)], loader.collate_fn
         elif samples < 2:
             return
@@ -205,76 +214,6 @@ def _say_what_the_trainer_divides_by(trainer: Any, micro_batches: Sequence[Any],
         )
 
 
-def _shifts_labels(trainer: Any) -> bool:
-    """True if the model leaves out each sequence's first label."""
-    return predicts_next(trainer.model) or bool(getattr(trainer, "_loss_shifts_labels", False))
-
-
-def _weights(trainer: Any, micro_batches: Sequence[Any]) -> list[tuple[int | float, float]]:
-    """The count of each micro-batch, and the weight of its mean in the window over all ranks."""
-    counts = [_counted(trainer, batch) for batch in micro_batches]
-    total, averaged = float(sum(counts)), 1
-    if trainer.args.world_size > 1:
-        # DistributedDataParallel averages the gradients over the ranks.
-        averaged = trainer.args.world_size
-        total = float(trainer.accelerator.gather(torch.tensor([total], dtype=torch.float64, device=trainer.args.device)).sum())
-    return [(count, averaged * count / total if total else 0.0) for count in counts]
-
-
-def _mean(trainer: Any, model: torch.nn.Module, inputs: Any, count: float, compute_loss: Callable[..., Any]) -> torch.Tensor:
-    """The mean loss of one micro-batch, over what is counted in it.
-
-    Transformers' own `compute_loss` gets no `num_items_in_batch`, so the model takes its own mean. A function of the user's gets this
-    micro-batch's count: if it divides a sum by it, and if it takes a mean of its own, the result is the mean over this micro-batch.
-    """
-    by_user = trainer.compute_loss_func is not None or not _is_of_transformers(compute_loss)
-    if not by_user:
-        return compute_loss(model, inputs)  # type: ignore[no-any-return]
-    loss = compute_loss(model, inputs, num_items_in_batch=torch.tensor(count, device=trainer.args.device))
-    args = trainer.args
-    if args.average_tokens_across_devices and args.world_size > 1 and (trainer.model_accepts_loss_kwargs or trainer.compute_loss_func):
-        loss = loss / args.world_size  # the Trainer has multiplied by it, for a count over all ranks
-    return loss  # type: ignore[no-any-return]
-
-
-def _is_of_transformers(method: Any) -> bool:
-    return str(getattr(getattr(method, "__func__", method), "__module__", "")).partition(".")[0] == "transformers"
-
-
-def _has_counted_labels(batch: Any) -> bool:
-    """True if labels are whole numbers, over which models take their mean, without those that are -100."""
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    return isinstance(labels, torch.Tensor) and labels.dim() >= 1 and not labels.is_floating_point() and labels.dtype is not torch.bool
-
-
-def _counted(trainer: Any, batch: Any) -> int | float:
-    """What the mean loss of a batch is a mean over: `count` of the user's, labels other than -100, or samples.
-
-    A loss function of the user's is given, and judged by, what the Trainer counts for it.
-    Raises `PlanError` if nothing of it can be counted.
-    """
-    count = getattr(trainer, "_autoaccum_count", None)
-    if count is not None:
-        return float(count(batch))
-    labels = batch.get("labels") if isinstance(batch, Mapping) else None
-    by_user = trainer.compute_loss_func is not None
-    if isinstance(labels, torch.Tensor) and labels.dim() and (by_user or _has_counted_labels(batch)):
-        shifts = bool(getattr(trainer, "_loss_shifts_labels", False)) if by_user else _shifts_labels(trainer)
-        if isinstance(shifted := batch.get("shift_labels"), torch.Tensor):
-            labels = shifted
-        elif shifts and labels.dim() >= 2:
-            labels = labels[..., 1:]
-        return int((labels != IGNORED).sum())
-    if isinstance(labels, torch.Tensor) and labels.dim():
-        return len(labels)
-    try:
-        return batches.count(batch)
-    except PlanError as error:
-        raise PlanError(
-            f"what a batch of this Trainer counts is not known ({str(error).partition(';')[0]}): give count=, a function of a batch, to huggingface.tune"
-        ) from None
-
-
 def _check(trainer: Any) -> None:
     args = trainer.args
     if args.n_gpu > 1:
@@ -290,133 +229,6 @@ def _check(trainer: Any) -> None:
         raise UsageError("this Trainer makes a new model whenever it trains (model_init), which is not there yet: give it a model")
     if args.use_liger_kernel:
         raise UsageError("use_liger_kernel changes the model when training begins: apply the kernels before, and leave the argument out")
-
-
-def _check_ragged(plan: Plan, trainer: Any) -> None:
-    micro_batches = window_notation(plan.micro_batches)
-    if isinstance(trainer.train_dataset, IterableDataset) or not hasattr(trainer.train_dataset, "__len__"):
-        raise PlanError(f"{micro_batches} need a dataset with a length, and this one is a stream: tune(trainer, ..., equal=True)")
-    strategy = getattr(trainer.args, "train_sampling_strategy", "random")
-    if strategy not in ("random", "sequential") or getattr(trainer.args, "group_by_length", False):
-        raise PlanError(f"{micro_batches} come from a sampler of ours, and this Trainer has one of its own ({strategy}): tune(trainer, ..., equal=True)")
-
-
-class _Epochs(DataLoader[Any]):
-    """A loader with `set_epoch`, which the Trainer calls to change the order."""
-
-    def set_epoch(self, epoch: int) -> None:
-        set_epoch = getattr(self.batch_sampler, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-
-
-class _InOrder:
-    """A batch sampler: the user's own order of samples, cut into the micro-batches of the plan's windows."""
-
-    def __init__(self, plan: Plan, sampler: Any, *, drop_last: bool) -> None:
-        self._plan, self._sampler, self._drop_last = plan, sampler, drop_last
-
-    def __iter__(self) -> Iterator[list[int]]:
-        window: list[int] = []
-        for index in self._sampler:
-            window.append(index)
-            if len(window) == self._plan.target_batch:
-                yield from self._cut(window)
-                window = []
-        if window and not self._drop_last:
-            yield from self._cut(window)
-
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self._sampler), self._plan.target_batch)
-        return whole * self._plan.accumulation_steps + (len(self._plan.sizes(rest)) if rest and not self._drop_last else 0)
-
-    def set_epoch(self, epoch: int) -> None:
-        set_epoch = getattr(self._sampler, "set_epoch", None)
-        if set_epoch is not None:
-            set_epoch(epoch)
-
-    def _cut(self, window: list[int]) -> Iterator[list[int]]:
-        start = 0
-        for size in self._plan.sizes(len(window)):
-            yield window[start : start + size]
-            start += size
-
-
-# Methods that decide which samples come when. https://huggingface.co/docs/transformers/main_classes/trainer
-_ORDER_METHODS = ("get_train_dataloader", "_get_train_sampler", "_get_dataloader")
-
-
-def _orders_by_itself(trainer: Any, get_train_dataloader: Any) -> str:
-    """The name of a method of the user's that decides the order of samples, overridden in any class or on the instance; "" if none is."""
-    for name in _ORDER_METHODS:
-        method = get_train_dataloader if name == "get_train_dataloader" else getattr(trainer, name, None)
-        if method is not None and not _is_of_transformers(method):
-            return name
-    return ""
-
-
-def _loader(trainer: Any, plan: Plan, get_train_dataloader: Callable[[], Any]) -> DataLoader[Any]:
-    """A loader of whole windows, one micro-batch at a time.
-
-    Batches stay on the host until they are used: the Trainer reads a window ahead.
-    """
-    own = get_train_dataloader()
-    _forget(trainer, own)
-    args = trainer.args
-    if method := _orders_by_itself(trainer, get_train_dataloader):
-        sampler: Any = _InOrder(plan, _sampler_of(own, method, plan), drop_last=args.dataloader_drop_last)
-    else:
-        shuffle = getattr(args, "train_sampling_strategy", "random") == "random"
-        seed = args.data_seed if args.data_seed is not None else args.seed
-        sampler = plan.batch_sampler(own.dataset, shuffle=shuffle, seed=seed, drop_last=args.dataloader_drop_last)
-    if not len(sampler):
-        raise PlanError(
-            f"the data has fewer samples than the target batch of {plan.target_batch}, and dataloader_drop_last=True leaves that window out: turn it off"
-        )
-    workers = (
-        {"persistent_workers": args.dataloader_persistent_workers, "prefetch_factor": args.dataloader_prefetch_factor} if args.dataloader_num_workers else {}
-    )
-    return _Epochs(
-        own.dataset,
-        batch_sampler=sampler,
-        collate_fn=own.collate_fn,
-        num_workers=args.dataloader_num_workers,
-        pin_memory=args.dataloader_pin_memory and trainer.args.device.type == "cuda",
-        worker_init_fn=own.worker_init_fn,
-        **workers,
-    )
-
-
-def _sampler_of(loader: Any, method: str, plan: Plan) -> Any:
-    """The sampler of the user's loader. Raises `PlanError` if its batches are not simply slices of one."""
-    batch_sampler, sampler = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
-    if not isinstance(loader, DataLoader) or type(batch_sampler).__name__ not in ("BatchSampler", "SeedableRandomSampler") or not hasattr(sampler, "__len__"):
-        raise PlanError(
-            f"{window_notation(plan.micro_batches)} cannot keep the order of samples that {method}() of this Trainer decides, because its batches are put "
-            "together by code of its own: tune(trainer, ..., equal=True)"
-        )
-    return sampler
-
-
-def _on_the_host(loader: Any, plan: Plan) -> Any:
-    """Keeps the loader's batches on the host. Raises `PlanError` for a loader of another batch size than the plan's.
-
-    The Trainer reads a window ahead, which would use device memory that no micro-batch needs. It moves each batch later.
-    """
-    if type(loader).__name__ == "DataLoaderShard":
-        loader.device = None
-    size = getattr(loader, "batch_size", None) or getattr(getattr(loader, "batch_sampler", None), "batch_size", None)
-    if isinstance(size, int) and size != plan.micro_batch:
-        raise PlanError(
-            f"get_train_dataloader() of this Trainer gives batches of {size}, and the plan's are {plan.micro_batch}: let it use self._train_batch_size"
-        )
-    return loader
-
-
-def _forget(trainer: Any, loader: Any) -> None:
-    """Removes an unused loader from the accelerator's list."""
-    loaders = trainer.accelerator._dataloaders
-    loaders[:] = [known for known in loaders if known is not loader]
 
 
 @contextmanager
@@ -462,10 +274,10 @@ def _loss_of(trainer: Any, collate: Callable[[list[Any]], Any] | None) -> Callab
         if collate is not None:
             batch = collate(list(batch))
         inputs = trainer._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
-        count = _counted(trainer, inputs)
-        over_samples = getattr(trainer, "_autoaccum_count", None) is None and not _has_counted_labels(inputs)
+        count = trainer_counts.counted(trainer, inputs)
+        over_samples = getattr(trainer, "_autoaccum_count", None) is None and not trainer_counts.has_counted_labels(inputs)
         with trainer.compute_loss_context_manager():
-            mean = _mean(trainer, model, inputs, count, trainer.__dict__.get("_autoaccum_own", {}).get("compute_loss", trainer.compute_loss))
+            mean = trainer_counts.mean(trainer, model, inputs, count, trainer.__dict__.get("_autoaccum_own", {}).get("compute_loss", trainer.compute_loss))
         if over_samples:
             return mean
         # The mean over no items is nan; such a batch contributes nothing.
@@ -473,56 +285,3 @@ def _loss_of(trainer: Any, collate: Callable[[list[Any]], Any] | None) -> Callab
 
     loss.cure = "give huggingface.tune count=, a function of a batch that says what its loss is a mean over"  # type: ignore[attr-defined]
     return loss
-
-
-def _samples_of(batch: Any) -> int | None:
-    try:
-        return batches.count(batch)
-    except PlanError:
-        return None
-
-
-def _worst(trainer: Any, max_length: int | None, length: lengths.Length | None) -> tuple[Callable[[int], Any], Callable[[list[Any]], Any] | None]:
-    """`make_batch(n)` with the longest samples of the training set, and the collator if a batch cannot be cut once it is put together."""
-    if trainer.train_dataset is None:
-        raise UsageError("the Trainer has no train_dataset to measure with: give batch=")
-    loader = trainer.get_train_dataloader()
-    _forget(trainer, loader)
-    data = loader.dataset
-    if isinstance(data, IterableDataset):
-        raise UsageError("the Trainer's dataset is a stream, whose longest sample nobody knows: give batch=, or a function make_batch(n)")
-    if max_length is not None:
-        data = _AtLength(data, max_length)
-    made: Callable[[int], Any] = lengths.worst_case(data, length=length, collate=loader.collate_fn)
-    if _samples_of(made(2)) == 2:
-        return made, None
-    # Batches of patches or of flattened texts: samples are cut before they are put together.
-    return lengths.worst_case(data, length=length, collate=list), loader.collate_fn
-
-
-class _AtLength(Dataset[Any]):
-    """A dataset whose samples are cut or repeated to a length.
-
-    This changes every field that is as long as the sample's longest field.
-    """
-
-    def __init__(self, data: Any, length: int) -> None:
-        if length < 1:
-            raise UsageError(f"max_length must be at least 1, not {length}")
-        self._data, self._length = data, length
-
-    def __len__(self) -> int:
-        return len(self._data)
-
-    def __getitem__(self, index: int) -> Any:
-        sample = self._data[index]
-        if not isinstance(sample, Mapping):
-            raise JobError(f"max_length= needs samples with named fields, and these are {type(sample).__name__}: give batch=")
-        field_lengths = {name: len(field) for name, field in sample.items() if isinstance(field, (list, torch.Tensor)) and getattr(field, "ndim", 1) > 0}
-        longest = max(field_lengths.values(), default=0)
-        return {name: _repeated(field, self._length) if longest and field_lengths.get(name) == longest else field for name, field in sample.items()}
-
-
-def _repeated(field: Any, length: int) -> Any:
-    indices = [index % len(field) for index in range(length)]
-    return field[torch.tensor(indices)] if isinstance(field, torch.Tensor) else [field[index] for index in indices]

@@ -12,17 +12,20 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import torch
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from autoaccum.data import WindowSampler, samples_in
+from autoaccum.data import WindowSampler, batches, samples_in
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.integrations import needed, not_remembered
+from autoaccum.integrations.loaders import copied, with_batches_of
 from autoaccum.integrations.module_attributes import attributes_kept
 from autoaccum.plan import Plan, framework_arguments, window_notation
-from autoaccum.probe import Request
+from autoaccum.probe import Evaluation, Request
 from autoaccum.tuner import refuse_unknown_keywords
 from autoaccum.tuner import tune as tune_in_place
 from autoaccum.window import Job, RngState
@@ -45,7 +48,9 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
     its window, with weight 0. Called on the host; one rank only.
     batch: the batch to measure with, as in `autoaccum.tune`; by default the loader's first batch. For samples of different lengths
     give `autoaccum.worst_case(loader)`.
-    plan: a plan that exists already, instead of tuning. request: the other keywords of `autoaccum.tune`.
+    evaluate: True also searches the batch size of validation (`plan.eval_batch`), with `validation_step` and the validation loader's first
+    batch, and sets it: in loaders whose batches are slices of their sampler, and unless `limit_val_batches` counts batches.
+    plan: a plan that exists already, instead of tuning; its `eval_batch` is set too. request: the other keywords of `autoaccum.tune`.
     Raises `UsageError` for manual optimization, several loaders, sharding strategies, and limits that end inside a window.
     """
 
@@ -62,6 +67,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         self._weight, self._backwards = 1.0, 0
         self._undo: list[Callable[[], object]] = []
         self._read_loader: Callable[[], Any] = _nothing_to_read
+        self._read_validation: Callable[[], Any] = _nothing_to_read
         self._world_size = 1
         self._limit: int | None = None
 
@@ -78,7 +84,13 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         source = trainer.fit_loop._data_source
         self._read_loader = source.dataloader
         source.dataloader = self._loader  # Lightning calls it again when it reloads
-        self._undo = [_putting_back(trainer, "accumulate_grad_batches"), lambda: vars(source).pop("dataloader", None)]
+        validation = trainer.fit_loop.epoch_loop.val_loop._data_source
+        self._read_validation = validation.dataloader
+        validation.dataloader = lambda: self._validation_loaders(trainer)
+        self._undo = [
+            _putting_back(trainer, "accumulate_grad_batches"),
+            *(lambda each=each: vars(each).pop("dataloader", None) for each in (source, validation)),
+        ]
 
     def _loader(self) -> Any:
         """Replaces the user's loader.
@@ -89,6 +101,36 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         if self.plan is None:
             return _to_count(loader, self.target_batch, self._world_size, self._most_windows())
         return _MicroBatches(self.plan, _of_windows(self.plan, loader), self._weights, self._count)
+
+    def _validation_loaders(self, trainer: Any) -> Any:
+        """The user's validation loaders, with batches of `plan.eval_batch` if there is one."""
+        loaders = self._read_validation()
+        size = None if self.plan is None else self.plan.eval_batch
+        if size is None:
+            return loaders
+        if isinstance(trainer.limit_val_batches, int):
+            logging.getLogger(_pytorch.__name__).info(
+                "EffectiveBatch: limit_val_batches=%s counts batches of the loader's size, so validation keeps that size", trainer.limit_val_batches
+            )
+            return loaders
+        return tree_map(lambda each: with_batches_of(each, size), loaders)
+
+    def _evaluation(self, trainer: Any, pl_module: Any) -> Evaluation:
+        """What `validation_step` runs, on the first batch of the first validation loader. Raises `UsageError` without one."""
+        source = trainer.fit_loop.epoch_loop.val_loop._data_source
+        loader = next(iter(tree_leaves(self._read_validation())), None) if source.is_defined() and source.instance is not None else None
+        if loader is None:
+            raise UsageError("evaluate=True searches the batch of validation, and there is no validation loader: give one to fit, or leave evaluate out")
+        batch = next(iter(loader))
+        takes_index = len(inspect.signature(pl_module.validation_step).parameters) > 1
+
+        def run(model: Any, batch: Any) -> Any:
+            moved = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+            with trainer.precision_plugin.val_step_context():
+                return model.validation_step(moved, 0) if takes_index else model.validation_step(moved)
+
+        samples = len(loader.dataset) if isinstance(loader, DataLoader) and hasattr(loader.dataset, "__len__") else None
+        return Evaluation(run, partial(batches.resize, batch), *(() if samples is None else (samples,)))
 
     def _most_windows(self) -> int | None:
         """The windows of an epoch that `limit_train_batches` lets through; None if it does not count micro-batches.
@@ -167,7 +209,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             undo()
         if self._undo:
             trainer.fit_loop._combined_loader = None
-        self._undo, self._read_loader = [], _nothing_to_read
+        self._undo, self._read_loader, self._read_validation = [], _nothing_to_read, _nothing_to_read
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Restores the Trainer also if `fit` failed."""
@@ -194,7 +236,9 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             raise UsageError("BatchSizeFinder and GradientAccumulationScheduler change what EffectiveBatch keeps together: leave them out")
 
     def _tuned(self, trainer: Any, pl_module: Any, loader: DataLoader[Any]) -> Plan:
-        request = {**self._request, "equal": True} if trainer.world_size > 1 else self._request
+        request = {**self._request, "equal": True} if trainer.world_size > 1 else dict(self._request)
+        if request.get("evaluate") is True:
+            request["evaluate"] = self._evaluation(trainer, pl_module)
         rng = RngState(pl_module.device)
         rng.note()
         try:
@@ -308,19 +352,7 @@ def _of_windows(plan: Plan, loader: DataLoader[Any]) -> DataLoader[Any]:
     shuffle = sampler.shuffle if isinstance(sampler, DistributedSampler) else isinstance(sampler, RandomSampler)
     # On one rank the seed comes from torch's generator, so `seed_everything` controls it. Several ranks need the same seed.
     seed = torch.initial_seed() % 2**31 if plan.world_size == 1 else 0
-    workers: dict[str, Any] = {"persistent_workers": loader.persistent_workers, "prefetch_factor": loader.prefetch_factor} if loader.num_workers else {}
-    return DataLoader(
-        loader.dataset,
-        batch_sampler=plan.batch_sampler(cast(Sized, loader.dataset), shuffle=shuffle, seed=seed, drop_last=loader.drop_last),
-        collate_fn=loader.collate_fn,
-        num_workers=loader.num_workers,
-        pin_memory=loader.pin_memory,
-        timeout=loader.timeout,
-        worker_init_fn=loader.worker_init_fn,
-        multiprocessing_context=loader.multiprocessing_context,
-        generator=loader.generator,
-        **workers,
-    )
+    return copied(loader, batch_sampler=plan.batch_sampler(cast(Sized, loader.dataset), shuffle=shuffle, seed=seed, drop_last=loader.drop_last))
 
 
 class _MicroBatches:

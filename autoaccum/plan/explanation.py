@@ -23,6 +23,9 @@ def lines(plan: PlanRecord) -> Iterator[str]:
         yield _why(plan)
     for length, length_plan in plan.per_length:
         yield f"up to {length} long: {plan.target_batch} = {window_notation(length_plan.micro_batches)}"
+    if plan.eval_batch is not None:
+        peak = "" if plan.eval_peak_bytes is None else f", which peak at {in_words(plan.eval_peak_bytes, unit_for(plan.budget_bytes))}"
+        yield f"evaluation: batches of {plan.eval_batch}{peak}"
     if plan.objective == "throughput":
         yield from _timed(plan)
     if plan.budget_bytes:

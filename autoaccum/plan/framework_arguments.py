@@ -14,7 +14,8 @@ from autoaccum.plan.record import PlanRecord
 def huggingface(plan: PlanRecord) -> dict[str, Any]:
     """Arguments of `transformers.TrainingArguments`."""
     micro_batch, steps = _equal(plan, "Transformers' Trainer")
-    return {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": steps}
+    evaluation = {} if plan.eval_batch is None else {"per_device_eval_batch_size": plan.eval_batch}
+    return {"per_device_train_batch_size": micro_batch, "gradient_accumulation_steps": steps, **evaluation}
 
 
 def accelerate(plan: PlanRecord) -> dict[str, Any]:

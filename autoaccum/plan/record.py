@@ -63,6 +63,8 @@ class PlanRecord:
     shapes: tensor shapes of the largest micro-batch that was measured.
     allocator: the allocator's settings during measurement, in words. Training must use the same settings.
     arithmetic: the parts of the budget as (bytes, word). The first is positive, the others are subtracted.
+    eval_batch: the largest batch that ran forward only, with the optimizer's state resident; None if it was not asked for, or if none fits.
+    eval_peak_bytes: its peak.
     per_length: a plan for each requested length, ascending. This plan is the one for the longest.
     """
 
@@ -97,6 +99,8 @@ class PlanRecord:
     fleet: Fleet | None = None
     objective: str = "fewest-steps"
     per_length: tuple[tuple[int, PlanRecord], ...] = ()
+    eval_batch: int | None = None
+    eval_peak_bytes: int | None = None
 
     @property
     def spare_bytes(self) -> int | None:

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING
 from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
-    from autoaccum.probe import cache, refusals, search
+    from autoaccum.probe import cache, evaluation, refusals, search
     from autoaccum.probe.cache import ReadingCache
     from autoaccum.probe.child import Child, die_with_parent
     from autoaccum.probe.command import Command, Template
     from autoaccum.probe.equivalence import compare_values
+    from autoaccum.probe.evaluation import Evaluation, in_eval_mode
     from autoaccum.probe.readings import COMPARED_SAMPLES, Equivalence, Limits, Progress, Reading, Rehearser, Subject, Trying
     from autoaccum.probe.rehearsal import rehearsing
     from autoaccum.probe.request import Objective, Request
@@ -24,6 +25,7 @@ else:
         child="Child die_with_parent",
         command="Command Template",
         equivalence="compare_values",
+        evaluation="Evaluation in_eval_mode",
         readings="COMPARED_SAMPLES Equivalence Limits Progress Reading Rehearser Subject Trying",
         rehearsal="rehearsing",
         request="Objective Request",

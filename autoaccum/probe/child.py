@@ -73,19 +73,20 @@ class Child:
         return Budget(**{**answer, "memory": Memory.from_dict(answer["memory"])})
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
+        timeout_s = self._limits.timeout_of(len(micro_batches), full=full, windows=windows)
+        sizes = list(micro_batches)
+        return self._trial("measure", sizes[0], len(sizes), full, timeout_s, micro_batches=sizes, full=full, limited=limited, windows=windows)
+
+    def evaluate(self, samples: int, trained: int) -> Reading:
+        return self._trial("evaluate", samples, 1, False, self._limits.timeout_s, samples=samples, trained=trained)
+
+    def _trial(self, verb: str, size: int, steps: int, whole: bool, timeout_s: float | None, **arguments: Any) -> Reading:
         started = time.monotonic()
         self._phase = "batch"
         try:
-            answer = self._ask(
-                "measure",
-                timeout_s=self._limits.timeout_of(len(micro_batches), full=full, windows=windows),
-                micro_batches=list(micro_batches),
-                full=full,
-                limited=limited,
-                windows=windows,
-            )
+            answer = self._ask(verb, timeout_s=timeout_s, **arguments)
         except _Died as death:
-            reading = self._reading_after_death(death, micro_batches[0], len(micro_batches), time.monotonic() - started, full)
+            reading = self._reading_after_death(death, size, steps, time.monotonic() - started, whole)
             self._start()
             return reading
         if not answer.pop("clean"):

@@ -145,6 +145,10 @@ class Command:
         # The peak of a command on a GPU cannot be measured from outside.
         return Reading(size, steps, outcome, "command", peak, seconds, remarks=remarks)
 
+    def evaluate(self, samples: int, trained: int) -> Reading:
+        """Raises `UsageError`: the command decides by itself what it runs."""
+        raise UsageError("a command's evaluation cannot be run alone")
+
     def compare(self, samples: int) -> Equivalence | None:
         return None  # the command's loss and gradients cannot be read
 

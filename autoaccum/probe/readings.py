@@ -195,6 +195,9 @@ class Rehearser(Protocol):
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
         """Runs one trial of the window `micro_batches` and restores the job's state. full: run the whole window, `windows` times."""
 
+    def evaluate(self, samples: int, trained: int) -> Reading:
+        """Runs one trial of an evaluation: `samples` samples forward only, after an optimizer step of `trained` samples. Restores the job's state."""
+
     def compare(self, samples: int) -> Equivalence | None:
         """Compares split and whole gradient on `samples` of the job's own samples, and restores the state. None if this cannot be done."""
 

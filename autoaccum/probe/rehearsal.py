@@ -11,6 +11,7 @@ import torch
 
 from autoaccum.devices import RLIMIT, SHARED, Budget, Device, make_budget
 from autoaccum.probe import conditions, equivalence
+from autoaccum.probe.evaluation import Evaluation, measure_evaluation
 from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject
 from autoaccum.probe.trial import gradient_bytes, measure
 from autoaccum.window import Interrupts, Job, PhaseCallback, Snapshot, as_jobs, batch_norms, fingerprint, preserved
@@ -32,6 +33,7 @@ class Rehearsal:
         *,
         enforce: bool,
         on_phase: PhaseCallback | None,
+        evaluation: Evaluation | None = None,
     ) -> None:
         self._jobs, self._device, self._snapshot, self._interrupts, self._limits, self._on_phase = jobs, device, snapshot, interrupts, limits, on_phase
         # Memory that only the trials need: the earlier gradients, and the copies if they lie in the measured memory.
@@ -43,6 +45,7 @@ class Rehearsal:
         self._bucket_bytes = gradient_bytes(jobs) if limits.buckets else 0
         # False if nothing stops a trial that is too big. Then only sizes that are predicted to fit may run.
         self.enforces = enforce and device.enforces
+        self._evaluation = evaluation or Evaluation()
 
     def subject(self) -> Subject:
         """The job under trial and its device."""
@@ -95,6 +98,25 @@ class Rehearsal:
         finally:
             self._snapshot.rewind()
 
+    def evaluate(self, samples: int, trained: int) -> Reading:
+        """Runs one trial of an evaluation: `samples` samples forward, after a step of `trained`. Restores the job's state."""
+        try:
+            with self._interrupts.allowed():
+                return measure_evaluation(
+                    self._jobs,
+                    self._device,
+                    self._evaluation,
+                    samples,
+                    trained,
+                    allowed=self.budget(),
+                    enforce=self.enforces,
+                    aside_bytes=self._aside_bytes,
+                    timeout_s=self._limits.timeout_s,
+                    on_phase=self._on_phase,
+                )
+        finally:
+            self._snapshot.rewind()
+
     def compare(self, samples: int) -> Equivalence:
         """Compares split and whole gradient on a few of the job's own samples, and restores the job's state."""
         try:
@@ -124,19 +146,20 @@ def rehearsing(
     parameters: bool = True,
     enforce: bool = True,
     on_phase: PhaseCallback | None = None,
+    evaluation: Evaluation | None = None,
 ) -> Iterator[Rehearsal]:
     """A context with a `Rehearsal` of the jobs. On exit, the jobs' state is restored.
 
     parameters: False if the weights are not needed afterwards; they are then not copied and restored.
     enforce: enforce the budget while a trial runs, if the device can.
-    on_phase: called with each phase of a trial.
+    on_phase: called with each phase of a trial. evaluation: what evaluation runs; None for the losses of the jobs.
     """
     device.prepare()
     with _earlier_objects_frozen():
         try:
             jobs = as_jobs(jobs)
             with preserved(jobs, parameters=parameters) as (snapshot, interrupts):
-                yield Rehearsal(jobs, device, snapshot, interrupts, limits, enforce=enforce, on_phase=on_phase)
+                yield Rehearsal(jobs, device, snapshot, interrupts, limits, enforce=enforce, on_phase=on_phase, evaluation=evaluation)
         finally:
             device.release()
 

@@ -18,7 +18,7 @@ class Request:
 
     memory_limit: bytes, or a size in words. headroom: a size, or a percentage of the budget.
     equal: only micro-batches that divide the target batch. largest: search the exact largest micro-batch.
-    lockstep: the same number of micro-steps on every rank.
+    lockstep: the same number of micro-steps on every rank. evaluate: also search the largest batch of evaluation, up to `max_eval_batch`.
     """
 
     target_batch: int
@@ -30,6 +30,8 @@ class Request:
     timeout_s: float | None = None
     lockstep: bool = False
     objective: Objective = "fewest-steps"
+    evaluate: bool = False
+    max_eval_batch: int = 2**63 - 1
     limits: Limits = field(init=False)
 
     def __post_init__(self) -> None:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ class _TimedOut(Exception):
     pass
 
 
-class _PhaseListener:
+class PhaseListener:
     """Follows the phases of a trial.
 
     It calls `on_phase`, measures the peak of forward and backward apart from that of the step, and ends the trial after the timeout.
@@ -38,13 +39,13 @@ class _PhaseListener:
     def __init__(self, watch: Watch, on_phase: PhaseCallback | None, timeout_s: float | None) -> None:
         self.phase = "batch"
         self.activation_bytes: int | None = None
-        self._watch, self._on_phase = watch, on_phase
+        self.watch, self._on_phase = watch, on_phase
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
 
     def __call__(self, phase: str, index: int) -> None:
         self.phase = phase
         if phase == "clip":
-            self.activation_bytes = self._watch.lap_bytes()
+            self.activation_bytes = self.watch.lap_bytes()
         if self._on_phase is not None:
             self._on_phase(phase, index)
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -66,51 +67,108 @@ def measure(
 ) -> Reading:
     """Runs one trial of the window `micro_batches` (largest first) and returns its reading.
 
-    jobs: they run one after the other in every window. allowed: the budget.
-    full: run the whole window `windows` times, instead of the two short windows.
-    enforce: cap the device's memory at the budget while the trial runs.
-    aside_bytes: measured memory that only the trial needs (a snapshot). It is added to the budget and left out of the peak.
-    timeout_s: seconds until the trial ends with the outcome "timeout".
+    jobs: they run one after the other in every window. full: run the whole window `windows` times, instead of the two short windows.
+    allowed, enforce, aside_bytes, timeout_s, on_phase: as in `attempt`.
     The gradients are empty afterwards and the job's state is changed; the caller restores it with `preserved`.
     Raises what the job's own code raises, with a note, and `JobError`.
     """
     largest, steps = micro_batches[0], len(micro_batches)
     to_run = [micro_batches] * windows if full else [micro_batches[:1], micro_batches[:2]]
     scalers = [_trial_scaler(job, device) for job in jobs]
-    device.release()
-    held_before = device.live_bytes()
     base_bytes = shapes = None
     durations: list[float] = []
     remarks: tuple[str, ...] = ()
-    stepped, doubtful = [False] * len(jobs), False
+    stepped = [False] * len(jobs)
+
+    def train(listener: PhaseListener) -> None:
+        nonlocal base_bytes, shapes, remarks, stepped
+        batch, ballast = _batch(jobs[0], device, largest, sum(micro_batches))
+        history = _missing_history(jobs)
+        shapes = batches.shapes(batch) if jobs[0].split is None else {}
+        state = WindowStart(jobs)  # training holds one too
+        for sizes in to_run:
+            listener.watch.lap_bytes()
+            state.note()
+            results, seconds = _window(jobs, device, batch, sizes, scalers, listener)
+            durations.append(seconds)
+            stepped = [before or not result.skipped for before, result in zip(stepped, results)]
+            if base_bytes is None:
+                base_bytes = device.live_bytes() - aside_bytes + (gradient_bytes(jobs) if steps > 1 else 0)
+                remarks = _remarks(results, largest)
+            del results
+        del ballast, history
+
+    # A compiled model would be compiled again for every size. So the search runs it in eager mode. Only a confirming
+    # run and a window in one piece compile. The stance is set before the cap, because compilers inherit a memory limit.
+    eager = is_compiled(jobs) and not full and steps > 1
+    with torch.compiler.set_stance("force_eager" if eager else "default"):
+        ended = attempt(jobs, device, train, largest, allowed=allowed, enforce=enforce, aside_bytes=aside_bytes, timeout_s=timeout_s, on_phase=on_phase)
+    if ended.outcome in ("fits", "over-budget") and not all(stepped):
+        raise JobError(
+            f"the gradients are inf or nan at a micro-batch of {largest}: the scaler skipped every optimizer step, so the optimizer's memory "
+            "could not be measured; give a batch with usual values"
+        )
+    return Reading(
+        largest,
+        steps,
+        ended.outcome,
+        ended.phase,
+        ended.peak_bytes,
+        ended.seconds,
+        base_bytes=base_bytes,
+        activation_bytes=ended.activation_bytes,
+        window_seconds=statistics.median(durations[1:] or durations) if durations else None,
+        full=full,
+        doubtful=ended.doubtful,
+        shapes=shapes,
+        remarks=remarks,
+        budget_bytes=allowed.budget_bytes,
+    )
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a trial ended. The fields are those of `Reading`."""
+
+    outcome: Outcome
+    phase: str
+    peak_bytes: int
+    activation_bytes: int | None
+    seconds: float
+    doubtful: bool
+
+
+def attempt(
+    jobs: Sequence[Job],
+    device: Device,
+    work: Callable[[PhaseListener], None],
+    samples: int,
+    *,
+    allowed: Budget,
+    enforce: bool,
+    aside_bytes: int,
+    timeout_s: float | None,
+    on_phase: PhaseCallback | None,
+) -> Ended:
+    """Runs `work`, which may run out of memory, and returns its peak and how it ended.
+
+    samples: the size that is tried, for messages. allowed: the budget.
+    enforce: cap the device's memory at the budget while the trial runs.
+    aside_bytes: measured memory that only the trial needs (a snapshot). It is added to the budget and left out of the peak.
+    timeout_s: seconds until the trial ends with the outcome "timeout".
+    Raises what `work` raises, with a note, unless it is an out-of-memory.
+    """
+    device.release()
+    held_before = device.live_bytes()
     outcome: Outcome = "fits"
+    doubtful = False
     started = time.perf_counter()
     with device.watch() as watch:
-        listener = _PhaseListener(watch, on_phase, timeout_s)
+        listener = PhaseListener(watch, on_phase, timeout_s)
         try:
-            # A compiled model would be compiled again for every size. So the search runs it in eager mode. Only a confirming
-            # run and a window in one piece compile. The stance is set before the cap, because compilers inherit a memory limit.
-            eager = is_compiled(jobs) and not full and steps > 1
-            with (
-                torch.compiler.set_stance("force_eager" if eager else "default"),
-                device.capped(allowed.budget_bytes + aside_bytes) if enforce else nullcontext(),
-            ):
+            with device.capped(allowed.budget_bytes + aside_bytes) if enforce else nullcontext():
                 listener("batch", 0)
-                batch, ballast = _batch(jobs[0], device, largest, sum(micro_batches))
-                history = _missing_history(jobs)
-                shapes = batches.shapes(batch) if jobs[0].split is None else {}
-                state = WindowStart(jobs)  # training holds one too
-                for sizes in to_run:
-                    watch.lap_bytes()
-                    state.note()
-                    results, seconds = _window(jobs, device, batch, sizes, scalers, listener)
-                    durations.append(seconds)
-                    stepped = [before or not result.skipped for before, result in zip(stepped, results)]
-                    if base_bytes is None:
-                        base_bytes = device.live_bytes() - aside_bytes + (gradient_bytes(jobs) if steps > 1 else 0)
-                        remarks = _remarks(results, largest)
-                    del results
-                del batch, ballast, state, history
+                work(listener)
         except Exception as error:
             # The peak counts, not the live memory: the exception may have released everything on its way here, as in backward.
             left_bytes = allowed.budget_bytes + aside_bytes - watch.peak_bytes()
@@ -121,40 +179,27 @@ def measure(
                 outcome, doubtful = "oom", oom.verdict(error) == "ask-device"
             else:
                 if not isinstance(error, AutoaccumError):
-                    noted(error, f"autoaccum: raised in {listener.phase}, at a micro-batch of {largest}")
+                    noted(error, f"autoaccum: raised in {listener.phase}, at a micro-batch of {samples}")
                 raise
             forget(error, jobs)
-        batch = ballast = state = history = None  # type: ignore[assignment]  # noqa: F841 - releases what an out-of-memory left in this frame
         peak_bytes = watch.peak_bytes() - aside_bytes
         retried = watch.retries() > 0
     device.release()
-    if outcome == "fits" and not all(stepped):
-        raise JobError(
-            f"the gradients are inf or nan at a micro-batch of {largest}: the scaler skipped every optimizer step, so the optimizer's memory "
-            "could not be measured; give a batch with usual values"
-        )
     if outcome == "fits" and (peak_bytes > allowed.budget_bytes or retried):
         outcome = "over-budget"
-    return Reading(
-        largest,
-        steps,
-        outcome,
-        listener.phase,
-        peak_bytes,
-        time.perf_counter() - started,
-        base_bytes=base_bytes,
-        activation_bytes=None if outcome in ("oom", "timeout") or listener.activation_bytes is None else listener.activation_bytes - aside_bytes,
-        window_seconds=statistics.median(durations[1:] or durations) if durations else None,
-        full=full,
-        doubtful=doubtful,
-        shapes=shapes,
-        remarks=remarks,
-        budget_bytes=allowed.budget_bytes,
-    )
+    activation_bytes = None if outcome in ("oom", "timeout") or listener.activation_bytes is None else listener.activation_bytes - aside_bytes
+    return Ended(outcome, listener.phase, peak_bytes, activation_bytes, time.perf_counter() - started, doubtful)
+
+
+def step_once(jobs: Sequence[Job], device: Device, samples: int, listener: PhaseListener) -> list[torch.Tensor]:
+    """Runs one optimizer step on a window of one micro-batch, and returns what an optimizer will hold later besides (see `_missing_history`)."""
+    batch = jobs[0].batch_of(samples)
+    _window(jobs, device, batch, [samples], [_trial_scaler(job, device) for job in jobs], listener)
+    return _missing_history(jobs)
 
 
 def _window(
-    jobs: Sequence[Job], device: Device, batch: Any, sizes: Sequence[int], scalers: Sequence[Any], listener: _PhaseListener
+    jobs: Sequence[Job], device: Device, batch: Any, sizes: Sequence[int], scalers: Sequence[Any], listener: PhaseListener
 ) -> tuple[list[WindowResult], float]:
     """Runs one window of every job. Returns the results and the seconds, with the device idle before and after."""
     device.synchronize()

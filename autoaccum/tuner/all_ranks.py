@@ -20,6 +20,7 @@ from autoaccum.errors import NothingFits, RanksDisagree
 from autoaccum.plan import Plan, arithmetic
 from autoaccum.probe import Limits, Reading, Rehearser, Request, refusals, search
 from autoaccum.tuner.assembly import assemble_plan
+from autoaccum.tuner.eval_batch import largest_evaluation
 from autoaccum.tuner.trial_log import TrialLog
 from autoaccum.units import in_words
 
@@ -84,8 +85,15 @@ def tune_all_ranks(rehearsal: Rehearser, request: Request, trials: TrialLog, lab
             below = [size for size in _candidates(target, request, smallest) if size < sizes[0]]
             most = max(below, default=0)
     seconds = confirmed[sizes].window_seconds if sizes else None
+    eval_batch = None
+    if request.evaluate:
+        evaluated = _with_all(ranks, "looking for its batch of evaluation", partial(largest_evaluation, rehearsal, trials, budget, request.max_eval_batch))
+        smallest_of_all = min(ranks.gathered(0 if evaluated is None else evaluated.micro_batch, "comparing evaluations"))
+        eval_batch = smallest_of_all or None
     slowest = max(row[0] for row in ranks.table([seconds or 0.0], "comparing speeds"))
     messages = [*remarked, *_share_warnings(fleet), *drift(first_budget, budget)]
+    if request.evaluate and eval_batch is None:
+        messages.append("evaluation does not fit on every rank, not even of one sample, so there is no eval_batch")
     result = search.SearchResult(max(sizes, default=0), len(sizes), most, None)
     plan = _with_all(
         ranks,
@@ -99,6 +107,7 @@ def tune_all_ranks(rehearsal: Rehearser, request: Request, trials: TrialLog, lab
         rank=ranks.rank,
         world_size=ranks.world_size,
         fleet=fleet,
+        eval_batch=eval_batch,
         samples_per_second=target / slowest if slowest else None,
     )
 

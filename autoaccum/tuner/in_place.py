@@ -14,7 +14,7 @@ from autoaccum import devices
 from autoaccum.distributed import engines, ranks
 from autoaccum.errors import NoSuchDevice, UsageError
 from autoaccum.plan import Plan
-from autoaccum.probe import Objective, Progress, Reading, Request, rehearsing
+from autoaccum.probe import Evaluation, Objective, Progress, Reading, Request, rehearsing
 from autoaccum.tuner import all_ranks
 from autoaccum.tuner.one_device import reading_cache, refuse_throughput_over_ranks, tune_one_device
 from autoaccum.tuner.progress import plain
@@ -46,6 +46,7 @@ def tune(
     rank_timeout_s: float = RANK_TIMEOUT_S,
     cache: bool = False,
     lengths: Sequence[int] | None = None,
+    evaluate: bool | Callable[[Any, Any], Any] = False,
     progress: Progress | bool | None = None,
     **job: Any,
 ) -> Plan:
@@ -70,6 +71,9 @@ def tune(
     lengths: also plan for shorter samples, see `Plan.for_length(length)`. batch is then `make_batch(n, length)`, or tensors
     with the length as their second dimension. `tune` returns the plan of the longest samples. For one device only.
 
+    evaluate: True also searches the largest batch that runs forward only, with the optimizer's state resident: `Plan.eval_batch`. It runs
+    the loss, with the model in eval mode and without gradients; or give `evaluate(model, batch)`, which runs one batch of your evaluation.
+
     Under torchrun, every rank calls `tune`, after `torch.distributed.init_process_group` and before `fully_shard` (before or
     after DistributedDataParallel). Each rank runs trials on its own device. The plan's shares let all ranks finish at the
     same time: unlike GPUs get unlike shares, and a rank that cannot hold a sample gets none.
@@ -88,7 +92,20 @@ def tune(
         jobs = as_jobs(model)
     else:
         jobs = (Job(model, optimizer, loss, batch, **job),)
-    request = Request(target_batch, memory_limit, headroom, max_micro_batch, equal, largest, timeout_s, lockstep, objective)
+    evaluation = Evaluation.of(evaluate)
+    request = Request(
+        target_batch,
+        memory_limit,
+        headroom,
+        max_micro_batch,
+        equal,
+        largest,
+        timeout_s,
+        lockstep,
+        objective,
+        evaluate=evaluation is not None,
+        **({} if evaluation is None else {"max_eval_batch": evaluation.most}),
+    )
     where = _where(jobs[0], None if device is None else str(device))
     # On a CPU an enforced limit also stops threads that other code of this process starts meanwhile. So it is enforced only
     # if the user gave one. Without it, only sizes that are predicted to fit are run.
@@ -101,16 +118,16 @@ def tune(
     if lengths is not None:
         if others is not None:
             raise UsageError("lengths= is for one device: over ranks leave it out, and measure with the longest samples")
-        return _per_length(jobs, where, request, lengths, trials, idle, enforce=enforce, cache=cache)
+        return _per_length(jobs, where, request, lengths, trials, idle, enforce=enforce, cache=cache, evaluation=evaluation)
     if others is None:
-        with rehearsing(jobs, where, request.limits, enforce=enforce, on_phase=trials.phase) as rehearsal:
+        with rehearsing(jobs, where, request.limits, enforce=enforce, on_phase=trials.phase, evaluation=evaluation) as rehearsal:
             plan = tune_one_device(rehearsal, request, trials, "in place", idle, reading_cache(rehearsal, "in place") if cache else None)
     else:
         single_rank_jobs = tuple(_without_engine(each) for each in jobs)
         _warm_up_nccl(jobs[0])
         facts = where.facts
         limits, shared = all_ranks.shared_limits(request, others, (facts.kind, facts.uuid, facts.index), buckets=single_rank_jobs[0].model is jobs[0].model)
-        with rehearsing(single_rank_jobs, where, limits, enforce=enforce, on_phase=trials.phase) as rehearsal:
+        with rehearsing(single_rank_jobs, where, limits, enforce=enforce, on_phase=trials.phase, evaluation=evaluation) as rehearsal:
             plan = all_ranks.tune_all_ranks(rehearsal, request, trials, "in place", others, (*idle, *shared))
     reported = [] if others is None else others.gathered(plan.warnings, "warning")[: others.rank]
     for message in plan.warnings:
@@ -129,6 +146,7 @@ def _per_length(
     *,
     enforce: bool,
     cache: bool,
+    evaluation: Evaluation | None,
 ) -> Plan:
     """Plans for each length, the longest first.
 
@@ -142,7 +160,7 @@ def _per_length(
     batch = AtLength(rehearsed[0].batch)
     jobs = (replace(rehearsed[0], batch=batch), *rehearsed[1:])
     plans: list[tuple[int, Plan]] = []
-    with rehearsing(jobs, where, request.limits, enforce=enforce, on_phase=trials.phase) as rehearsal:
+    with rehearsing(jobs, where, request.limits, enforce=enforce, on_phase=trials.phase, evaluation=evaluation) as rehearsal:
         fitted: list[Reading] = []
         start = 1
         for length, shorter in zip(wanted, [*wanted[1:], wanted[-1]]):

@@ -19,6 +19,7 @@ from autoaccum.plan import Plan, arithmetic, window_led_by
 from autoaccum.probe import Reading, ReadingCache, Rehearser, Request, Subject, refusals, search
 from autoaccum.tuner import throughput
 from autoaccum.tuner.assembly import assemble_plan, versions
+from autoaccum.tuner.eval_batch import largest_evaluation
 from autoaccum.tuner.trial_log import TrialLog
 from autoaccum.window import Source
 
@@ -53,7 +54,12 @@ def tune_one_device(
     finally:
         if shelf is not None:
             shelf.keep(trials.readings, target, budget.budget_bytes)
-    return assemble_plan(rehearsal, request, trials, label, result, confirmed, sizes, budget, started, (*remarked, *drift(first_budget, rehearsal.budget())))
+    remarked = (*remarked, *drift(first_budget, rehearsal.budget()))
+    evaluated = largest_evaluation(rehearsal, trials, budget, request.max_eval_batch) if request.evaluate else None
+    if request.evaluate and evaluated is None:
+        remarked = (*remarked, "evaluation does not fit, not even of one sample, so there is no eval_batch")
+    plan = assemble_plan(rehearsal, request, trials, label, result, confirmed, sizes, budget, started, remarked)
+    return plan if evaluated is None else replace(plan, eval_batch=evaluated.micro_batch, eval_peak_bytes=evaluated.peak_bytes)
 
 
 def _search(

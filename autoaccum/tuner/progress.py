@@ -41,6 +41,8 @@ def finished(reading: Reading) -> str:
     if not reading.limited:
         return f"without the limit {size} {f'peaks at {in_words(reading.peak_bytes)}' if reading.fits and reading.peak_bytes else outcome}"
     peak = f", peak {in_words(reading.peak_bytes)}" if reading.peak_bytes and reading.outcome in ("fits", "over-budget") else ""
+    if reading.phase == "evaluate":
+        return f"tried an evaluation of {reading.micro_batch}: {outcome.removesuffix(' in evaluate')}{peak}, {seconds_in_words(reading.seconds)}"
     return f"{'confirmed' if reading.full and reading.fits else 'tried'} {size}: {outcome}{peak}, {seconds_in_words(reading.seconds)}"
 
 

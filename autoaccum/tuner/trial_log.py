@@ -26,6 +26,15 @@ class TrialLog:
         if self._progress is not None:
             self._progress(Trying(*self._current, phase, index))
 
+    def evaluate(self, rehearsal: Rehearser, samples: int, trained: int) -> Reading:
+        """Runs a trial of an evaluation. Its reading is not one of training, so it is not kept."""
+        self._current = (samples, 1, False)
+        self.phase("batch", 0)
+        reading = rehearsal.evaluate(samples, trained)
+        if self._progress is not None:
+            self._progress(reading)
+        return reading
+
     def measure(self, rehearsal: Rehearser, sizes: tuple[int, ...], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
         self._current = (sizes[0], len(sizes), full)
         self.phase("batch", 0)

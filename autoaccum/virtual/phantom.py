@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from autoaccum.data import batches
 from autoaccum.errors import JobError, noted
+from autoaccum.probe import in_eval_mode
 from autoaccum.simulate import AttentionCall, Card, Tape, Tracer, quieten_transformers, trace
 from autoaccum.virtual.substitution import Substitution
 from autoaccum.window import Job, accumulation
@@ -51,6 +52,22 @@ class Phantom:
             for sizes in windows:
                 self._window(tracer, sizes, scalers)
             del rescue_copies, history
+
+        return self.recorded(run, card)
+
+    def evaluation_tape(self, samples: int, trained: int, card: Card) -> Tape:
+        """The tape of an optimizer step of `trained` samples, and then of `samples` samples that run forward only, in eval mode."""
+
+        def run(tracer: Tracer) -> None:
+            history = self._optimizer_history()
+            tracer.named(history, "optimizer")
+            self._window(tracer, (trained,), [None] * len(self._jobs))
+            tracer.tape.emptied()
+            for job in self._jobs:
+                tracer.on_phase("evaluate", 0)
+                with in_eval_mode(job), torch.no_grad(), torch.autocast(self._kind, dtype=job.autocast, enabled=job.autocast is not None):
+                    job.loss(job.model, batches.move(self.batch(samples), torch.device(self._kind)))
+            del history
 
         return self.recorded(run, card)
 

@@ -118,6 +118,25 @@ class Simulation:
     def _margin(self, tape: Tape) -> Margin:
         return margin_of(tape.operators, approximate=self._approximate or self._profile.backend not in ("cuda", "rocm"))
 
+    def evaluate(self, samples: int, trained: int) -> Reading:
+        """One simulated trial of an evaluation, traced at exactly this size."""
+        started = time.perf_counter()
+        tape = self._on_card(self._traced.phantom.evaluation_tape(samples, trained, self._card))
+        replayed = replay(
+            tape, Allocator(self._profile.total_bytes, available_bytes=self.budget().budget_bytes, settings=self._settings, name=self._profile.name)
+        )
+        fits = replayed.failed_at is None
+        return Reading(
+            samples,
+            1,
+            "fits" if fits else "oom",
+            "evaluate",
+            replayed.peak_reserved_bytes,
+            time.perf_counter() - started,
+            base_bytes=replayed.base_bytes if fits else None,
+            activation_bytes=replayed.peak_reserved_bytes if fits else None,
+        )
+
     def compare(self, samples: int) -> Equivalence | None:
         return None  # simulated weights have no values to compare
 

@@ -307,3 +307,28 @@ def test_what_cannot_be_tuned_or_applied_is_refused(tmp_path):
         by_hand(None, 25, 7).apply(sorted_by_length)
     with contextlib.suppress(autoaccum.NothingFits):
         huggingface.tune(trainer(tmp_path, gpt2(), Texts(), padded), target_batch=8, memory_limit=limit_for(1))
+
+
+def test_the_batch_of_evaluation_is_searched_with_the_longest_samples_and_set(tmp_path):
+    made = trainer(tmp_path, deep(), Texts(100, 8, 256), padded, max_steps=1)
+    before = left_of(made)
+    plan = huggingface.tune(made, target_batch=30, memory_limit=limit_for(150), evaluate=True)
+    assert left_of(made) == before
+    assert plan.micro_batch < plan.eval_batch <= 100
+    plan.apply(made)
+    assert made.args.per_device_eval_batch_size == plan.eval_batch
+    sizes = []
+    made.model.register_forward_pre_hook(lambda model, args, kwargs: sizes.append(len(kwargs["input_ids"])), with_kwargs=True)
+    made.evaluate()
+    assert sum(sizes) == 100 and max(sizes) == plan.eval_batch
+
+
+def test_predictions_that_stay_on_the_device_are_told(tmp_path):
+    made = trainer(tmp_path, gpt2(), Texts(), padded, max_steps=1)
+    made.compute_metrics = lambda predictions: {}
+    with pytest.warns(UserWarning, match="keeps the predictions of the whole evaluation set on the device.*eval_accumulation_steps=1"):
+        huggingface.tune(made, target_batch=10, evaluate=True)
+    made.args.eval_accumulation_steps = 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        huggingface.tune(made, target_batch=10, evaluate=True)

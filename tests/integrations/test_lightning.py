@@ -312,3 +312,33 @@ def test_a_schedule_under_limit_train_batches_is_as_long_as_training_or_refused_
         fitted(EffectiveBatch(20, plan=by_hand(None, 20, 7)), limit_train_batches=4)
     assert fitted(EffectiveBatch(24, plan=by_hand(None, 24, 4)), max_epochs=2, limit_train_batches=12) == (4, 4)
     assert fitted(EffectiveBatch(24, max_micro_batch=4), max_epochs=2, max_steps=4) == (4, 4)
+
+
+class Validated(Module):
+    def __init__(self):
+        super().__init__(loader=DataLoader(data(40), batch_size=4))
+        self.validated = []
+
+    def validation_step(self, batch, batch_idx):
+        assert not self.training and not torch.is_grad_enabled()
+        self.validated.append(len(batch[0]))
+        self.log("val_loss", self.inner(batch[0]).mean())
+
+
+@pytest.mark.parametrize("limited", [False, True])
+def test_the_batch_of_validation_is_searched_and_set(tmp_path, limited):
+    """Not where `limit_val_batches` counts batches: it would then validate on other samples."""
+    module, callback = Validated(), EffectiveBatch(12, evaluate=True)
+    settings = {"limit_val_batches": 2} if limited else {}
+    runner = trainer(tmp_path, callback, num_sanity_val_steps=0, **settings)
+    loader = DataLoader(data(30), batch_size=4)
+    runner.fit(module, val_dataloaders=loader)
+    assert callback.plan.eval_batch == 30
+    assert module.validated == ([4, 4] if limited else [30])
+    runner.validate(module, loader, verbose=False)
+    assert set(module.validated[1:]) == {4} if limited else module.validated[1] == 4  # outside of fit the loader is the user's
+
+
+def test_without_validation_its_batch_cannot_be_searched(tmp_path):
+    with pytest.raises(autoaccum.errors.UsageError, match="there is no validation loader"):
+        trainer(tmp_path, EffectiveBatch(12, evaluate=True)).fit(Module(loader=DataLoader(data(40), batch_size=4)))
