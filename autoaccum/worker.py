@@ -96,6 +96,8 @@ def _answer(rehearsal: Any, requests: Any, reply: Callable[[dict[str, Any]], Non
         elif verb == "compare":
             equivalence = rehearsal.compare(**request)
             reply({"answer": equivalence and equivalence.as_dict()})
+        elif verb == "sample_tokens":
+            reply({"answer": rehearsal.sample_tokens()})
         elif verb == "conditions":
             reply({"answer": asdict(rehearsal.conditions())})
         elif verb in ("estimate", "tape"):

@@ -304,6 +304,72 @@ def two_jobs_in_turn():
     return max(difference(net, other) for net, other in zip(nets, others))
 
 
+def ragged(samples=200):
+    """Texts of 1 to 12 tokens, as dicts."""
+    generator = torch.Generator().manual_seed(1)
+    lengths = torch.randint(1, 13, (samples,), generator=generator).tolist()
+    return [{"ids": torch.randint(1, 31, (length,), generator=generator)} for length in lengths]
+
+
+def put_together(samples):
+    ids = nn.utils.rnn.pad_sequence([sample["ids"] for sample in samples], batch_first=True)
+    labels = nn.utils.rnn.pad_sequence([sample["ids"] for sample in samples], batch_first=True, padding_value=-100)
+    return {"ids": ids, "labels": labels}
+
+
+def of_labels(model, batch):
+    return F.cross_entropy(model(batch["ids"]).flatten(0, 1), batch["labels"].flatten())
+
+
+class Bigrams(nn.Module):
+    """Sees no padding, so that padding changes nothing."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.out = nn.Embedding(31, 16), nn.Linear(16, 31)
+
+    def forward(self, ids):
+        return self.out(torch.tanh(self.embed(ids)))
+
+
+def by_tokens(sampled, careful):
+    """Windows of 150 tokens, shared out by tokens; tells the windows, and the difference to one process that takes each at once."""
+    rank, world = meet()
+    data, net = ragged(), Bigrams().double()
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.5, momentum=0.9)
+    tuned = autoaccum.tune(net, optimizer, of_labels, autoaccum.worst_case(data, collate=put_together), target_tokens=150)
+    shares, most = [8, 4, 1][:world], [4, 4, 1][:world]
+    plan = replace(fleet_plan(rank, world, shares, most), target_tokens=150, micro_tokens=12 * most[rank])
+    model = DistributedDataParallel(net)
+    loop = autoaccum.Accumulator(model, optimizer, plan, careful_windows=careful, rank_timeout_s=30)
+    if sampled:
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(3)).tolist()
+        sampler = plan.batch_sampler(data, seed=3, tokens=lambda sample: len(sample["ids"]))
+        loader = DataLoader(data, batch_sampler=sampler, collate_fn=put_together)
+    else:
+        order = list(range(len(data)))
+        loader = DataLoader(data, batch_size=7, collate_fn=put_together)
+    windows, steps, counts = [], [], []
+    for window in plan.windows(loader):
+        result = loop.step(window, of_labels)
+        windows.append(window.of_all)
+        steps.append(result.micro_batches)
+        counts.append(result.count)
+    reference = Bigrams().double()
+    stepped = torch.optim.SGD(reference.parameters(), lr=0.5, momentum=0.9)
+    start = 0
+    for samples in windows:
+        of_labels(reference, put_together([data[index] for index in order[start : start + samples]])).backward()
+        stepped.step()
+        stepped.zero_grad()
+        start += samples
+    return {
+        "tuned": [tuned.target_tokens, tuned.target_batch, tuned.world_size, tuned.micro_tokens],
+        "windows": windows, "steps": steps, "counts": counts, "samples": start, "difference": difference(net, reference),
+    }  # fmt: skip
+
+
 def an_inf_on_one_rank():
     """Under a scaler: the window with it is skipped on every rank, and no other."""
     rank, world = meet()

@@ -42,6 +42,7 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
     options = [
         click.argument("job", required=False),
         click.option("-b", "--target-batch", type=int, help="The effective batch: samples that one optimizer step sees."),
+        click.option("--target-tokens", type=int, metavar="N", help="The effective batch in tokens, instead of samples."),
         click.option("-d", "--device", default="auto", show_default=True, help="auto, cpu, cuda[:INDEX], mps, xpu, or simulated: virtual:NAME, virtual:SIZE."),
         click.option("--memory-limit", metavar="SIZE", help="Use no more than this (512MiB, 2GiB); enforced while probing, on the CPU too."),
         click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of the budget free."),
@@ -117,6 +118,8 @@ def check(rest: list[str] | None, /, micro_batch: int | None, equivalence: bool,
     if equivalence and micro_batch is None:
         CallOptions(rest, **{**given, "target_batch": given["target_batch"] or 1}).compared()
         return
+    if given["target_tokens"] is not None:
+        raise UsageError("check rehearses a window of samples: give --target-batch instead of --target-tokens")
     if micro_batch is None:
         raise UsageError("Missing option '-m' / '--micro-batch': the size to rehearse")
     if given["objective"] == "throughput":

@@ -66,7 +66,7 @@ def train(
     with cap, gpu or nullcontext():
         for number in range(1, epochs + 1):
             started, steps, samples, total = time.perf_counter(), 0, 0, 0.0
-            windows = iter(plan.windows(_loader(job, plan, number), split=job.split))
+            windows = iter(plan.windows(_loader(job, plan, number), split=job.split, count=None if plan.target_tokens is None else job.count))
             while (window := _next(windows, gpu)) is not None:
                 results = loop.step(window)
                 last = results[-1] if isinstance(results, tuple) else results

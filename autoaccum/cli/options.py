@@ -32,6 +32,7 @@ class CallOptions:
         *,
         job: str | None,
         target_batch: int | None,
+        target_tokens: int | None,
         device: str,
         memory_limit: str | None,
         headroom: str,
@@ -50,8 +51,8 @@ class CallOptions:
         traceback: bool,
         evaluate: bool = False,
     ) -> None:
-        if target_batch is None:
-            raise UsageError("Missing option '-b' / '--target-batch': the effective batch")
+        if target_batch is None and target_tokens is None:
+            raise UsageError("Missing option '-b' / '--target-batch': the effective batch (or --target-tokens, in tokens)")
         self.form, self.output, self.quiet, self.device = "json" if as_json else form, output, quiet, device
         if as_json and form not in ("text", "json"):
             raise UsageError(f"--json and --format {form} both say how to print: give one")
@@ -72,6 +73,7 @@ class CallOptions:
             timeout,
             objective=objective,
             evaluate=evaluate,
+            target_tokens=target_tokens,
         )
         if output is not None:
             writable(output)

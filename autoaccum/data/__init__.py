@@ -9,10 +9,18 @@ from typing import TYPE_CHECKING
 from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
-    from autoaccum.data import batches, lengths, prefetch, variety
+    from autoaccum.data import batches, lengths, prefetch, tokens, variety
     from autoaccum.data.lengths import AtLength
-    from autoaccum.data.sampler import WindowSampler
+    from autoaccum.data.sampler import TokenSampler, WindowSampler
+    from autoaccum.data.tokens import TokenGauge
     from autoaccum.data.variety import IGNORED
     from autoaccum.data.windows import Cut, Window, Windows, counted, samples_in
 else:
-    __getattr__ = lazily(__name__, lengths="AtLength", sampler="WindowSampler", variety="IGNORED", windows="Cut Window Windows counted samples_in")
+    __getattr__ = lazily(
+        __name__,
+        lengths="AtLength",
+        sampler="TokenSampler WindowSampler",
+        tokens="TokenGauge",
+        variety="IGNORED",
+        windows="Cut Window Windows counted samples_in",
+    )

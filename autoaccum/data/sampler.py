@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch.utils.data import Sampler
 
+from autoaccum.data.tokens import packed, slices
 from autoaccum.errors import PlanError
 
 # (number of samples in the window over all ranks) -> the micro-batch sizes of every rank
@@ -59,13 +61,8 @@ class WindowSampler(Sampler[list[int]]):
         self._reading = True
         self.began = epoch, first, to_skip = self.epoch, self.done, self.in_window
         order = self._order(epoch)
-        for start, sizes in self.windows(first):
-            samples = min(self.target, self.length - start)
-            if self.arrange is not None:
-                pieces = list(self.arrange(order[start : start + samples]))
-            else:
-                ends = list(accumulate(sizes, initial=start + self._slice(samples)[0]))
-                pieces = [list(order[end : end + size]) if size else [order[start]] for end, size in zip(ends, sizes)]
+        for start, samples in self._bounds(order, first):
+            pieces = self._micro_batches(order[start : start + samples])
             for index, piece in enumerate(pieces):
                 if to_skip:
                     to_skip -= 1
@@ -77,20 +74,41 @@ class WindowSampler(Sampler[list[int]]):
 
     def __len__(self) -> int:
         """The number of this rank's micro-batches in an epoch."""
-        return sum(len(sizes) for _, sizes in self.windows(0))
+        return sum(len(sizes) for _, _, sizes in self.windows(0))
 
-    def windows(self, start: int) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """Yields the windows from `start` to the end of the current epoch, as pairs.
+    @property
+    def arranged(self) -> bool:
+        """True if the sizes of micro-batches depend on their samples."""
+        return self.arrange is not None
 
-        A pair is: the position in the epoch's order where the window begins, and the sizes of this rank's micro-batches.
+    def windows(self, start: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """Yields the windows from `start` to the end of the current epoch.
+
+        Of each: the position in the epoch's order where it begins, its samples over all ranks, and the sizes of this rank's micro-batches.
         """
-        order = self._order(self.began[0] if self._reading else self.epoch) if self.arrange is not None else ()
+        order = self._order(self.began[0] if self._reading else self.epoch) if self.arranged else ()
+        for begin, samples in self._bounds(order, start):
+            yield begin, samples, self._sizes(order[begin : begin + samples], samples)
+
+    def _bounds(self, order: Sequence[int], start: int) -> Iterator[tuple[int, int]]:
+        """Where each window begins in the order, and how many samples it has."""
         while start < self.length:
             samples = min(self.target, self.length - start)
             if samples < self.target and self.drop_last:
                 return
-            yield start, self._slice(samples)[1] if self.arrange is None else tuple(map(len, self.arrange(order[start : start + samples])))
-            start += self.target
+            yield start, samples
+            start += samples
+
+    def _micro_batches(self, window: Sequence[int]) -> list[list[int]]:
+        """This rank's micro-batches of a window, as indices; one sample for a rank that has none."""
+        if self.arrange is not None:
+            return list(self.arrange(window))
+        first, sizes = self._slice(len(window))
+        return [list(window[end : end + size]) if size else [window[0]] for end, size in zip(accumulate(sizes, initial=first), sizes)]
+
+    def _sizes(self, window: Sequence[int], samples: int) -> tuple[int, ...]:
+        """The sizes of `_micro_batches`; a 0 for the sample of a rank that has none. window: empty unless `arranged`."""
+        return self._slice(samples)[1] if self.arrange is None else tuple(map(len, self.arrange(window)))
 
     def set_epoch(self, epoch: int) -> None:
         """Makes the next iteration read this epoch from its start."""
@@ -122,3 +140,39 @@ class WindowSampler(Sampler[list[int]]):
             cuts = self._cuts(samples)
             self._known_slices[samples] = (sum(map(sum, cuts[: self.rank])), tuple(cuts[self.rank]) or (0,))
         return self._known_slices[samples]
+
+
+class TokenSampler(WindowSampler):
+    """A `WindowSampler` whose windows hold at least `target` tokens, and one sample less would not hold them.
+
+    tokens: of every sample, in the dataset's order. budget: the tokens of a micro-batch. padded: as in `tokens.packed`.
+    shares: of every rank, in any unit. A rank's slice of a window is cut into micro-batches by itself.
+    """
+
+    def __init__(self, tokens: Sequence[float], target: int, budget: float, shares: Sequence[float], *, padded: bool, **order: Any) -> None:
+        super().__init__(len(tokens), target, lambda _: (), **order)
+        self.tokens, self._budget, self._shares, self.padded = tokens, budget, shares, padded
+
+    @property
+    def arranged(self) -> bool:
+        return True
+
+    def _bounds(self, order: Sequence[int], start: int) -> Iterator[tuple[int, int]]:
+        while start < self.length:
+            held, end = 0.0, start
+            while end < self.length and held < self.target:
+                held, end = held + self.tokens[order[end]], end + 1
+            if held < self.target and self.drop_last:
+                return
+            yield start, end - start
+            start = end
+
+    def _own(self, window: Sequence[int]) -> Sequence[int]:
+        first, end = slices([self.tokens[index] for index in window], self._shares)[self.rank]
+        return window[first:end]
+
+    def _micro_batches(self, window: Sequence[int]) -> list[list[int]]:
+        return packed(self._own(window), self.tokens, self._budget, padded=self.padded) or [[window[0]]]
+
+    def _sizes(self, window: Sequence[int], samples: int) -> tuple[int, ...]:
+        return tuple(map(len, packed(self._own(window), self.tokens, self._budget, padded=self.padded))) or (0,)

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from autoaccum.data import batches
 from autoaccum.data.sampler import WindowSampler
+from autoaccum.data.tokens import TokenGauge
 from autoaccum.errors import PlanError
 
 Cut = Iterable[tuple[Any, int]]  # pairs of (micro-batch, number of its samples); can be iterated more than once
@@ -107,7 +108,7 @@ class Window:
             raise PlanError(f"cannot cut {self.samples} samples into {list(sizes)}: that is {sum(sizes)}")
         if self.told and self.split is None:
             allowed = most or max(sizes)
-            if max(self.sizes) > allowed:
+            if max(self.sizes) > allowed and not self.arranged:
                 raise PlanError(
                     f"a batch of {max(self.sizes)} samples cannot be cut, and a micro-batch may hold {allowed}: "
                     "use DataLoader(batch_sampler=plan.batch_sampler(dataset)), give split=, or leave samples= out where the first dimension counts them"
@@ -167,6 +168,7 @@ class Windows:
     share: the samples of a window, over all ranks if `shares` is given.
     samples, split, drop_last: as in `Plan.windows`.
     shares: `shares(samples)`, the samples of each rank in a window; None on one rank.
+    gauge: says where a window ends that is counted in tokens; None for windows of `share` samples.
     alike: called with a checksum of the first batch; raises if the ranks read different batches.
     Raises `PlanError` for a dataset or a single batch in place of a loader, and for a loader that does not suit the ranks.
     """
@@ -182,13 +184,14 @@ class Windows:
         shares: Callable[[int], Sequence[int]] | None = None,
         rank: int = 0,
         alike: Callable[[int], object] | None = None,
+        gauge: TokenGauge | None = None,
     ) -> None:
         if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
             raise PlanError(f"windows takes a loader, not a dataset (a {type(loader).__name__}): give DataLoader(dataset, batch_size=...), of any size")
         if not hasattr(loader, "__iter__") or _is_one_batch(loader):
             raise PlanError(f"windows takes a loader of batches, not one batch (a {type(loader).__name__}): give the DataLoader itself")
         self._loader, self._share, self._samples, self._split, self._drop_last = loader, share, samples, split, drop_last
-        self._shares, self._rank, self._alike = shares, rank, alike
+        self._shares, self._rank, self._alike, self._gauge = shares, rank, alike, gauge
         self._sampler = _window_sampler(loader)
         if self._sampler is not None:
             if drop_last != self._sampler.drop_last:
@@ -211,13 +214,22 @@ class Windows:
             if self._shares is None:
                 yield window
                 continue
-            shares = self._shares(window.samples)
-            start = sum(shares[: self._rank])
-            if shares[self._rank]:
-                own, sizes = window.between(start, start + shares[self._rank]), None
+            start, stop = self._slice_of(window)
+            if stop > start:
+                own, sizes = window.between(start, stop), None
             else:  # this rank needs one sample to run if forward communicates, as with `Plan.batch_sampler`
                 own, sizes = window if window.told and window.split is None else window.between(0, 1), (0,)
             yield Window(own.parts[: len(sizes or own.sizes)], sizes or own.sizes, own.split, told=own.told, of_all=window.samples)
+
+    def _slice_of(self, window: Window) -> tuple[int, int]:
+        """The first sample of this rank's part of a window, and the first one after it."""
+        assert self._shares is not None
+        if self._gauge is not None:
+            whole = self._samples is not None and self._split is None
+            return self._gauge.part_of(window.parts, window.sizes, self._shares(self._share), self._rank, whole=whole)
+        shares = self._shares(window.samples)
+        start = sum(shares[: self._rank])
+        return start, start + shares[self._rank]
 
     def state_dict(self) -> dict[str, int]:
         """The position after the last yielded window, for `load_state_dict`. Only for a loader with `Plan.batch_sampler`.
@@ -249,19 +261,22 @@ class Windows:
         self._epoch, self._done, in_window = sampler.began
         if in_window:
             raise PlanError("the loader goes on inside a window, whose first micro-batches are gone: load a state of the end of a window")
-        for start, sizes in sampler.windows(self._done) if first_batches else ():
+        # The first dimension of samples that were put one after the other does not count them.
+        told = self._samples is not None or not getattr(sampler, "padded", True)
+        for start, of_all, sizes in sampler.windows(self._done) if first_batches else ():
             parts = [first_batches.pop() if first_batches else next(loader_iterator) for _ in sizes]
-            of_all = min(sampler.target, sampler.length - start)
             self._done = start + of_all
             if self._samples is not None and any(sizes):
                 sizes = tuple(int(self._samples(part)) if size else 0 for part, size in zip(parts, sizes))
-            yield Window(parts, sizes, self._split, told=self._samples is not None, arranged=sampler.arrange is not None, of_all=of_all)
+            yield Window(parts, sizes, self._split, told=told, arranged=sampler.arranged, of_all=of_all)
         self._epoch, self._done = self._epoch + 1, 0
 
     def _regrouped(self) -> Iterator[Window]:
         parts: list[Any] = []
         sizes: list[int] = []
         ragged_seen = even_seen = False
+        if self._gauge is not None:
+            self._gauge.restart()  # an earlier iteration may have ended inside a window
         for index, batch in enumerate(self._loader):
             if index == 0 and self._alike is not None:
                 self._alike(_checksum(batch))
@@ -277,15 +292,18 @@ class Windows:
             batch = batches.as_samples(batch) if ragged_seen else batch
             remaining = counted(batch, self._samples, cut_by_user=self._split is not None)
             while remaining:
-                room = self._share - sum(sizes)
-                piece, piece_size = batch, remaining
-                if remaining > room:
-                    piece_size = room
-                    piece, batch = self._halves(batch, room, remaining - room)
+                if self._gauge is None:
+                    piece_size = min(remaining, self._share - sum(sizes))
+                    full = sum(sizes) + piece_size == self._share
+                else:
+                    piece_size, full = self._gauge.take(batch, remaining, whole=self._samples is not None and self._split is None)
+                piece = batch
+                if piece_size < remaining:
+                    piece, batch = self._halves(batch, piece_size, remaining - piece_size)
                 parts.append(piece)
                 sizes.append(piece_size)
                 remaining -= piece_size
-                if piece_size == room:
+                if full:
                     yield Window(parts, sizes, self._split, told=self._samples is not None)
                     parts, sizes = [], []
         if parts and not self._drop_last:
@@ -295,6 +313,8 @@ class Windows:
         """The number of windows in an epoch. Raises `TypeError` if the loader's number of samples is not known."""
         if self._sampler is not None:
             return sum(1 for _ in self._sampler.windows(0))
+        if self._gauge is not None:
+            raise TypeError("windows of tokens cannot be counted before the samples are read: use plan.batch_sampler(dataset, tokens=...)")
         full_windows, rest = divmod(samples_in(self._loader), self._share)
         return full_windows + (1 if rest and not self._drop_last else 0)
 

@@ -38,11 +38,11 @@ class RankTeam:
     """The ranks that train together. All ranks call `announce` and `handed_over` together, window by window.
 
     careful_windows: the number of windows with a vote, at the start and after trouble; None for all windows.
-    in_step: True if forward communicates.
+    in_step: True if forward communicates. any_sizes: True if windows are counted in tokens, so that their samples vary.
     """
 
-    def __init__(self, ranks: Ranks, fleet: Fleet, careful_windows: int | None, *, in_step: bool) -> None:
-        self._in_step = in_step
+    def __init__(self, ranks: Ranks, fleet: Fleet, careful_windows: int | None, *, in_step: bool, any_sizes: bool = False) -> None:
+        self._in_step, self._any_sizes = in_step, any_sizes
         self.ranks, self._fleet, self._careful_windows = ranks, fleet, careful_windows
         self._careful_left = careful_windows or 0
         self.lockstep = fleet.lockstep
@@ -88,6 +88,8 @@ class RankTeam:
             raise PlanError(
                 f"{ranks_in_words(empty_ranks)} has no sample to run while the others meet in forward: loop over plan.windows(loader) with plan.batch_sampler(dataset)"
             )
+        if self._any_sizes:
+            return
         for rank, (samples, share) in enumerate(zip(announcement.held, shares)):
             if samples > share and rank not in self.out:
                 raise PlanError(

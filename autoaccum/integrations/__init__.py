@@ -33,9 +33,11 @@ def needed(package: str, extra: str) -> Any:
 
 
 def not_remembered(request: dict[str, Any]) -> None:
-    """Raises `UsageError` for `cache=True`.
+    """Raises `UsageError` for `cache=True`, and for `target_tokens`, because frameworks count samples.
 
     A framework's settings change the memory, but the key of the reading cache does not contain them.
     """
+    if request.get("target_tokens") is not None:
+        raise UsageError("frameworks count samples, not tokens: give target_batch, or train with autoaccum.Accumulator in a loop of your own")
     if request.get("cache"):
         raise UsageError("readings of a framework's own loop are not remembered, because its settings are not known here: leave cache=True out")

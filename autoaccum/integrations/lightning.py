@@ -398,7 +398,7 @@ class _MicroBatches:
         if isinstance(sampler, WindowSampler):
             if self._plan.world_size == 1:
                 return len(sampler)
-            return sum(len(self._sizes(min(target, sampler.length - start))) for start, _ in sampler.windows(0))
+            return sum(len(self._sizes(min(target, sampler.length - start))) for start, _, _ in sampler.windows(0))
         windows, rest = divmod(samples_in(self._loader), target)
         return windows * self._plan.accumulation_steps + (len(self._sizes(rest)) if rest else 0)
 

@@ -11,13 +11,26 @@ import torch
 import torch.distributed as dist
 
 from autoaccum import devices, oom
-from autoaccum.data import Cut, Window, counted
+from autoaccum.data import Cut, TokenGauge, Window, counted
 from autoaccum.distributed import Engine, RankTeam, VoidWindow, WindowAnnouncement, WindowVote, engines, ranks
 from autoaccum.errors import PlanError, UsageError, noted
 from autoaccum.loop.first_windows import FirstWindows
 from autoaccum.loop.rescue import Rescued, Rescuer
 from autoaccum.plan import Plan, micro_batches
-from autoaccum.window import Job, PhaseCallback, RunningStats, WindowResult, accumulation, as_jobs, batch_norms, differing, fingerprint, optimizer_step
+from autoaccum.window import (
+    Job,
+    PerToken,
+    PhaseCallback,
+    RunningStats,
+    WindowResult,
+    accumulation,
+    as_jobs,
+    batch_norms,
+    differing,
+    fingerprint,
+    optimizer_step,
+    per_token,
+)
 
 Loss = Callable[[Any, Any], Any]
 
@@ -138,6 +151,9 @@ class Accumulator:
         self._stats = [RunningStats(job.model) if correct_running_stats else None for job in self._jobs]
         self._engines, self._team = self._ranks(on_oom, careful_windows, rank_timeout_s)
         self._rescuer = Rescuer(self._jobs, device, self._plan, enabled=on_oom == "rescue", grow_after=grow_after, together=self._team is not None)
+        self._tokens = None if self._plan.target_tokens is None else TokenGauge(self._plan.target_tokens, self._jobs[0].count)
+        if self._tokens is not None:
+            self._jobs = tuple(job if job.loss is _no_loss else per_token(job) for job in self._jobs)
         self._short, self._begun = 0, False
         told_already = any("not over samples" in warning for warning in self._plan.warnings)
         # Over ranks forward may communicate, and one rank alone cannot run the loss.
@@ -158,6 +174,8 @@ class Accumulator:
         Raises `PlanError` for a window with more samples than the share, and for a second smaller window in a row.
         """
         window = batch if isinstance(batch, Window) else self._window_of(batch)
+        if self._tokens is not None and loss is not None and self._jobs[0].count is None:
+            loss = PerToken(loss)
         return self._step(window, loss, self._plan.sizes_of)
 
     def _window_of(self, batch: Any) -> Window:
@@ -281,12 +299,20 @@ class Accumulator:
                 "start a card that has a share as rank 0"
             )
         in_step = any(engine is not None and engine.in_step for engine in job_engines)
-        return list(job_engines), RankTeam(world, fleet, careful_windows, in_step=in_step)
+        if in_step and self._plan.target_tokens is not None:
+            raise UsageError(
+                "with windows of tokens the ranks run unlike numbers of micro-batches, and this model's ranks meet in forward: use "
+                "DistributedDataParallel, or tune with target_batch"
+            )
+        return list(job_engines), RankTeam(world, fleet, careful_windows, in_step=in_step, any_sizes=self._plan.target_tokens is not None)
 
     def _check(self, window: Window) -> None:
         samples, share = window.samples, self._plan.share
         if samples < 1:
             raise PlanError("a window of no samples: give a batch with at least one")
+        if self._tokens is not None:
+            self._check_tokens(self._tokens, window)
+            return
         # A window of `plan.windows` is smaller at the end of an epoch only; several loaders in turn may all end.
         self._short = self._short + 1 if samples < share and not window.regrouped else 0
         if samples > share or self._short > 1:
@@ -294,6 +320,16 @@ class Accumulator:
                 f"the loader gives {samples} samples a step, this plan needs {share}: loop over plan.windows(loader), or DataLoader(batch_size={share})"
                 + (f"; data of fewer than {share} samples needs a smaller target batch" if samples < share else "")
             )
+
+    def _check_tokens(self, gauge: TokenGauge, window: Window) -> None:
+        if window.regrouped:
+            return
+        ends = [gauge.take(part, size, whole=window.told and window.split is None) == (size, False) for part, size in zip(window.parts[:-1], window.sizes)]
+        used, full = gauge.take(window.parts[-1], window.sizes[-1], whole=window.told and window.split is None)
+        gauge.restart()
+        self._short = 0 if full else self._short + 1
+        if not all(ends) or used < window.sizes[-1] or self._short > 1:
+            raise PlanError(f"a step of {'fewer' if self._short else 'more'} tokens than the target of {gauge.target}: loop over plan.windows(loader)")
 
     def _warn_of_differences(self) -> None:
         differences = differing(self._plan.job_fingerprint, fingerprint(self._jobs)) if self._plan.job_fingerprint else ()

@@ -41,9 +41,15 @@ def headline(plan: PlanRecord) -> str:
     if plan.fleet is not None:
         shares = " + ".join(f"{share} x {count}" if count > 1 else str(share) for share, count in runs(plan.shares))
         return f"{plan.target_batch} = {shares} over {plan.world_size} ranks     this is rank {plan.rank}, on {plan.device.label}, {plan.device.name}"
+    if plan.target_tokens is not None:
+        micro = f"micro-batches of up to {plan.micro_tokens} ({plan.micro_batch} x {(plan.micro_tokens or 0) // max(plan.micro_batch, 1)})"
+        return f"{plan.target_tokens} tokens a step, in {micro}     about {plan.accumulation_steps} a step on {_on(plan)}"
     steps = "in one piece" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} micro-batches a step"
-    on = f"a simulated {plan.device.name.removeprefix('virtual ')} (predicted)" if plan.predicted else f"{plan.device.label}, {plan.device.name}"
-    return f"{plan.target_batch} = {window_notation(plan.micro_batches)}     {steps} on {on}"
+    return f"{plan.target_batch} = {window_notation(plan.micro_batches)}     {steps} on {_on(plan)}"
+
+
+def _on(plan: PlanRecord) -> str:
+    return f"a simulated {plan.device.name.removeprefix('virtual ')} (predicted)" if plan.predicted else f"{plan.device.label}, {plan.device.name}"
 
 
 def over_ranks(fleet: Fleet) -> Iterator[str]:

@@ -46,6 +46,8 @@ LOADER_SIZED = ("accelerate", "lightning")
 
 def _equal(plan: PlanRecord, framework: str) -> tuple[int, int]:
     """`(micro_batch, steps)` of every rank. Raises `PlanError` if micro-batches are not equal, or if ranks have different ones."""
+    if plan.target_tokens is not None:
+        raise PlanError(f"{framework} counts samples, and this plan counts tokens: tune with target_batch, or train with autoaccum.Accumulator")
     sizes = set(plan.micro_batches)
     if plan.fleet is not None:
         sizes = {size for rank in range(plan.world_size) for size in plan.fleet.sizes(rank, plan.target_batch)}

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -56,10 +56,12 @@ class Plan(PlanRecord):
         """
         import torch
 
-        from autoaccum.data import Window, batches, prefetch
+        from autoaccum.data import Window, batches, prefetch, tokens
 
         window = batch if isinstance(batch, Window) else Window.of([batch])
-        if window.samples > max(self.share, 1):
+        if self.target_tokens is not None:
+            count = count or tokens.labels
+        elif window.samples > max(self.share, 1):
             raise PlanError(
                 f"a batch of {window.samples} samples is more than this plan's {self.share} for one step: loop over plan.windows(loader), "
                 f"or DataLoader(batch_size={self.share})"
@@ -92,7 +94,7 @@ class Plan(PlanRecord):
             part, size = window.parts[0], window.sizes[0]
             self._ranks().table([0.0, 0.0], "announcing a window")
             return [(type(window)([part], [max(size, 1)], window.split, told=window.told).between(0, 1).parts[0], 0)], [0.0]
-        pieces = list(window.cut(self.sizes(window.samples), most=self.micro_batch))
+        pieces = list(window.cut(self.sizes_of(window), most=self.micro_batch))
         counts = [float(samples if count is None else count(piece)) for piece, samples in pieces]
         table = self._ranks().table([window.samples, sum(counts)], "announcing a window")
         total = sum(row[1] for row in table)
@@ -115,6 +117,7 @@ class Plan(PlanRecord):
         *,
         samples: Callable[[Any], int] | None = None,
         split: Callable[[Any, Sequence[int]], Any] | None = None,
+        count: Callable[[Any], Any] | None = None,
         drop_last: bool = False,
     ) -> Windows:
         """Regroups a loader of any batch size into windows of exactly the target; the last window of an epoch is smaller.
@@ -124,15 +127,19 @@ class Plan(PlanRecord):
         samples: `samples(batch)`, the number of samples in a batch, for batches that cannot be cut, such as graphs or packed text.
             Such a batch runs as it is, or `split` cuts it; `batch_sampler` makes batches of the right size.
         split: `split(batch, sizes)`, cuts such a batch.
+        count: for a target in tokens: `count(batch)`, the number of tokens in a batch; by default its labels other than -100. A window
+            ends with the sample that reaches the target.
         drop_last: True leaves out the smaller last window.
         On several ranks, each rank gets its own part of every window. The loader either has a `batch_sampler` of this plan and reads
         only that part, or gives every rank the same samples in the same order.
         Raises `PlanError` for a loader that shuffles by itself or is sharded already, for a batch whose samples cannot be counted,
         and for a batch that would have to be cut and cannot be.
         """
-        from autoaccum.data import Windows
+        from autoaccum.data import TokenGauge, Windows
 
         shares = None if self.fleet is None else self.shares_of
+        if count is not None and self.target_tokens is None:
+            raise PlanError("count= says where a window of tokens ends, and this plan counts samples: give it to Job, to the Accumulator, or to plan.split")
         return Windows(
             loader,
             self.target_batch,
@@ -142,6 +149,7 @@ class Plan(PlanRecord):
             shares=shares,
             rank=self.rank,
             alike=self._check_first_batch if self.fleet else None,
+            gauge=None if self.target_tokens is None else TokenGauge(self.target_tokens, count),
         )
 
     def _check_first_batch(self, checksum: int) -> None:
@@ -174,6 +182,13 @@ class Plan(PlanRecord):
         Parts that were arranged by length stay as they are. With `most`, they are cut in the ratio of `most` to this plan's
         micro-batch.
         """
+        if not window.arranged and self.micro_tokens is not None and self.micro_batch:
+            from autoaccum.data import tokens
+
+            # A part that only the user cuts may be of any layout; its samples are taken for the longest ones.
+            if window.told:
+                return self.sizes(window.samples, most)
+            return tokens.sizes_within(window.parts, window.sizes, self.micro_tokens * (most or self.micro_batch) / self.micro_batch)
         if not window.arranged:
             return self.sizes(window.samples, most)
         ratio = (most or self.micro_batch) / self.micro_batch
@@ -187,6 +202,8 @@ class Plan(PlanRecord):
         *,
         drop_last: bool = False,
         length: Callable[[Any], float] | Sequence[float] | None = None,
+        tokens: Callable[[Any], float] | Sequence[float] | None = None,
+        padded: bool = True,
     ) -> WindowSampler:
         """A sampler for `DataLoader(dataset, batch_sampler=...)` that yields micro-batches in whole windows.
 
@@ -195,15 +212,26 @@ class Plan(PlanRecord):
         each rank takes its slice of the same windows.
         length: `length(sample)`, or a length for every sample, for a plan made with `lengths`. The longest samples of a window then
             come together, and each micro-batch holds as many samples as its longest one allows.
+        tokens: for a plan of tokens: `tokens(sample)`, or the number for every sample. A window takes samples until it has the target,
+            and its micro-batches are filled with samples of like lengths.
+        padded: False if the loader's `collate_fn` puts samples one after the other instead of padding them to the longest.
         Raises `PlanError` for a sample that is longer than was planned.
         """
         from autoaccum.data import WindowSampler
 
+        if (tokens is None) != (self.target_tokens is None):
+            raise PlanError(
+                "the plan counts samples: tune(..., target_tokens=...), or leave tokens= out"
+                if self.target_tokens is None
+                else "the plan counts tokens: give tokens=, a function that says how many a sample has, or their numbers"
+            )
         if length is not None and not self.per_length:
             raise PlanError("the plan knows no lengths: tune(..., lengths=[512, 1024, 2048]), or leave length= out")
 
         if not hasattr(dataset, "__len__"):
             raise PlanError(f"a {type(dataset).__name__} has no length to draw from: for an iterable dataset use plan.windows(DataLoader(dataset, ...))")
+        if tokens is not None:
+            return self._token_sampler(dataset, tokens, padded, shuffle=shuffle, seed=seed, drop_last=drop_last)
         if len(dataset) < self.target_batch:
             warnings.warn(f"the data has {len(dataset)} samples, fewer than the target batch of {self.target_batch}: no window is whole", stacklevel=2)
         arrange = None
@@ -217,6 +245,20 @@ class Plan(PlanRecord):
                 return list(lengths.arrange(indices, sample_lengths, largest))
 
         return WindowSampler(len(dataset), self.target_batch, self._cuts, rank=self.rank, shuffle=shuffle, seed=seed, drop_last=drop_last, arrange=arrange)
+
+    def _token_sampler(self, dataset: Sized, tokens: Any, padded: bool, **order: Any) -> WindowSampler:
+        from autoaccum.data import TokenSampler, lengths
+
+        assert self.target_tokens is not None and self.micro_tokens is not None
+        if tokens is len and len(dataset) and isinstance(dataset[0], Mapping):  # type: ignore[index] # a map-style dataset
+            names = list(dataset[0])  # type: ignore[index]
+            raise PlanError(f"a sample has the fields {names}, and len counts those: tokens=lambda sample: len(sample[{names[0]!r}])")
+        sample_tokens = lengths.by_length(dataset, tokens)[1]
+        if sum(sample_tokens) < self.target_tokens:
+            warnings.warn(f"the data has {sum(sample_tokens):g} tokens, fewer than the target of {self.target_tokens}: no window is whole", stacklevel=3)
+        # A rank without a share of a full window still stands in with one sample, and packs it by itself.
+        budget = float(self.micro_tokens or max(sample_tokens, default=0))
+        return TokenSampler(sample_tokens, self.target_tokens, budget, self.shares, padded=padded, rank=self.rank, **order)
 
     def _cuts(self, samples: int) -> list[tuple[int, ...]]:
         """Every rank's micro-batches of a window of `samples` samples, without the steps that a rank skips."""
@@ -251,6 +293,8 @@ class Plan(PlanRecord):
 
         Raises `PlanError` if the framework cannot run the plan, `UsageError` for anything else.
         """
+        if self.target_tokens is not None:
+            raise PlanError("frameworks count samples, and this plan counts tokens: train with autoaccum.Accumulator in a loop of your own")
         # Imported by name: plans do not depend on the integrations, which are built on top of them.
         importlib.import_module("autoaccum.integrations").of(live).apply(self, live, **settings)
 

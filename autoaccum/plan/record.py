@@ -65,6 +65,9 @@ class PlanRecord:
     arithmetic: the parts of the budget as (bytes, word). The first is positive, the others are subtracted.
     eval_batch: the largest batch that ran forward only, with the optimizer's state resident; None if it was not asked for, or if none fits.
     eval_peak_bytes: its peak.
+    target_tokens: the effective batch in tokens; None if it is in samples. `target_batch` is then the number of the longest samples that
+        have these tokens, and the window that was measured; a window of shorter samples has more of them.
+    micro_tokens: the largest micro-batch in tokens, padding included, that was measured; None if the target is in samples.
     per_length: a plan for each requested length, ascending. This plan is the one for the longest.
     """
 
@@ -99,6 +102,8 @@ class PlanRecord:
     fleet: Fleet | None = None
     objective: str = "fewest-steps"
     per_length: tuple[tuple[int, PlanRecord], ...] = ()
+    target_tokens: int | None = None
+    micro_tokens: int | None = None
     eval_batch: int | None = None
     eval_peak_bytes: int | None = None
 

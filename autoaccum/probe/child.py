@@ -94,6 +94,12 @@ class Child:
             self._start()
         return Reading.from_dict(answer)
 
+    def sample_tokens(self) -> int:
+        try:
+            return int(self._ask("sample_tokens"))
+        except _Died as death:
+            raise errors.JobFailed(f"the job's process ended while it made a batch (exit code {death.code})", text=self._tail.strip()) from None
+
     def compare(self, samples: int) -> Equivalence | None:
         self._phase = "compare"
         try:

@@ -149,6 +149,10 @@ class Command:
         """Raises `UsageError`: the command decides by itself what it runs."""
         raise UsageError("a command's evaluation cannot be run alone")
 
+    def sample_tokens(self) -> int:
+        """Raises `UsageError`: the command decides by itself what a sample is."""
+        raise UsageError("a command's tokens cannot be counted")
+
     def compare(self, samples: int) -> Equivalence | None:
         return None  # the command's loss and gradients cannot be read
 

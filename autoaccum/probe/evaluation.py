@@ -16,8 +16,6 @@ from autoaccum.probe import trial
 from autoaccum.probe.readings import Reading
 from autoaccum.window import Job, PhaseCallback, is_compiled
 
-LARGEST = 65_536  # a batch above this is hardly faster, and would take long to try
-
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -25,12 +23,12 @@ class Evaluation:
 
     run: `run(model, batch)`, with the model in eval mode and without gradients; None for the loss of each job.
     make_batch: `make_batch(n)`, the worst batch of n samples that evaluation gets; None for the job's own batch.
-    most: the largest batch to try, for instance the number of samples in the evaluation set.
+    most: the largest batch to try, for instance the number of samples in the evaluation set; None if it is not known.
     """
 
     run: Callable[[Any, Any], Any] | None = None
     make_batch: Callable[[int], Any] | None = None
-    most: int = LARGEST
+    most: int | None = None
 
     @classmethod
     def of(cls, given: Evaluation | Callable[[Any, Any], Any] | bool) -> Evaluation | None:
@@ -42,14 +40,6 @@ class Evaluation:
         if not callable(given):
             raise UsageError(f"evaluate must be True, or a function evaluate(model, batch) that runs one batch forward, not {given!r}")
         return cls(given)
-
-
-def candidates(most: int) -> list[int]:
-    """The sizes to try, ascending: all up to 64, then steps of about 3 %, and `most`, if it is not above 65,536."""
-    sizes = [1]
-    while sizes[-1] < min(most, LARGEST):
-        sizes.append(min(sizes[-1] + max(1, sizes[-1] // 32), most, LARGEST))
-    return sizes
 
 
 def measure_evaluation(

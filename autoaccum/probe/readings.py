@@ -21,6 +21,7 @@ class Limits:
 
     memory_bytes: the memory limit. headroom: as the user gave it. timeout_s: seconds per trial.
     sharing_ranks: the number of the job's ranks that share the device's free memory, this rank included.
+    per_token: True if windows are counted in tokens, so that every loss is made one per token (`window.per_token`).
     buckets: True if the model will be wrapped in DistributedDataParallel. Memory for its copy of the gradients is then kept free.
     """
 
@@ -29,6 +30,7 @@ class Limits:
     timeout_s: float | None = None
     sharing_ranks: int = 1
     buckets: bool = False
+    per_token: bool = False
 
     def timeout_of(self, steps: int, *, full: bool, windows: int = 2) -> float | None:
         """The timeout of a trial in seconds. For a run of whole windows it grows with their micro-batches: `timeout_s` is for three."""
@@ -197,6 +199,9 @@ class Rehearser(Protocol):
 
     def evaluate(self, samples: int, trained: int) -> Reading:
         """Runs one trial of an evaluation: `samples` samples forward only, after an optimizer step of `trained` samples. Restores the job's state."""
+
+    def sample_tokens(self) -> int:
+        """The tokens of one of the job's samples, padding included."""
 
     def compare(self, samples: int) -> Equivalence | None:
         """Compares split and whole gradient on `samples` of the job's own samples, and restores the state. None if this cannot be done."""

@@ -9,12 +9,13 @@ from dataclasses import replace
 
 import torch
 
+from autoaccum.data import tokens
 from autoaccum.devices import RLIMIT, SHARED, Budget, Device, make_budget
 from autoaccum.probe import conditions, equivalence
 from autoaccum.probe.evaluation import Evaluation, measure_evaluation
 from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject
 from autoaccum.probe.trial import gradient_bytes, measure
-from autoaccum.window import Interrupts, Job, PhaseCallback, Snapshot, as_jobs, batch_norms, fingerprint, preserved
+from autoaccum.window import Interrupts, Job, PhaseCallback, Snapshot, as_jobs, batch_norms, fingerprint, per_token, preserved
 
 
 class Rehearsal:
@@ -117,6 +118,13 @@ class Rehearsal:
         finally:
             self._snapshot.rewind()
 
+    def sample_tokens(self) -> int:
+        """The tokens of one of the job's samples, padding included. Restores the job's state, because it makes a batch."""
+        try:
+            return tokens.per_sample(self._jobs[0].batch_of(2), 2)
+        finally:
+            self._snapshot.rewind()
+
     def compare(self, samples: int) -> Equivalence:
         """Compares split and whole gradient on a few of the job's own samples, and restores the job's state."""
         try:
@@ -157,7 +165,7 @@ def rehearsing(
     device.prepare()
     with _earlier_objects_frozen():
         try:
-            jobs = as_jobs(jobs)
+            jobs = tuple(map(per_token, as_jobs(jobs))) if limits.per_token else as_jobs(jobs)
             with preserved(jobs, parameters=parameters) as (snapshot, interrupts):
                 yield Rehearsal(jobs, device, snapshot, interrupts, limits, enforce=enforce, on_phase=on_phase, evaluation=evaluation)
         finally:

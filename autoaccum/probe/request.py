@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 from autoaccum.errors import UsageError
@@ -18,10 +20,12 @@ class Request:
 
     memory_limit: bytes, or a size in words. headroom: a size, or a percentage of the budget.
     equal: only micro-batches that divide the target batch. largest: search the exact largest micro-batch.
+    target_tokens: the effective batch in tokens, instead of `target_batch`. sample_tokens: the tokens of one of the longest samples, once
+    it is known; `target_batch` is then the number of such samples that have the tokens.
     lockstep: the same number of micro-steps on every rank. evaluate: also search the largest batch of evaluation, up to `max_eval_batch`.
     """
 
-    target_batch: int
+    target_batch: int | None = None
     memory_limit: int | str | None = None
     headroom: int | str = "3%"
     max_micro_batch: int | None = None
@@ -32,11 +36,19 @@ class Request:
     objective: Objective = "fewest-steps"
     evaluate: bool = False
     max_eval_batch: int = 2**63 - 1
+    target_tokens: int | None = None
+    sample_tokens: int = 0
     limits: Limits = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.target_batch is None and self.target_tokens is None:
+            raise UsageError("how much one optimizer step sees is missing: give target_batch, in samples, or target_tokens")
+        if self.target_tokens is not None and self.target_batch is not None and not self.sample_tokens:
+            raise UsageError(f"target_batch={self.target_batch} and target_tokens={self.target_tokens} both say how much one step sees: give one")
+        if self.target_tokens is not None and (isinstance(self.target_tokens, bool) or not isinstance(self.target_tokens, int) or self.target_tokens < 1):
+            raise UsageError(f"target_tokens must be a whole number of tokens, at least 1, not {self.target_tokens!r}")
         for name, value in (("target_batch", self.target_batch), ("max_micro_batch", self.max_micro_batch)):
-            if (value is not None or name == "target_batch") and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            if (value is not None) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise UsageError(f"{name} must be a whole number of samples, at least 1, not {value!r}")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise UsageError(f"timeout_s must be more than 0 seconds, not {self.timeout_s!r}")
@@ -48,4 +60,17 @@ class Request:
         if limit is not None and limit < MIB:
             raise UsageError(f"a memory limit of {self.memory_limit} is {in_words(limit)}, less than any process takes: did you mean {self.memory_limit}MiB?")
         parse_headroom(self.headroom, limit or 2**63)  # raises for a wrong headroom before anything is built
-        object.__setattr__(self, "limits", Limits(limit, self.headroom, self.timeout_s))
+        object.__setattr__(self, "limits", Limits(limit, self.headroom, self.timeout_s, per_token=self.target_tokens is not None))
+
+    @property
+    def samples(self) -> int:
+        """The target batch in samples; for a target in tokens it is known only after `in_samples`."""
+        assert self.target_batch is not None
+        return self.target_batch
+
+    def in_samples(self, sample_tokens: Callable[[], int]) -> Request:
+        """The request with a target batch in samples. sample_tokens: returns the tokens of one of the longest samples."""
+        if self.target_tokens is None or self.sample_tokens:
+            return self
+        tokens = sample_tokens()
+        return replace(self, target_batch=math.ceil(self.target_tokens / tokens), sample_tokens=tokens)

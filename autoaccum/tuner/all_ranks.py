@@ -16,7 +16,7 @@ from typing import TypeVar
 from autoaccum import units
 from autoaccum.devices import Budget, drift
 from autoaccum.distributed import Fleet, Ranks, Timing, alike, equal_share, host
-from autoaccum.errors import NothingFits, RanksDisagree
+from autoaccum.errors import NothingFits, RanksDisagree, UsageError
 from autoaccum.plan import Plan, arithmetic
 from autoaccum.probe import Limits, Reading, Rehearser, Request, refusals, search
 from autoaccum.tuner.assembly import assemble_plan
@@ -36,6 +36,7 @@ def shared_limits(request: Request, ranks: Ranks, device: tuple[str, str | None,
     Raises `RanksDisagree` if the ranks have different requests.
     """
     ranks.same("target_batch", request.target_batch)
+    ranks.same("target_tokens", request.target_tokens)
     ranks.same("equal, lockstep and max_micro_batch", (request.equal, request.lockstep, request.max_micro_batch))
     places = ranks.gathered((host(), device[0], device[1] or device[2]), "comparing devices")
     sharing = [rank for rank, place in enumerate(places) if place == places[ranks.rank]]
@@ -54,7 +55,13 @@ def tune_all_ranks(rehearsal: Rehearser, request: Request, trials: TrialLog, lab
     exceptions of this rank's own job.
     """
     started = time.monotonic()
-    target, subject = request.target_batch, rehearsal.subject()
+    if request.target_tokens is not None and (request.equal or request.lockstep):
+        raise UsageError(
+            "target_tokens over ranks shares windows out by tokens, so ranks run unlike numbers of micro-batches: leave equal and lockstep out, or give target_batch"
+        )
+    request = request.in_samples(rehearsal.sample_tokens)
+    ranks.same("the tokens of the longest sample", request.sample_tokens)
+    target, subject = request.samples, rehearsal.subject()
     ranks.same("the model, its optimizer and its settings", subject.fingerprint)
     smallest = 2 if subject.batch_norms else 1
     if request.equal:
@@ -151,7 +158,7 @@ def _largest_micro_batch(rehearsal: Rehearser, request: Request, trials: TrialLo
 
     Gradients are resident in every trial, because the number of micro-batches in this rank's share is not known yet.
     """
-    candidates = _candidates(request.target_batch, request, smallest)
+    candidates = _candidates(request.samples, request, smallest)
     if budget.budget_bytes <= 0 or not candidates:
         return 0, None
 

@@ -42,12 +42,12 @@ def assemble_plan(
     memory = budget.memory
     most = max(sizes, default=0)
     return Plan(
-        target_batch=request.target_batch,
+        target_batch=request.samples,
         micro_batch=most,
         accumulation_steps=len(sizes),
         micro_batches=sizes,
-        share=request.target_batch,
-        shares=(request.target_batch,),
+        share=request.samples,
+        shares=(request.samples,),
         rank=0,
         world_size=1,
         largest_fit=max((reading.micro_batch for reading in trials.readings if reading.fits and reading.micro_batch not in trials.refused), default=most),
@@ -58,7 +58,7 @@ def assemble_plan(
         peak_bytes=confirmed.peak_bytes if confirmed is not None else None,
         outside_bytes=memory.outside_bytes,
         headroom_bytes=budget.headroom_bytes,
-        samples_per_second=request.target_batch / confirmed.window_seconds if confirmed is not None and confirmed.window_seconds else None,
+        samples_per_second=request.samples / confirmed.window_seconds if confirmed is not None and confirmed.window_seconds else None,
         trials=tuple(
             TrialRecord(
                 reading.micro_batch,
@@ -69,11 +69,13 @@ def assemble_plan(
                 round(reading.seconds, 4),
                 reading.cached,
                 reading.full,
-                _rate(reading, request.target_batch),
+                _rate(reading, request.samples),
             )
             for reading in trials.readings
         ),
         objective=request.objective,
+        target_tokens=request.target_tokens,
+        micro_tokens=most * request.sample_tokens if request.target_tokens is not None else None,
         seconds=round(time.monotonic() - started, 4),
         versions=versions(),
         job_fingerprint=subject.fingerprint,
@@ -108,7 +110,7 @@ def _warnings(rehearsal: Rehearser, request: Request, trials: TrialLog, sizes: t
     if subject.batch_norms and len(sizes) > 1:
         layers = ", ".join(subject.batch_norms[:3]) + (" and more" if len(subject.batch_norms) > 3 else "")
         messages.append(
-            f"BatchNorm ({layers}) sees micro-batches of {sizes[0]}, not the whole batch of {request.target_batch}: its statistics differ from one big batch"
+            f"BatchNorm ({layers}) sees micro-batches of {sizes[0]}, not the whole batch of {request.samples}: its statistics differ from one big batch"
         )
         if sizes[0] == 2:
             messages.append(

@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 from autoaccum.devices import Budget
-from autoaccum.probe import Reading, Rehearser, evaluation, search
+from autoaccum.probe import Reading, Rehearser, search
 from autoaccum.tuner.trial_log import TrialLog
+
+_LARGEST = 65_536  # a batch above this is hardly faster, and would take long to try
+
+
+def candidates(most: int) -> list[int]:
+    """The sizes to try, ascending: all up to 64, then steps of about 3 %, and `most`, if it is not above 65,536."""
+    sizes = [1]
+    while sizes[-1] < min(most, _LARGEST):
+        sizes.append(min(sizes[-1] + max(1, sizes[-1] // 32), most, _LARGEST))
+    return sizes
 
 
 def largest_evaluation(rehearsal: Rehearser, trials: TrialLog, budget: Budget, most: int) -> Reading | None:
@@ -16,7 +26,7 @@ def largest_evaluation(rehearsal: Rehearser, trials: TrialLog, budget: Budget, m
         readings[samples] = trials.evaluate(rehearsal, samples, trained)
         return readings[samples]
 
-    sizes = evaluation.candidates(most)
+    sizes = candidates(most)
     # No size is the "target", because no gradients are held in any.
     found = search.largest(fits, 2 * sizes[-1], sizes, budget_bytes=lambda: budget.budget_bytes, daring=rehearsal.enforces)
     return readings.get(found.micro_batch)

@@ -22,11 +22,13 @@ def tune_command(words: Sequence[str], request: Request, *, device: str = "auto"
     """
     if request.objective == "throughput":
         raise UsageError("--objective throughput times windows, and of a command only the whole run can be timed, its start included: leave it out")
+    if request.target_tokens is not None:
+        raise UsageError("--target-tokens needs a JOB, whose batches can be counted: a command gets its micro-batch in samples, so give --target-batch")
     template, trials, started = Template(tuple(words)), TrialLog(progress), time.monotonic()
     request = replace(request, equal=True)
     with Command(template, device, request.limits, on_output=on_output) as command:
         budget = refusals.enough(command.budget())
-        target = request.target_batch
+        target = request.samples
         candidates = arithmetic.candidate_sizes(target, most=request.max_micro_batch, equal=True)
 
         def fits(micro_batch: int, steps: int) -> Reading:
@@ -45,12 +47,12 @@ def check_command(
     words: Sequence[str], micro_batch: int, request: Request, *, device: str = "auto", progress: Progress | None = None, on_output: Callable[[str], None]
 ) -> Plan:
     """Runs the command once at the given micro-batch. Raises `OutOfMemory` if it does not fit."""
-    if request.target_batch % micro_batch:
-        raise UsageError(f"a command runs equal micro-batches: {micro_batch} does not divide a target batch of {request.target_batch}")
+    if request.samples % micro_batch:
+        raise UsageError(f"a command runs equal micro-batches: {micro_batch} does not divide a target batch of {request.samples}")
     template, trials, started = Template(tuple(words)), TrialLog(progress), time.monotonic()
     with Command(template, device, request.limits, on_output=on_output) as command:
         budget = refusals.enough(command.budget())
-        sizes = arithmetic.micro_batches(request.target_batch, request.target_batch // micro_batch)
+        sizes = arithmetic.micro_batches(request.samples, request.samples // micro_batch)
         reading = trials.measure(command, sizes)
         if not reading.fits:
             raise refusals.too_big(reading, sizes, unlimited(command, trials, reading, sizes, budget), budget)

@@ -33,7 +33,8 @@ def tune(
     loss: Any = None,
     batch: Any = None,
     *,
-    target_batch: int,
+    target_batch: int | None = None,
+    target_tokens: int | None = None,
     device: str | torch.device | None = None,
     memory_limit: int | str | None = None,
     headroom: int | str = "3%",
@@ -57,6 +58,9 @@ def tune(
     model, optimizer, loss, batch: as in `Job`, with its keywords. Instead of them: a `Job`, or a list of jobs (a GAN's
     discriminator and generator). The jobs of a list run one after the other in every window, all resident, on the first
     job's batch.
+    target_tokens: the effective batch in tokens, instead of `target_batch` in samples. A window then takes samples until it has these tokens:
+    labels other than -100, or what `count` says. Its loss is per token: a scalar is taken for the mean over the tokens of its batch.
+    Measure with the longest samples: `Plan.micro_tokens` is what a micro-batch may hold of them or of shorter ones, padding included.
     device: the device of the parameters; any other device raises `NoSuchDevice`.
     memory_limit: bytes or a text such as `"2GiB"`; it is enforced.
     headroom: memory that stays free, as a size or as a percentage of the budget.
@@ -104,8 +108,11 @@ def tune(
         lockstep,
         objective,
         evaluate=evaluation is not None,
-        **({} if evaluation is None else {"max_eval_batch": evaluation.most}),
+        target_tokens=target_tokens,
+        **({} if evaluation is None or evaluation.most is None else {"max_eval_batch": evaluation.most}),
     )
+    if target_tokens is not None and lengths is not None:
+        raise UsageError("lengths= makes a plan for each length, and target_tokens one plan for all: give one of the two")
     where = _where(jobs[0], None if device is None else str(device))
     # On a CPU an enforced limit also stops threads that other code of this process starts meanwhile. So it is enforced only
     # if the user gave one. Without it, only sizes that are predicted to fit are run.

@@ -78,22 +78,22 @@ def check_source(
     on_output: Callable[[str], None] | None = None,
 ) -> Plan:
     """Runs the whole window with one given micro-batch twice. Raises `OutOfMemory` with the missing memory if it does not fit."""
-    if not 1 <= micro_batch <= request.target_batch:
-        raise UsageError(f"a micro-batch of {micro_batch} for a target batch of {request.target_batch}: give between 1 and {request.target_batch}")
-    if request.equal and request.target_batch % micro_batch:
-        near = [size for size in arithmetic.candidate_sizes(request.target_batch, equal=True) if size <= micro_batch][-1]
-        raise UsageError(f"{micro_batch} does not divide a target batch of {request.target_batch}: {near} does, or leave --equal out")
+    if not 1 <= micro_batch <= request.samples:
+        raise UsageError(f"a micro-batch of {micro_batch} for a target batch of {request.samples}: give between 1 and {request.samples}")
+    if request.equal and request.samples % micro_batch:
+        near = [size for size in arithmetic.candidate_sizes(request.samples, equal=True) if size <= micro_batch][-1]
+        raise UsageError(f"{micro_batch} does not divide a target batch of {request.samples}: {near} does, or leave --equal out")
     with _child(where, request, device, progress, on_output) as (child, trials, label):
         started = time.monotonic()
         budget = refusals.enough(child.budget())
-        sizes = arithmetic.micro_batches(request.target_batch, math.ceil(request.target_batch / micro_batch))
+        sizes = arithmetic.micro_batches(request.samples, math.ceil(request.samples / micro_batch))
         norms = child.subject().batch_norms
         if sizes[0] < micro_batch:
             # The user asked for this size, so it runs as given. The last micro-batch of the window is smaller.
-            count, rest = divmod(request.target_batch, micro_batch)
+            count, rest = divmod(request.samples, micro_batch)
             sizes = (micro_batch,) * count + ((rest,) if rest else ())
             if norms and rest == 1:
-                sizes = window_led_by(request.target_batch, micro_batch)
+                sizes = window_led_by(request.samples, micro_batch)
         if norms and min(sizes) < 2:
             raise UsageError(f"BatchNorm layer {norms[0]!r} needs micro-batches of at least 2 samples, and {window_notation(sizes)} leaves one alone")
         reading = trials.measure(child, sizes, full=True)

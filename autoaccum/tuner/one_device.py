@@ -41,9 +41,10 @@ def tune_one_device(
     known, start: as in `search.largest`.
     """
     started = time.monotonic()
+    request = request.in_samples(rehearsal.sample_tokens)
     subject = rehearsal.subject()
     first_budget = budget = refusals.enough(rehearsal.budget())
-    target = request.target_batch
+    target = request.samples
     remembered = [] if shelf is None else shelf.known(target, budget.budget_bytes)
     # Readings of other targets help the search. The plan lists only readings of its own target.
     trials.readings += [
@@ -66,7 +67,7 @@ def _search(
     rehearsal: Rehearser, request: Request, trials: TrialLog, subject: Subject, budget: Budget, shelf: ReadingCache | None, known: Sequence[Reading], start: int
 ) -> tuple[search.SearchResult, Reading, tuple[int, ...], Budget]:
     """The result of the search, the reading of the confirming run, the window's micro-batches, and the budget of that run."""
-    target = request.target_batch
+    target = request.samples
     smallest = 2 if subject.batch_norms else 1
     candidates = arithmetic.candidate_sizes(target, smallest=smallest, most=request.max_micro_batch, equal=request.equal, every=request.largest)
     if not candidates:

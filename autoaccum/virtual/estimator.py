@@ -71,14 +71,14 @@ def estimate_source(
     origin = where if isinstance(where, Source) else parse_source(where)
     if timeline is None and len(names) > _DETAILED:
         many = _side_by_side(origin, request, names, replace(request.limits, buckets=buckets), on_output)
-        return Estimates(origin.label, request.target_batch, many, round(time.monotonic() - started, 3))
+        return Estimates(origin.label, request.samples, many, round(time.monotonic() - started, 3))
     with Child(origin, f"virtual:{names[0]}", replace(request.limits, buckets=buckets), on_output=on_output) as child:
         estimates = [_estimate_card(child, name, request, len(names)) for name in names]
         tape = None
         if timeline is not None:
             chosen = _estimate_card(child, timeline, request, len(names))
             tape = child.simulated("tape", sizes=list(chosen.micro_batches))
-    return Estimates(origin.label, request.target_batch, tuple(estimates), round(time.monotonic() - started, 3), tape)
+    return Estimates(origin.label, request.samples, tuple(estimates), round(time.monotonic() - started, 3), tape)
 
 
 def _side_by_side(origin: Source, request: Request, names: Sequence[str], limits: Limits, on_output: Callable[[str], None] | None) -> tuple[Estimate, ...]:
@@ -121,7 +121,7 @@ def _check_cards(names: Sequence[str], request: Request) -> None:
 
 
 def _estimate_card(child: Child, gpu: str, request: Request, cards: int) -> Estimate:
-    return Estimate.from_dict(child.simulated("estimate", gpu=gpu, target=request.target_batch, **_search_options(request, cards)))
+    return Estimate.from_dict(child.simulated("estimate", gpu=gpu, target=request.samples, **_search_options(request, cards)))
 
 
 def _search_options(request: Request, cards: int) -> dict[str, Any]:
@@ -157,9 +157,7 @@ def _forked(make: Callable[[], Any], request: Request, names: Sequence[str]) -> 
     answer = json.loads(text)
     if "error" in answer:
         raise from_document(answer["error"])
-    return Estimates(
-        getattr(make, "__name__", "job"), request.target_batch, tuple(map(Estimate.from_dict, answer["gpus"])), round(time.monotonic() - started, 3)
-    )
+    return Estimates(getattr(make, "__name__", "job"), request.samples, tuple(map(Estimate.from_dict, answer["gpus"])), round(time.monotonic() - started, 3))
 
 
 def _run_copy(make: Callable[[], Any], request: Request, names: Sequence[str], receive: int, send: int, parent: int) -> NoReturn:
@@ -192,7 +190,7 @@ def _estimate_in_copy(make: Callable[[], Any], request: Request, names: Sequence
             jobs = as_jobs(make())
         approximate = fake_cuda()
         simulated = simulation.Simulation(jobs, profiles.load(names[0]), request.limits, approximate=approximate)
-        return {"gpus": [simulated.estimated(name, request.target_batch, **_search_options(request, len(names))) for name in names]}
+        return {"gpus": [simulated.estimated(name, request.samples, **_search_options(request, len(names))) for name in names]}
     except (Exception, SystemExit) as error:
         if "fork-based multiprocessing" in str(error):
             error = UsageError(

@@ -100,7 +100,7 @@ def fleet(
 def _forecast(
     label: str, request: Request, cards: tuple[FleetCard, ...], work: Work, link: float, assumed: tuple[str, ...], notes: tuple[str, ...], started: float
 ) -> Forecast:
-    target, world = request.target_batch, sum(card.count for card in cards)
+    target, world = request.samples, sum(card.count for card in cards)
 
     def planned(pace: int, lockstep: bool = request.lockstep) -> Fleet:
         curves = [card.curves[pace] for card in cards for _ in range(card.count)]
@@ -173,14 +173,14 @@ def _most_by_hand(card: Profile, work: Work, request: Request) -> int:
             "data-parallel job holds all of it: leave the card out, or shard the optimizer's state (ZeRO-1) or the model (FSDP)",
             budget_bytes=card.available_bytes - headroom,
         )
-    return min(left // work.per_sample, request.max_micro_batch or left, request.target_batch)
+    return min(left // work.per_sample, request.max_micro_batch or left, request.samples)
 
 
 def _simulated(origin: Source, request: Request, labels: Sequence[str], on_output: Callable[[str], None] | None) -> tuple[Work, list[int]]:
     """The job's work and the largest micro-batch of each card, both simulated. Memory for DDP's buckets stays free."""
     names = list(dict.fromkeys(labels))
     estimates = estimator.estimate_source(
-        origin, Request(request.target_batch, None, request.headroom, request.max_micro_batch), names, on_output=on_output, buckets=True
+        origin, Request(request.samples, None, request.headroom, request.max_micro_batch), names, on_output=on_output, buckets=True
     )
     by_name = dict(zip(names, estimates.gpus))
     for name, estimate in by_name.items():

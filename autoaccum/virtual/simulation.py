@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from autoaccum.data import tokens
 from autoaccum.devices import Budget, Facts, Memory, make_budget
 from autoaccum.plan import arithmetic
 from autoaccum.plan import micro_batches as cut
@@ -36,7 +37,7 @@ from autoaccum.virtual.advice import with_advice
 from autoaccum.virtual.estimate import Estimate
 from autoaccum.virtual.phantom import Phantom
 from autoaccum.virtual.tapes import PIECES, JobTapes
-from autoaccum.window import Job, PhaseCallback, batch_norms, fingerprint, is_compiled
+from autoaccum.window import Job, PhaseCallback, batch_norms, fingerprint, is_compiled, per_token
 
 _SIZES = 1 << 36  # the search ends at this micro-batch
 
@@ -50,6 +51,7 @@ class Simulation:
     enforces = True
 
     def __init__(self, jobs: Sequence[Job], profile: Profile, limits: Limits, *, approximate: str = "", on_phase: PhaseCallback | None = None) -> None:
+        jobs = tuple(map(per_token, jobs)) if limits.per_token else jobs
         self._jobs, self._limits, self._on_phase = jobs, limits, on_phase
         self._norms = tuple(dict.fromkeys(name for job in jobs for name in batch_norms(job.model)))
         self._remarks = self._job_remarks(approximate)
@@ -136,6 +138,9 @@ class Simulation:
             base_bytes=replayed.base_bytes if fits else None,
             activation_bytes=replayed.peak_reserved_bytes if fits else None,
         )
+
+    def sample_tokens(self) -> int:
+        return tokens.per_sample(self._traced.phantom.batch(2), 2)
 
     def compare(self, samples: int) -> Equivalence | None:
         return None  # simulated weights have no values to compare

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from autoaccum.window.batch_norm import RunningStats, batch_norms
     from autoaccum.window.interrupts import Interrupts
     from autoaccum.window.job import Job, as_jobs, differing, fingerprint, is_compiled
-    from autoaccum.window.losses import predicts_next, token_mean
+    from autoaccum.window.losses import PerToken, per_token, predicts_next, token_mean
     from autoaccum.window.phases import PhaseCallback
     from autoaccum.window.result import WindowResult
     from autoaccum.window.rng_state import RngState
@@ -26,7 +26,7 @@ else:
         batch_norm="RunningStats batch_norms",
         interrupts="Interrupts",
         job="Job as_jobs differing fingerprint is_compiled",
-        losses="predicts_next token_mean",
+        losses="PerToken per_token predicts_next token_mean",
         phases="PhaseCallback",
         result="WindowResult",
         rng_state="RngState",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from autoaccum.data import IGNORED
 from autoaccum.errors import JobError
+from autoaccum.window.job import Job
 
 
 def token_mean(model: torch.nn.Module, batch: Mapping[str, Any], *, shifted: bool | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -36,6 +38,36 @@ def token_mean(model: torch.nn.Module, batch: Mapping[str, Any], *, shifted: boo
     count = (labels != IGNORED).sum()
     # A mean over no labels is nan; such a micro-batch contributes nothing.
     return torch.where(count > 0, loss, torch.zeros_like(loss)) * count, count
+
+
+class PerToken:
+    """A loss per token, made of a loss that returns a mean over labels, for windows that are counted in tokens.
+
+    A pair `(loss_sum, count)` and a loss of several terms pass through. A scalar is taken for the mean over the labels of the batch other
+    than -100, without each sequence's first one for a model that predicts the next token, and becomes such a pair.
+    Raises `JobError` for a scalar if the batch has no labels.
+    """
+
+    def __init__(self, loss: Callable[[Any, Any], Any]) -> None:
+        self.inner = loss
+
+    def __call__(self, model: torch.nn.Module, batch: Any) -> Any:
+        found = batch.get("labels") if isinstance(batch, Mapping) else None  # before the loss, which may take it out of the batch
+        returned = self.inner(model, batch)
+        if not isinstance(returned, torch.Tensor):
+            return returned
+        if not isinstance(found, torch.Tensor):
+            raise JobError(
+                "a target in tokens needs a loss per token, and this one is a scalar of a batch without 'labels': return (loss_sum, count), "
+                "or give count=, a function of a batch that says what the scalar is a mean over"
+            )
+        count = ((found[..., 1:] if predicts_next(model) and found.dim() > 1 else found) != IGNORED).sum()
+        return torch.where(count > 0, returned, torch.zeros_like(returned)) * count, count
+
+
+def per_token(job: Job) -> Job:
+    """The job with a loss per token. A job with `count` has one already: its scalar is the mean over what is counted."""
+    return job if job.count is not None else replace(job, loss=PerToken(job.loss))
 
 
 def predicts_next(model: torch.nn.Module) -> bool:

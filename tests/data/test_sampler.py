@@ -49,7 +49,7 @@ def windows(ranks):
     found = []
     for cuts in zip(*(list(each.windows(each.done)) for each in ranks)):
         parts = []
-        for (_, sizes), indices in zip(cuts, read):
+        for (_, _, sizes), indices in zip(cuts, read):
             for size in sizes:
                 micro = next(indices)
                 assert len(micro) == max(size, 1)
@@ -81,7 +81,7 @@ def test_a_run_moves_from_three_to_six_ranks_in_mid_epoch():
     alone, three = windows(samplers(ONE)), samplers(THREE)
     read = [iter(each) for each in three]
     for sampler, indices in zip(three, read):
-        for _, sizes in list(sampler.windows(0))[:3]:
+        for _, _, sizes in list(sampler.windows(0))[:3]:
             for _ in sizes:
                 next(indices)
     states = [each.state_dict() for each in three]

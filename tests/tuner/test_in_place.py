@@ -267,15 +267,14 @@ def test_progress_is_a_callback_or_lines_on_stderr(capsys):
 
 
 def test_the_knobs_of_tune_are_these():
-    """Only the target is the user's to force; all else is keyword-only with a default."""
+    """Only the target is the user's to force; all is keyword-only with a default."""
     import inspect
 
     parameters = inspect.signature(autoaccum.tune).parameters
     assert [each.name for each in parameters.values() if each.kind is each.KEYWORD_ONLY] == [
-        "target_batch", "device", "memory_limit", "headroom", "max_micro_batch", "equal", "largest", "objective", "lockstep", "timeout_s",
-        "rank_timeout_s", "cache", "lengths", "progress",
+        "target_batch", "target_tokens", "device", "memory_limit", "headroom", "max_micro_batch", "equal", "largest", "objective", "lockstep", "timeout_s",
+        "rank_timeout_s", "cache", "lengths", "evaluate", "progress",
     ]  # fmt: skip
-    assert [each.name for each in parameters.values() if each.kind is each.KEYWORD_ONLY and each.default is each.empty] == ["target_batch"]
 
 
 def test_a_compiled_model_is_searched_as_it_was_written_and_confirmed_compiled():
@@ -301,7 +300,7 @@ def test_a_keyword_that_is_not_there_is_told_with_the_one_that_was_meant():
     job = jobs.small()
     with pytest.raises(autoaccum.UsageError, match="tune\\(\\) has no keyword 'max_microbatch': did you mean 'max_micro_batch'"):
         autoaccum.tune(job.model, job.optimizer, job.loss, job.batch, target_batch=12, max_microbatch=4)
-    with pytest.raises(autoaccum.UsageError, match="target_batch must be a whole number"):
+    with pytest.raises(autoaccum.UsageError, match="how much one optimizer step sees is missing: give target_batch, in samples, or target_tokens"):
         autoaccum.tune(job, target_batch=None)
 
 

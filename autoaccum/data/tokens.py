@@ -1,0 +1,160 @@
+"""Tokens: how many a batch or a sample has, where a window of tokens ends, and which samples share a micro-batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+
+from autoaccum.data import batches
+from autoaccum.data.variety import IGNORED
+from autoaccum.errors import PlanError
+
+Count = Callable[[Any], Any]
+
+
+def labels(batch: Any) -> Any:
+    """The number of labels other than -100 under `"labels"`, which is what counts as a token unless the user says otherwise.
+
+    Raises `PlanError` for a batch without such a tensor.
+    """
+    return (labels_of(batch) != IGNORED).sum()
+
+
+def labels_of(batch: Any) -> torch.Tensor:
+    """The tensor under `"labels"`. Raises `PlanError` for a batch without one."""
+    found = batch.get("labels") if isinstance(batch, Mapping) else None
+    if not isinstance(found, torch.Tensor):
+        has = f"{list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
+        raise PlanError(f"what counts as a token is not known, because the batch has no tensor under 'labels' ({has}): give count=, a function of a batch")
+    return found
+
+
+def of_each(batch: Any, samples: int, count: Count | None = None) -> list[float]:
+    """The tokens of every sample in a batch. count: `count(batch)`; None for `labels`."""
+    if count is not None:
+        return [float(count(piece)) for piece in batches.split(batch, [1] * samples, samples=samples)]
+    found = labels_of(batch)
+    if found.dim() and len(found) == samples:
+        return [float(value) for value in (found != IGNORED).reshape(samples, -1).sum(1).tolist()]
+    return [float((labels_of(piece) != IGNORED).sum()) for piece in batches.split(batch, [1] * samples, samples=samples)]
+
+
+def positions(batch: Any) -> int:
+    """The places for tokens in a batch, padding included: samples x length of its largest tensor. They decide its memory."""
+    return max((tensor.shape[0] * (tensor.shape[1] if tensor.dim() > 1 else 1) for _, tensor in batches.tensors(batch)), default=0)
+
+
+def per_sample(batch: Any, samples: int) -> int:
+    """The positions of one sample in a batch of equal ones. Raises `PlanError` if it has none."""
+    found = -(-positions(batch) // samples)
+    if not found:
+        raise PlanError(f"the batch has no tensors of tokens ({type(batch).__name__}), so a target in tokens cannot be measured: give target_batch")
+    return found
+
+
+class TokenGauge:
+    """Says where a window of `target` tokens ends: at the first sample that reaches them. count: as in `of_each`."""
+
+    def __init__(self, target: int, count: Count | None = None) -> None:
+        self.target, self._count, self._held = target, count, 0.0
+
+    def take(self, batch: Any, samples: int, *, whole: bool = False) -> tuple[int, bool]:
+        """Adds a batch to the open window. Returns how many of its samples belong to this window, and True if the window is full then.
+
+        whole: the batch cannot be cut, and belongs to the window in which it begins.
+        """
+        if whole:
+            self._held += float((self._count or labels)(batch))
+            taken = samples
+        else:
+            taken = 0
+            for tokens in of_each(batch, samples, self._count):
+                self._held, taken = self._held + tokens, taken + 1
+                if self._held >= self.target:
+                    break
+        full = self._held >= self.target
+        if full:
+            self._held = 0.0
+        return taken, full
+
+    def restart(self) -> None:
+        """Forgets the open window."""
+        self._held = 0.0
+
+    def part_of(self, parts: Sequence[Any], sizes: Sequence[int], shares: Sequence[float], rank: int, *, whole: bool = False) -> tuple[int, int]:
+        """The first sample of a rank's slice of a window, and the first one after it. shares: of every rank, in any unit."""
+        counts: list[float] = []
+        for part, size in zip(parts, sizes):
+            counts += [float((self._count or labels)(part)) / size] * size if whole else of_each(part, size, self._count)
+        return slices(counts, shares)[rank]
+
+
+def slices(tokens: Sequence[float], shares: Sequence[float]) -> list[tuple[int, int]]:
+    """Cuts samples with these tokens into one slice for every rank, whose tokens are nearly in the ratio of `shares`."""
+    ends, held = [0], list(accumulate(tokens))
+    total, given = (held[-1] if held else 0.0), 0.0
+    for share in shares:
+        given += share / sum(shares)
+        end = ends[-1]
+        # A sample belongs to the slice that holds its middle.
+        while end < len(held) and held[end] - tokens[end] / 2 <= given * total:
+            end += 1
+        ends.append(end)
+    ends[-1] = len(tokens)
+    pairs = list(pairwise(ends))
+    if not shares[-1]:  # what rounding has left belongs to the last rank that has a share
+        last = max(index for index, share in enumerate(shares) if share)
+        pairs = [*pairs[:last], (pairs[last][0], len(tokens)), *[(len(tokens), len(tokens))] * (len(shares) - last - 1)]
+    return pairs
+
+
+def sizes_within(parts: Sequence[Any], sizes: Sequence[int], budget: float) -> tuple[int, ...]:
+    """Micro-batches of consecutive samples, each with at most `budget` positions, its samples padded to the longest one.
+
+    Raises `PlanError` for a sample that is longer than the budget.
+    """
+    found: list[int] = []
+    held, longest = 0, 0.0
+    for part, size in zip(parts, sizes):
+        length = positions(part) / size
+        if length > budget:
+            raise PlanError(_too_long(f"a sample of {length:g} tokens", budget))
+        for _ in range(size):
+            if held and (held + 1) * max(longest, length) > budget:
+                found.append(held)
+                held, longest = 0, 0.0
+            held, longest = held + 1, max(longest, length)
+    return (*found, held) if held else tuple(found)
+
+
+def packed(indices: Sequence[int], of: Sequence[float], budget: float, *, padded: bool) -> list[list[int]]:
+    """Micro-batches of the samples `indices`, the longest samples first.
+
+    of: the tokens of every sample. padded: a micro-batch takes its samples times its longest one; otherwise the sum of its samples.
+    Raises `PlanError` for a sample that is longer than the budget.
+    """
+    found: list[list[int]] = []
+    room: list[float] = []
+    for index in sorted(indices, key=lambda index: -of[index]):
+        if of[index] > budget:
+            raise PlanError(_too_long(f"sample {index} of {of[index]:g} tokens", budget))
+        if padded:
+            if not found or (len(found[-1]) + 1) * of[found[-1][0]] > budget:
+                found.append([])
+            found[-1].append(index)
+            continue
+        place = next((number for number, left in enumerate(room) if of[index] <= left), None)
+        if place is None:
+            found.append([])
+            room.append(budget)
+            place = -1
+        found[place].append(index)
+        room[place] -= of[index]
+    return found
+
+
+def _too_long(what: str, budget: float) -> str:
+    return f"{what} is longer than a micro-batch of this plan, {budget:g} tokens: tune with the longest samples, batch=autoaccum.worst_case(loader)"
