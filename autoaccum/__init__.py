@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from autoaccum.virtual.estimator import estimate
     from autoaccum.virtual.forecaster import fleet
     from autoaccum.virtual.gpu import VirtualGpu
+    from autoaccum.window.contrastive import contrastive
     from autoaccum.window.job import Job
     from autoaccum.window.losses import token_mean
 
@@ -70,6 +71,7 @@ _FILE_OF = {
     "StepResult": "loop.accumulator",
     "VirtualGpu": "virtual.gpu",
     "Window": "data.windows",
+    "contrastive": "window.contrastive",
     "equivalence": "probe.equivalence",
     "estimate": "virtual.estimator",
     "fleet": "virtual.forecaster",
@@ -103,6 +105,7 @@ __all__ = [
     "VirtualGpu",
     "Window",
     "__version__",
+    "contrastive",
     "devices",
     "equivalence",
     "estimate",

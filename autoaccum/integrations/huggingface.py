@@ -18,8 +18,8 @@ import torch
 
 from autoaccum.data import lengths, variety
 from autoaccum.errors import PlanError, UsageError
-from autoaccum.integrations import needed, not_remembered, trainer_counts, trainer_evaluation, trainer_loader, trainer_samples
-from autoaccum.integrations.module_attributes import attributes_kept
+from autoaccum.integrations import needed, not_remembered, rollouts, trainer_counts, trainer_evaluation, trainer_loader, trainer_samples
+from autoaccum.integrations.module_attributes import attributes_kept, own_attributes_kept
 from autoaccum.plan import Plan, framework_arguments
 from autoaccum.probe import COMPARED_SAMPLES, compare_values
 from autoaccum.tuner import tune as tune_in_place
@@ -56,17 +56,24 @@ def tune(
     if count is not None and not callable(count):
         raise UsageError(f"count must be a function of a batch, not {type(count).__name__}")
     trainer._autoaccum_count = count
-    if trainer.args.world_size > 1:
+    generates = rollouts.generates(trainer)
+    if generates and evaluate:
+        raise UsageError(f"{type(trainer).__name__} evaluates by generating, in groups: leave evaluate=True out")
+    if trainer.args.world_size > 1 or generates:
         request = {**request, "equal": True}
     rng = RngState(trainer.args.device)
     rng.note()
     try:
         with _as_it_trains(trainer) as (model, optimizer):
-            make_batch, collate = (batch, None) if batch is not None else trainer_samples.longest(trainer, max_length, length)
+            if generates:
+                make_batch, loss = batch if batch is not None else rollouts.made(trainer, target_batch), rollouts.loss_of(trainer)
+            else:
+                make_batch, collate = (batch, None) if batch is not None else trainer_samples.longest(trainer, max_length, length)
+                loss = _loss_of(trainer, collate)
             job = Job(
                 model,
                 optimizer,
-                _loss_of(trainer, collate),
+                loss,
                 make_batch,
                 scaler=getattr(trainer.accelerator, "scaler", None),
                 max_grad_norm=trainer.args.max_grad_norm or None,
@@ -75,10 +82,10 @@ def tune(
             if evaluate:
                 request["evaluate"] = trainer_evaluation.evaluation_of(trainer, length)
             plan = replace(tune_in_place(job, target_batch=target_batch, **request), hints=())
-            trainer._autoaccum_compared = plan.job_fingerprint
-            return plan
     finally:
         rng.put_back()
+    trainer._autoaccum_compared = plan.job_fingerprint
+    return plan
 
 
 def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = None) -> None:
@@ -102,6 +109,9 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
         raise PlanError(f"the plan is for {plan.world_size} rank{'s' if plan.world_size != 1 else ''}, and the Trainer has {args.world_size}: tune again")
     if plan.world_size > 1:
         framework_arguments.huggingface(plan)
+    if rollouts.generates(trainer):
+        rollouts.apply(plan, trainer)
+        return
     # The user's own methods, also those on the instance; kept from an earlier plan, whose methods would otherwise be taken for them.
     own = trainer.__dict__.setdefault(
         "_autoaccum_own", {name: getattr(trainer, name) for name in ("get_train_dataloader", "get_batch_samples", "training_step", "compute_loss")}
@@ -128,7 +138,7 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
     )
     compared = getattr(trainer, "_autoaccum_compared", "") == plan.job_fingerprint != ""  # then `tune` has compared samples of this Trainer already
     began = False
-    weights: list[tuple[int | float, float]] = []  # of the window's micro-batches, the last one first: count, and weight of the mean
+    weights: list[trainer_counts.Weight] = []  # of the window's micro-batches, the last one first
 
     def get_batch_samples(self: Any, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         nonlocal began
@@ -139,12 +149,12 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
             if not compared and plan.world_size == 1:
                 _compare_first(self, micro_batches[0])
             if self.model_accepts_loss_kwargs and all(map(trainer_counts.has_counted_labels, micro_batches)):
-                _say_what_the_trainer_divides_by(self, micro_batches, sum(count for count, _ in weights))
+                _say_what_the_trainer_divides_by(self, micro_batches, sum(weight.count for weight in weights))
         return micro_batches, items
 
     def training_step(self: Any, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        count, weight = weights.pop() if weights else (trainer_counts.counted(self, inputs), 1.0)
-        if not count and plan.world_size == 1:
+        weight = weights.pop() if weights else trainer_counts.Weight(trainer_counts.counted(self, inputs), 1.0)
+        if not weight.count and plan.world_size == 1:
             return torch.zeros((), device=self.args.device)  # its mean is nan, and it contributes nothing
 
         asked = False
@@ -152,8 +162,7 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
         def compute_loss(model: torch.nn.Module, inputs: Any, *_: Any, **__: Any) -> Any:
             nonlocal asked
             asked = True
-            loss = trainer_counts.mean(self, model, inputs, count, own["compute_loss"])
-            return loss * weight if count else loss.nan_to_num() * 0.0
+            return trainer_counts.weighted(self, model, inputs, weight, own["compute_loss"])
 
         # The loss is weighted here, so the Trainer must divide by 1 only.
         steps, self.current_gradient_accumulation_steps, self.compute_loss = self.current_gradient_accumulation_steps, 1, compute_loss
@@ -184,7 +193,7 @@ def _compare_first(trainer: Any, batch: Any) -> None:
     try:
         model.eval()
         samples, collate = trainer_samples.samples_of(batch), None
-        if samples is None:
+        if samples is None or trainer_counts.holds_pairs(trainer, batch):
             loader = trainer._autoaccum_own["get_train_dataloader"]()
             trainer_loader.forget(trainer, loader)
             batch, collate = [loader.dataset[index * len(loader.dataset) // few] for index in range(few)], loader.collate_fn
@@ -227,6 +236,13 @@ def _check(trainer: Any) -> None:
             )
     if trainer.model is None or trainer.model_init is not None:
         raise UsageError("this Trainer makes a new model whenever it trains (model_init), which is not there yet: give it a model")
+    if sorting := [kind for kind in getattr(trainer, "loss_types", None) or () if str(kind).startswith("aot")]:
+        raise UsageError(
+            f"loss_type={sorting[0]!r} sorts the samples of a batch against each other, so micro-batches change its gradient: train with "
+            "gradient_accumulation_steps=1, or take another loss_type"
+        )
+    if rollouts.generates(trainer):
+        rollouts.check(trainer)
     if args.use_liger_kernel:
         raise UsageError("use_liger_kernel changes the model when training begins: apply the kernels before, and leave the argument out")
 
@@ -235,10 +251,10 @@ def _check(trainer: Any) -> None:
 def _as_it_trains(trainer: Any) -> Iterator[tuple[torch.nn.Module, Any]]:
     """The model and the optimizer as `Trainer.train` prepares them. All changes are undone at the end."""
     args, accelerator, model = trainer.args, trainer.accelerator, trainer.model
-    before = {name: getattr(trainer, name, None) for name in ("optimizer", "lr_scheduler", "_created_lr_scheduler")}
     models, training = list(accelerator._models), model.training
-    with attributes_kept(model):
+    with attributes_kept(model), own_attributes_kept(trainer):
         try:
+            trainer.current_gradient_accumulation_steps = 1  # `train` sets it, and losses of TRL read it
             model.train()
             _checkpoint(args, model)
             if trainer.optimizer is None:
@@ -248,8 +264,6 @@ def _as_it_trains(trainer: Any) -> Iterator[tuple[torch.nn.Module, Any]]:
             yield accelerator.prepare_model(model, evaluation_mode=True), optimizer
         finally:
             accelerator._models[:] = models
-            for name, value in before.items():
-                setattr(trainer, name, value)
             model.train(training)
 
 
@@ -275,13 +289,44 @@ def _loss_of(trainer: Any, collate: Callable[[list[Any]], Any] | None) -> Callab
             batch = collate(list(batch))
         inputs = trainer._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
         count = trainer_counts.counted(trainer, inputs)
-        over_samples = getattr(trainer, "_autoaccum_count", None) is None and not trainer_counts.has_counted_labels(inputs)
         with trainer.compute_loss_context_manager():
             mean = trainer_counts.mean(trainer, model, inputs, count, trainer.__dict__.get("_autoaccum_own", {}).get("compute_loss", trainer.compute_loss))
-        if over_samples:
+        if trainer_counts.is_over_samples(trainer, inputs):
             return mean
         # The mean over no items is nan; such a batch contributes nothing.
         return (mean if count else mean.nan_to_num() * 0.0) * count, float(count)
 
+    def of_window(job: Job, pieces: Any, samples: int, *_: Any) -> Callable[[Any, Any], Any]:
+        """The loss of each micro-batch of a window whose terms have two denominators: pairs, and tokens of the chosen completions."""
+        sizes = [size for _, size in pieces]
+        tokens = [trainer_counts.chosen_tokens(batch if collate is None else collate(list(batch))) for batch, _ in pieces]
+        micro_batches = iter(zip(sizes, tokens))
+
+        def part(model: torch.nn.Module, batch: Any) -> Any:
+            size, own_tokens = next(micro_batches)
+            inputs = trainer._prepare_inputs(dict(batch) if collate is None else collate(list(batch)))
+            # The window weighs the result by size / samples.
+            weight = trainer_counts.Weight(size, 1.0, own_tokens / max(sum(tokens), 1) * samples / size)
+            with trainer.compute_loss_context_manager():
+                return trainer_counts.weighted(
+                    trainer, model, inputs, weight, trainer.__dict__.get("_autoaccum_own", {}).get("compute_loss", trainer.compute_loss)
+                )
+
+        return part
+
+    if trainer_counts.adds_tokens_to_pairs(trainer):
+        loss.of_window = of_window  # type: ignore[attr-defined]
     loss.cure = "give huggingface.tune count=, a function of a batch that says what its loss is a mean over"  # type: ignore[attr-defined]
+    loss.cure_of_mixing = _cure_of_mixing(trainer)  # type: ignore[attr-defined]
     return loss
+
+
+def _cure_of_mixing(trainer: Any) -> str:
+    """What to do about a loss of this Trainer that looks at several samples at once."""
+    in_one_piece = "set per_device_train_batch_size to the target, and gradient_accumulation_steps=1"
+    if getattr(trainer, "aux_loss_enabled", False) or getattr(getattr(trainer.model, "config", None), "output_router_logits", False):
+        return "the router's balance loss does: router_aux_loss_coef=0.0 is exact"
+    is_of_sentences = any(base.__name__ == "SentenceTransformerTrainer" for base in type(trainer).__mro__)
+    if is_of_sentences and "Cached" not in type(getattr(trainer, "loss", None)).__name__:
+        return f"for in-batch negatives take CachedMultipleNegativesRankingLoss(model, mini_batch_size=...); {in_one_piece}"
+    return in_one_piece

@@ -1,9 +1,10 @@
-"""The attributes of a module, restored after other code has changed them."""
+"""The attributes of a module or another object, restored after other code has changed them."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Iterator
+import copy
+from collections import OrderedDict, deque
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,3 +27,24 @@ def attributes_kept(model: torch.nn.Module) -> Iterator[None]:
             for name, value in dictionaries.items():
                 vars(module)[name].clear()
                 vars(module)[name].update(value)
+
+
+@contextmanager
+def own_attributes_kept(item: Any) -> Iterator[None]:
+    """Restores the attributes of an object at the end. Containers that hold only numbers and text (what it has logged) get their contents back."""
+    before = dict(vars(item))
+    contents = {name: copy.deepcopy(value) for name, value in before.items() if isinstance(value, (dict, list, deque)) and _is_plain(value)}
+    try:
+        yield
+    finally:
+        vars(item).clear()
+        vars(item).update({**before, **contents})
+
+
+def _is_plain(value: Any) -> bool:
+    """True for numbers, text, and containers of them."""
+    if isinstance(value, Mapping):
+        return all(map(_is_plain, value.values()))
+    if isinstance(value, (list, tuple, deque)):
+        return all(map(_is_plain, value))
+    return isinstance(value, (str, int, float, type(None)))

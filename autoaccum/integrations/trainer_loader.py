@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
 from autoaccum.errors import PlanError
 from autoaccum.integrations.trainer_counts import is_of_transformers
@@ -110,13 +110,35 @@ def window_loader(trainer: Any, plan: Plan, get_train_dataloader: Callable[[], A
 
 def _sampler_of(loader: Any, method: str, plan: Plan) -> Any:
     """The sampler of the user's loader. Raises `PlanError` if its batches are not simply slices of one."""
-    batch_sampler, sampler = getattr(loader, "batch_sampler", None), getattr(loader, "sampler", None)
-    if not isinstance(loader, DataLoader) or type(batch_sampler).__name__ not in ("BatchSampler", "SeedableRandomSampler") or not hasattr(sampler, "__len__"):
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    # `loader.sampler` is another one, and in the order of the dataset, if the loader was given a batch sampler.
+    sampler = getattr(batch_sampler, "sampler", None)
+    slices = getattr(type(batch_sampler), "__iter__", None) is BatchSampler.__iter__
+    if not isinstance(loader, DataLoader) or batch_sampler is None or not slices or not hasattr(sampler, "__len__"):
         raise PlanError(
             f"{window_notation(plan.micro_batches)} cannot keep the order of samples that {method}() of this Trainer decides, because its batches are put "
             "together by code of its own: tune(trainer, ..., equal=True)"
         )
-    return sampler
+    return _Order(batch_sampler)
+
+
+class _Order:
+    """The order of samples of a batch sampler."""
+
+    def __init__(self, batch_sampler: BatchSampler) -> None:
+        self._batch_sampler = batch_sampler
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._batch_sampler.sampler)
+
+    def __len__(self) -> int:
+        return len(self._batch_sampler.sampler)  # type: ignore[arg-type] # checked by `_sampler_of`
+
+    def set_epoch(self, epoch: int) -> None:
+        for each in (self._batch_sampler, self._batch_sampler.sampler):
+            set_epoch = getattr(each, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
 
 
 def on_the_host(loader: Any, plan: Plan) -> Any:

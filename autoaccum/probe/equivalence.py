@@ -63,7 +63,7 @@ def compare_values(job: Job, batch: Any) -> str:
     it cannot tell: for losses that draw random numbers, and for values that are not finite.
     """
     samples = _count(job, batch)
-    if samples < 2:
+    if samples < 2 or hasattr(job.loss, "of_window"):  # such a loss sees the whole window, and a piece of it says nothing
         return ""
     sizes = (samples - samples // 2, samples // 2)
     split = list(zip(batches.split(batch, sizes), sizes))
@@ -183,10 +183,10 @@ def _compared(job: Job, batch: Any) -> Equivalence:
                         message = f"the gradient of a part of these samples is nan, because nothing counts in it: {_cure(job, batch, '')}"
                         return told(False, None, "token-mean", (), message, norm_error)
                     cause, layers, message = _why(job, whole_gradient, piece_gradients, whole, split, tolerance)
-                    return told(False, error, cause, layers, f"{message} (the gradient of {_words(sizes)} samples is {error:.1%} off)", norm_error)
+                    return told(False, error, cause, layers, f"{message} (the gradient of {_words(sizes)} samples is {_percent(error)} off)", norm_error)
     if norms:
         shown = ", ".join(list(norms)[:3]) + (" and more" if len(norms) > 3 else "")
-        figure = f": on {_words(sizes)} samples the gradient is {norm_error:.1%} off" if norm_error is not None else ""
+        figure = f": on {_words(sizes)} samples the gradient is {_percent(norm_error)} off" if norm_error is not None else ""
         return told(
             False,
             error,
@@ -225,7 +225,7 @@ def _why(
                 [mixing],
                 f"layer {mixing!r} looks at several samples at once, so splitting changes what it computes: its result depends on the micro-batch",
             )
-        return "mixed", [], "the loss looks at several samples at once (in-batch negatives, a contrastive or ranking loss): micro-batches have fewer to look at"
+        return "mixed", [], _looks_at_several(job)
     if float((weights - 1).abs().max()) < 0.02:
         return "sum", [], "the loss is a sum over the samples, not their mean: use reduction='mean', or return (loss_sum, number of samples)"
     shares = weights / weights.sum()
@@ -253,11 +253,19 @@ def _why(
             f"the loss is a mean over what counts in {field!r} (labels, tokens, weights), not over samples: pieces weigh {actual} instead of {expected}; "
             + _cure(job, whole[0][0], field),
         )
+    if any(float(gradient.norm()) < 1e-9 * float(whole_gradient.norm()) for gradient in piece_gradients):
+        return "mixed", [], _looks_at_several(job)  # a sample alone has no gradient, so no weights can be read off
     return (
         "weights",
         [],
         f"the loss does not weigh samples alike: pieces weigh {actual} instead of {expected}; "
         + (getattr(job.loss, "cure", "") or "return (loss_sum, count) for a mean over something else than samples"),
+    )
+
+
+def _looks_at_several(job: Job) -> str:
+    return "the loss looks at several samples at once (in-batch negatives, a contrastive or ranking loss): micro-batches have fewer to look at; " + (
+        getattr(job.loss, "cure_of_mixing", "") or "for a loss of embeddings, autoaccum.contrastive(encode, loss) looks at the whole window"
     )
 
 
@@ -349,7 +357,7 @@ def _what_moves(job: Job, whole: tuple[Any, int], moved: Sequence[str], rng: Rng
         first = _outputs(job, *whole)
         rng.put_back()
         second = _outputs(job, *whole)
-        layers = [name for (name, one), (_, other) in zip(first, second) if one is not None and other is not None and _difference(one, other) > 0][:1]
+        layers = [name for (name, _, one), (_, _, other) in zip(first, second) if one is not None and other is not None and _difference(one, other) > 0][:1]
         if not layers:
             return (
                 [],
@@ -366,32 +374,34 @@ def _what_moves(job: Job, whole: tuple[Any, int], moved: Sequence[str], rng: Rng
 
 def _first_that_mixes(job: Job, whole: tuple[Any, int], piece: tuple[Any, int], tolerance: float) -> str:
     """The name of the first module whose output for the first sample depends on the other samples; "" if there is none."""
-    for (name, piece_output), (_, whole_output) in zip(_outputs(job, *piece), _outputs(job, *whole)):
-        if (
-            piece_output is not None
-            and whole_output is not None
-            and piece_output.shape == whole_output.shape
-            and _difference(whole_output, piece_output) > tolerance
-        ):
+    for (name, piece_inputs, piece_output), (_, whole_inputs, whole_output) in zip(_outputs(job, *piece), _outputs(job, *whole)):
+        # Rows may be other samples in a batch of pairs. So a module is blamed only if it was given the same.
+        if _differ(whole_output, piece_output, tolerance) and not _differ(whole_inputs, piece_inputs, tolerance):
             return name
     return ""
 
 
-def _outputs(job: Job, batch: Any, samples: int) -> list[tuple[str, torch.Tensor | None]]:
-    """The name and the output for the first sample of each module without children, in the order in which they ran.
+def _differ(whole: torch.Tensor | None, piece: torch.Tensor | None, tolerance: float) -> bool:
+    return whole is not None and piece is not None and whole.shape == piece.shape and _difference(whole, piece) > tolerance
 
-    The output is None if it is not a floating-point tensor with a batch dimension.
+
+def _outputs(job: Job, batch: Any, samples: int) -> list[tuple[str, torch.Tensor | None, torch.Tensor | None]]:
+    """The name, the input and the output for the first sample of each module without children, in the order in which they ran.
+
+    Input and output are None if they are not a tensor with a batch dimension.
     """
     names = {module: name for name, module in job.model.named_modules() if name and not list(module.children())}
-    outputs: list[tuple[str, torch.Tensor | None]] = []
+    outputs: list[tuple[str, torch.Tensor | None, torch.Tensor | None]] = []
 
-    def hook(module: torch.nn.Module, _: Any, output: Any) -> None:
+    def of_first(value: Any) -> torch.Tensor | None:
+        tensor = next((leaf for _, leaf in batches.tensors(value)), None) if not isinstance(value, torch.Tensor) else value
+        if tensor is None or tensor.dim() == 0 or tensor.is_complex() or tensor.shape[0] % samples:
+            return None
+        return tensor[: tensor.shape[0] // samples].detach().flatten()[:_PER_PARAMETER].double().cpu()
+
+    def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
         if module in names:
-            tensor = next((leaf for _, leaf in batches.tensors(output)), None) if not isinstance(output, torch.Tensor) else output
-            if tensor is None or not tensor.is_floating_point() or tensor.dim() == 0 or tensor.shape[0] % samples:
-                outputs.append((names[module], None))
-            else:
-                outputs.append((names[module], tensor[: tensor.shape[0] // samples].detach().flatten()[:_PER_PARAMETER].double().cpu()))
+            outputs.append((names[module], of_first(inputs[0]) if inputs else None, of_first(output)))
 
     handle = torch.nn.modules.module.register_module_forward_hook(hook)
     try:
@@ -490,6 +500,10 @@ def _count(job: Job, batch: Any) -> int:
         return job.samples_in(batch)
     except PlanError:
         return 0  # only the job's own split can cut this batch, and its number of samples is not known
+
+
+def _percent(error: float) -> str:
+    return f"{error:.1%}" if error >= 0.001 else f"{100 * error:.2g}%"
 
 
 def _words(sizes: Sequence[int]) -> str:

@@ -93,6 +93,8 @@ def gradients(
 
     This is the part of `run` before clipping, with the same arguments.
     """
+    if (of_window := getattr(loss, "of_window", None)) is not None:  # a loss that must see the whole window before its first micro-batch
+        loss = of_window(job, pieces, samples, device, crossing)
     autocast = torch.autocast(device.type, dtype=job.autocast) if job.autocast is not None else None
     # Counted on the host before the first forward: a weight by count needs the count of the whole window.
     counted = [float(job.count(piece)) if size else 0.0 for piece, size in pieces] if job.count is not None else []

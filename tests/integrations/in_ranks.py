@@ -131,7 +131,16 @@ def huggingface(target, most, folder, left):
         folder, use_cpu=True, num_train_epochs=1, learning_rate=0.0, max_grad_norm=0.0, report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
         remove_unused_columns=False,
     )  # fmt: skip
-    trainer = Trainer(model, arguments, train_dataset=pairs, data_collator=collated, callbacks=[Steps()])
+
+    class OwnMean(Trainer):
+        """Its loss is its own mean, whatever the Trainer counts."""
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            return model(**inputs)["loss"]
+
+    made = OwnMean if left else Trainer
+    trainer = made(model, arguments, train_dataset=pairs, data_collator=collated, callbacks=[Steps()])
+    trainer.model_accepts_loss_kwargs = bool(left)  # as for a model whose forward takes **kwargs
     plan = ours.tune(trainer, target_batch=target, max_micro_batch=most, batch=pairs[:8])
     plan.apply(trainer)
     read.clear()

@@ -291,6 +291,14 @@ class Further(Oversampled):
     """Changes something else, two classes up."""
 
 
+class Sliced(Trainer):
+    """torch gives a loader with a batch sampler another sampler, in the dataset's order."""
+
+    def get_train_dataloader(self):
+        slices = torch.utils.data.BatchSampler(list(range(49, -1, -1)), self._train_batch_size, False)
+        return DataLoader(self.train_dataset, batch_sampler=slices, collate_fn=self.data_collator)
+
+
 class OwnBatches(Trainer):
     def get_train_dataloader(self):
         return DataLoader(self.train_dataset, batch_sampler=[[0, 1], [2, 3, 4], [5]] * 10, collate_fn=self.data_collator)
@@ -308,7 +316,9 @@ def order_of(folder, kind, change=None):
     return model.seen
 
 
-@pytest.mark.parametrize(("kind", "order"), [(Curriculum, list(range(50))), (Oversampled, [0, 1, 2] * 20), (Further, [0, 1, 2] * 20)])
+@pytest.mark.parametrize(
+    ("kind", "order"), [(Curriculum, list(range(50))), (Oversampled, [0, 1, 2] * 20), (Further, [0, 1, 2] * 20), (Sliced, list(range(49, -1, -1)))]
+)
 def test_the_users_own_order_of_samples_is_kept(tmp_path, kind, order):
     assert order_of(tmp_path, kind) == order
 

@@ -18,10 +18,11 @@ def test_over_two_ranks_every_window_is_exact(name, left, tmp_path):
     assert [[rank["samples"][window] for rank in told] for window in range(3)] == [[12, 12], [12, 12], last]
 
 
-def test_transformers_over_two_ranks_is_exact(tmp_path):
+@pytest.mark.parametrize("own_mean", [0, 1])
+def test_transformers_over_two_ranks_is_exact(own_mean, tmp_path):
     from tests.integrations.test_huggingface import Line, Pairs
 
-    told = in_ranks("in_a_framework", "huggingface", 24, 5, str(tmp_path), 0, world=2)
+    told = in_ranks("in_a_framework", "huggingface", 24, 5, str(tmp_path), own_mean, world=2)
     model, data = Line(), Pairs(48)
     for step in range(2):
         indices = [index for rank in told for index in rank["read"][step]]
