@@ -1,0 +1,31 @@
+"""What the pages in `docs/` show is true: their code runs as it stands, and prints what is shown."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.command_line import ROOT
+
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+BLOCKS = [
+    pytest.param(code, shown, id=f"{page.stem}-{number}")
+    for page in PAGES
+    for number, (code, shown) in enumerate(re.findall(r"```python\n(.*?)```(?:\n\n```text\n(.*?)```)?", page.read_text(), re.S))
+]
+
+
+@pytest.mark.parametrize(("code", "shown"), BLOCKS)
+def test_code_runs_as_it_stands_and_prints_what_is_shown(code, shown, tmp_path):
+    script = tmp_path / "page.py"
+    script.write_text(code)
+    finished = subprocess.run([sys.executable, "-W", "error::UserWarning", script], capture_output=True, text=True, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout.startswith(shown.rstrip())
+
+
+def test_every_link_leads_somewhere():
+    for page in (*PAGES, ROOT / "README.md"):
+        for target in re.findall(r"\]\(([^)#]+)[)#]", re.sub(r"```.*?```", "", page.read_text(), flags=re.S)):
+            assert target.startswith("https://") or (page.parent / target).exists(), (page.name, target)
