@@ -18,6 +18,7 @@ from typing import Any
 from autoaccum.data import Window
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.integrations import needed, not_remembered
+from autoaccum.loop import FirstWindows
 from autoaccum.plan import MicroBatch, Plan, framework_arguments
 from autoaccum.tuner import tune as tune_in_place
 from autoaccum.window import Job, RngState
@@ -50,6 +51,7 @@ def tune(accelerator: Any, model: Any, optimizer: Any, loss: Callable[[Any, Any]
         plan = replace(tune_in_place(job, target_batch=target_batch, **request), hints=())
     finally:
         rng.put_back()
+    accelerator._autoaccum_job = job  # whose loss `micro_batches` looks at once more
     apply(plan, accelerator)
     return plan
 
@@ -91,9 +93,12 @@ def micro_batches(accelerator: Any, plan: Plan, loader: Iterable[Any], *, count:
             "the loader was prepared by Accelerate, which reads ahead and takes its end for the window's: give the DataLoader as it was before prepare()"
         )
     apply(plan, accelerator)
-    inside = False
+    inside, job = False, getattr(accelerator, "_autoaccum_job", None)
+    first = None if job is None or count is not None else FirstWindows.of(plan, [job])
     try:
         for window in plan.windows(loader):
+            if first is not None and not first.is_over:
+                first.look(window, None, plan.micro_batch)
             accelerator.step, inside = 0, True
             # Accelerate divides every loss by this number, and synchronizes gradients after this many micro-batches.
             accelerator.gradient_accumulation_steps = steps = _steps(plan, window, count)

@@ -19,11 +19,12 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from autoaccum.data import WindowSampler, batches, samples_in
+from autoaccum.data import Window, WindowSampler, batches, samples_in
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.integrations import needed, not_remembered
 from autoaccum.integrations.loaders import copied, with_batches_of
 from autoaccum.integrations.module_attributes import attributes_kept
+from autoaccum.loop import FirstWindows
 from autoaccum.plan import Plan, framework_arguments, window_notation
 from autoaccum.probe import Evaluation, Request
 from autoaccum.tuner import refuse_unknown_keywords
@@ -68,6 +69,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         self._undo: list[Callable[[], object]] = []
         self._read_loader: Callable[[], Any] = _nothing_to_read
         self._read_validation: Callable[[], Any] = _nothing_to_read
+        self._look: Callable[[Window], None] = _look_at_nothing
         self._world_size = 1
         self._limit: int | None = None
 
@@ -100,7 +102,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         loader = self._user_loader()
         if self.plan is None:
             return _to_count(loader, self.target_batch, self._world_size, self._most_windows())
-        return _MicroBatches(self.plan, _of_windows(self.plan, loader), self._weights, self._count)
+        return _MicroBatches(self.plan, _of_windows(self.plan, loader), self._weights, self._count, self._look)
 
     def _validation_loaders(self, trainer: Any) -> Any:
         """The user's validation loaders, with batches of `plan.eval_batch` if there is one."""
@@ -170,7 +172,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             trainer.limit_train_batches = int(trainer.fast_dev_run) * plan.accumulation_steps
         _check_limits(trainer, plan)
         _check_optimizers(trainer, plan)
-        self.plan = plan
+        self.plan, self._look = plan, self._looking(trainer, pl_module, plan)
         if trainer.is_global_zero:
             logging.getLogger(_pytorch.__name__).info("EffectiveBatch: %s", plan)
         self._undo.append(_putting_back(trainer._accelerator_connector, "use_distributed_sampler"))
@@ -235,6 +237,31 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         if any(type(callback).__name__ in ("BatchSizeFinder", "GradientAccumulationScheduler") for callback in trainer.callbacks):
             raise UsageError("BatchSizeFinder and GradientAccumulationScheduler change what EffectiveBatch keeps together: leave them out")
 
+    def _job(self, trainer: Any, pl_module: Any, batch: Any) -> Job:
+        clips = trainer.gradient_clip_val if trainer.gradient_clip_algorithm in (None, "norm") else None
+        return Job(
+            pl_module,
+            list(trainer.optimizers) if len(trainer.optimizers) > 1 else trainer.optimizers[0],
+            _loss_of(trainer, pl_module),
+            batch,
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+            max_grad_norm=clips or None,
+            count=self._count,
+        )
+
+    def _looking(self, trainer: Any, pl_module: Any, plan: Plan) -> Callable[[Window], None]:
+        """A function that looks at the first windows of training."""
+        first = FirstWindows.of(plan, [self._job(trainer, pl_module, ())]) if self._count is None else None
+
+        def look(window: Window) -> None:
+            if first is None or first.is_over:
+                return
+            with attributes_kept(pl_module):
+                pl_module.log = pl_module.log_dict = _log_nothing
+                first.look(window, None, plan.micro_batch)
+
+        return look
+
     def _tuned(self, trainer: Any, pl_module: Any, loader: DataLoader[Any]) -> Plan:
         request = {**self._request, "equal": True} if trainer.world_size > 1 else dict(self._request)
         if request.get("evaluate") is True:
@@ -244,16 +271,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         try:
             with attributes_kept(pl_module):
                 pl_module.log = pl_module.log_dict = _log_nothing  # the values of a trial must not be logged
-                clips = trainer.gradient_clip_val if trainer.gradient_clip_algorithm in (None, "norm") else None
-                job = Job(
-                    pl_module,
-                    list(trainer.optimizers) if len(trainer.optimizers) > 1 else trainer.optimizers[0],
-                    _loss_of(trainer, pl_module),
-                    next(iter(loader)) if self._batch is None else self._batch,
-                    scaler=getattr(trainer.precision_plugin, "scaler", None),
-                    max_grad_norm=clips or None,
-                    count=self._count,
-                )
+                job = self._job(trainer, pl_module, next(iter(loader)) if self._batch is None else self._batch)
                 return replace(tune_in_place(job, target_batch=self.target_batch, **request), hints=())
         finally:
             rng.put_back()
@@ -271,6 +289,9 @@ def _putting_back(owner: Any, name: str) -> Callable[[], None]:
 
 
 def _nothing_to_read() -> Any: ...
+
+
+def _look_at_nothing(window: Window) -> None: ...
 
 
 def _log_nothing(*_: Any, **__: Any) -> None: ...
@@ -358,14 +379,17 @@ def _of_windows(plan: Plan, loader: DataLoader[Any]) -> DataLoader[Any]:
 class _MicroBatches:
     """A loader of micro-batches, window by window. It appends the weight of each one to `weights`."""
 
-    def __init__(self, plan: Plan, loader: DataLoader[Any], weights: deque[float], count: Callable[[Any], float] | None) -> None:
-        self._plan, self._loader, self._weights, self._count = plan, loader, weights, count
+    def __init__(
+        self, plan: Plan, loader: DataLoader[Any], weights: deque[float], count: Callable[[Any], float] | None, look: Callable[[Window], None]
+    ) -> None:
+        self._plan, self._loader, self._weights, self._count, self._look = plan, loader, weights, count, look
         self.dataset = loader.dataset
         self._drop_last = isinstance(loader.batch_sampler, WindowSampler) and loader.batch_sampler.drop_last
 
     def __iter__(self) -> Iterator[Any]:
         self._weights.clear()
         for window in self._plan.windows(self._loader, drop_last=self._drop_last):
+            self._look(window)
             sizes = self._sizes(window.of_all, window.samples)
             pieces = list(window.cut([size for size in sizes if size], most=self._plan.micro_batch)) if window.samples else []
             if len(pieces) > len(sizes):  # some parts cannot be joined: cut each part separately, which may give fewer pieces

@@ -1,6 +1,6 @@
 """Training with a plan: exactly one optimizer step per window, also after an out-of-memory.
 
-It exports `Accumulator` and `StepResult`.
+It exports `Accumulator`, `StepResult`, and `FirstWindows` for the integrations.
 It imports the doorstep and the rooms from `data` to `tuner`.
 """
 
@@ -10,5 +10,6 @@ from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
     from autoaccum.loop.accumulator import Accumulator, StepResult
+    from autoaccum.loop.first_windows import FirstWindows
 else:
-    __getattr__ = lazily(__name__, accumulator="Accumulator StepResult")
+    __getattr__ = lazily(__name__, accumulator="Accumulator StepResult", first_windows="FirstWindows")

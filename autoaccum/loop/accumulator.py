@@ -155,9 +155,7 @@ class Accumulator:
         if self._tokens is not None:
             self._jobs = tuple(job if job.loss is _no_loss else per_token(job) for job in self._jobs)
         self._short, self._begun = 0, False
-        told_already = any("not over samples" in warning for warning in self._plan.warnings)
-        # Over ranks forward may communicate, and one rank alone cannot run the loss.
-        self._first = None if told_already or self._team is not None else FirstWindows(self._jobs)
+        self._first = FirstWindows.of(self._plan, self._jobs)
 
     @property
     def micro_batch(self) -> int:

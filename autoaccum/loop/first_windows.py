@@ -12,6 +12,7 @@ from typing import Any
 
 from autoaccum.data import Window, variety
 from autoaccum.distributed import unwrapped
+from autoaccum.plan import Plan
 from autoaccum.probe import COMPARED_SAMPLES, compare_values
 from autoaccum.window import Job, WindowStart
 
@@ -33,6 +34,12 @@ class FirstWindows:
     def is_over(self) -> bool:
         """True if no further window is looked at."""
         return self._looked_at >= self._LOOKED_AT or self._seen >= self._SEEN
+
+    @classmethod
+    def of(cls, plan: Plan, jobs: Sequence[Job]) -> FirstWindows | None:
+        """Of jobs that train with a plan; None over ranks, where forward may communicate, and if the plan has told it already."""
+        told_already = any("not over samples" in warning for warning in plan.warnings)
+        return None if told_already or plan.fleet is not None else cls(jobs)
 
     def look(self, window: Window, loss: Callable[[Any, Any], Any] | None, micro_batch: int) -> None:
         """Looks at a window before it runs. loss: as given to `step`; None for the jobs' own. micro_batch: how many samples fit."""

@@ -1,5 +1,7 @@
 """Under `accumulate()` every window is the whole batch's gradient, whatever its micro-batches."""
 
+import warnings
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -168,3 +170,27 @@ def test_the_cure_that_is_told_for_a_mean_over_something_else_makes_it_exact():
     whole = linear()
     counted_mean(whole, batch).backward()
     assert all(torch.allclose(ours.grad, theirs.grad, rtol=1e-12) for ours, theirs in zip(model.parameters(), whole.parameters()))
+
+
+def test_the_first_windows_are_looked_at_and_a_mean_over_labels_is_told():
+    """It was tuned on texts of one length; those of training have others."""
+    from tests.loop.test_first_windows import Reader, over_labels, over_samples
+    from tests.loop.test_first_windows import padded as put_together
+    from tests.loop.test_first_windows import texts as ragged
+
+    def told(loss, **given):
+        accelerator, model, optimizer = prepared(Reader())
+        alike = put_together([torch.full((5,), 1 + index) for index in range(8)])
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            plan = accelerate.tune(accelerator, model, optimizer, loss, alike, target_batch=20, max_micro_batch=6, **given)
+            for micro in accelerate.micro_batches(accelerator, plan, DataLoader(ragged(), batch_size=20, collate_fn=put_together), **given):
+                with accelerator.accumulate(model):
+                    accelerator.backward(loss(model, micro.batch) * micro.weight)
+                    optimizer.step()
+                    optimizer.zero_grad()
+        return [str(each.message) for each in caught if "not over samples" in str(each.message)]
+
+    assert len(told(over_labels)) == 1 and "give tune and micro_batches count=" in told(over_labels)[0]
+    assert not told(over_samples)
+    assert not told(over_labels, count=lambda batch: float((batch["labels"] != -100).sum()))  # the remedy

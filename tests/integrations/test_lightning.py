@@ -33,8 +33,12 @@ class Module(lightning.LightningModule):
     def training_step(self, batch, batch_idx):
         found = self._loss(self.inner, batch)
         self.log("train_loss", found)
-        self.seen.append(len(batch[0]))
+        self._saw(batch)
         return found
+
+    def _saw(self, batch):
+        if torch.is_grad_enabled():  # not when the first windows are looked at
+            self.seen.append(len(batch[0]))
 
     def on_before_optimizer_step(self, optimizer):
         self.gradients.append(torch.cat([each.grad.flatten().clone() for each in self.inner.parameters()]))
@@ -177,7 +181,8 @@ def test_a_smaller_last_window_of_batches_that_cannot_be_joined_is_whole(tmp_pat
 
     class Counting(Module):
         def training_step(self, batch, batch_idx):
-            seen.append(len(batch[0]))
+            if torch.is_grad_enabled():
+                seen.append(len(batch[0]))
             return self.inner(batch[0][:, :1, 0].double().expand(-1, 8)).mean()
 
     loader = DataLoader(texts, batch_size=8, sampler=torch.utils.data.SubsetRandomSampler(range(44)), collate_fn=padded)
@@ -342,3 +347,34 @@ def test_the_batch_of_validation_is_searched_and_set(tmp_path, limited):
 def test_without_validation_its_batch_cannot_be_searched(tmp_path):
     with pytest.raises(autoaccum.errors.UsageError, match="there is no validation loader"):
         trainer(tmp_path, EffectiveBatch(12, evaluate=True)).fit(Module(loader=DataLoader(data(40), batch_size=4)))
+
+
+def test_the_first_windows_are_looked_at_and_a_mean_over_labels_is_told(tmp_path):
+    """The loader's first batch, on which it was measured, has texts of one length; later ones have not."""
+    from tests.loop.test_first_windows import Reader, over_labels, over_samples, padded, texts
+
+    alike = [torch.full((5,), 1 + index) for index in range(20)]
+
+    class Read(lightning.LightningModule):
+        def __init__(self, loss):
+            super().__init__()
+            self.inner, self.loss, self.logged = Reader(), loss, []
+
+        def training_step(self, batch, batch_idx):
+            found = self.loss(self.inner, batch)
+            self.log("train_loss", found)
+            return found
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    def told(loss, **given):
+        loader = DataLoader([*alike, *texts()], batch_size=20, collate_fn=padded)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            trainer(tmp_path, EffectiveBatch(20, max_micro_batch=6, **given)).fit(Read(loss), loader)
+        return [str(each.message) for each in caught if "not over samples" in str(each.message)]
+
+    assert len(told(over_labels)) == 1 and "give EffectiveBatch count=" in told(over_labels)[0]
+    assert not told(over_samples)
+    assert not told(over_labels, count=lambda batch: (batch["labels"] != -100).sum())  # the remedy
