@@ -56,9 +56,8 @@ if TYPE_CHECKING:
     from autoaccum.virtual.estimator import estimate
     from autoaccum.virtual.forecaster import fleet
     from autoaccum.virtual.gpu import VirtualGpu
-    from autoaccum.window.contrastive import contrastive
     from autoaccum.window.job import Job
-    from autoaccum.window.losses import token_mean
+    from autoaccum.window.losses import contrastive, token_mean
 
 # Imported when they are first asked for: `import autoaccum` loads no torch and touches no device.
 _FILE_OF = {
@@ -71,7 +70,7 @@ _FILE_OF = {
     "StepResult": "loop.accumulator",
     "VirtualGpu": "virtual.gpu",
     "Window": "data.windows",
-    "contrastive": "window.contrastive",
+    "contrastive": "window.losses",
     "equivalence": "probe.equivalence",
     "estimate": "virtual.estimator",
     "fleet": "virtual.forecaster",

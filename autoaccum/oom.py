@@ -54,14 +54,22 @@ _TABLE: list[tuple[Verdict, str]] = [
     ("ask-device", r"could not (create|execute) a primitive|could not create a memory"),
 ]
 
-# For the output of a program, which has no exception types. Only complete phrases match, so that a script
-# that only mentions memory is not taken for one that ran out of memory.
-_IN_OUTPUT = re.compile(
-    r"OutOfMemoryError|out of memory\. Tried to allocate|error: out of memory|DefaultCPUAllocator: (can't|not enough)"
-    r"|^MemoryError|: MemoryError|std::bad_alloc|libgomp: Thread creation failed|_STATUS_ALLOC_FAILED|posix_memalign failed"
-    r"|could not create a primitive|can't start new thread|Cannot allocate memory",
+# What C and C++ print themselves, without an exception in front; and what the text of an exception may go on with in later lines.
+_PRINTED = re.compile(
+    r"std::bad_alloc|libgomp: Thread creation failed|posix_memalign failed|DefaultCPUAllocator: (can't|not enough)|error: out of memory"
+    r"|out of memory\. Tried to allocate|_STATUS_ALLOC_FAILED|CUFFT_ALLOC_FAILED|Cuda failure 2? ?'out of memory'|NVML_SUCCESS == r INTERNAL ASSERT FAILED"
+    r"|[Cc]annot allocate memory|can't start new thread|could not create a primitive|Detected \d+ oom[_-]kill event",
+)
+# The last line of a traceback, also behind the prefix of a launcher ("[rank0]: ").
+_EXCEPTION = re.compile(r"(?:^|: |\]:? ?)\s*(?:\w+\.)*(\w*(?:Error|Exception))(?:: *(.*))?$")
+
+# The words of launchers for a process that was ended by SIGKILL: a shell, torchrun, accelerate launch, DeepSpeed, Slurm, torch's DataLoader.
+_KILLED = re.compile(
+    r"exit ?code *: *-9\b|Signals\.SIGKILL|return code = -9\b|[Ss]ignal 9 \(SIGKILL\)|DataLoader worker \(pid\S* ?\d*\) is killed by signal"
+    r"|^\S+: line \d+: +\d+ Killed\b|^Killed$|oom[_-]kill event|Out Of Memory|exit(ed)? (code|status) 137\b",
     re.MULTILINE,
 )
+_SIGKILL_IN_A_SHELL = 137  # 128 + 9
 
 Recogniser = Callable[[BaseException], bool]
 _of_the_user: list[Recogniser] = []
@@ -105,8 +113,27 @@ def is_oom(error: BaseException, *, left_bytes: int | None = None, taken_bytes: 
 
 
 def in_output(text: str) -> bool:
-    """True if the printed output of a program contains an out-of-memory message."""
-    return bool(_IN_OUTPUT.search(text))
+    """True if the printed output of a program contains an out-of-memory message.
+
+    An exception is judged by the same table as one that was raised here. Where the device would decide, it counts as out of memory,
+    because the program ran under a limit.
+    """
+    for line in map(str.rstrip, text.splitlines()):
+        found = _EXCEPTION.search(line)
+        kind, words = (found[1], found[2] or "") if found is not None else ("", line)
+        if kind and _of_text(kind, words) != "not":
+            return True
+        if _PRINTED.search(line) and not any(word == "not" and re.search(pattern, words) for word, pattern in _TABLE):
+            return True
+    return False
+
+
+def was_killed(code: int, text: str) -> bool:
+    """True if a command was ended by SIGKILL, as the kernel does when memory runs out: itself, or what it started.
+
+    code: its exit code, negative for a signal. text: its output, in which launchers say it.
+    """
+    return code in (-9, _SIGKILL_IN_A_SHELL) or (code != 0 and bool(_KILLED.search(text)))
 
 
 def chain(error: BaseException, outside: BaseException | None = None) -> Iterator[BaseException]:
@@ -127,13 +154,18 @@ def _alone(error: BaseException) -> Verdict:
         return "oom"
     if not isinstance(error, Exception):  # KeyboardInterrupt, SystemExit
         return "not"
-    names = {base.__name__ for base in type(error).__mro__}
-    if names & _ALWAYS:
-        return "oom"
-    if not names & _CARRIERS:
-        return "not"
     # Not str(error): with two arguments, that is the text of a tuple.
     text = str(error.args[0]) if error.args else str(error)
+    verdicts = [_of_text(base.__name__, text) for base in type(error).__mro__]
+    return next((word for word in ("oom", "ask-device") if word in verdicts), "not")
+
+
+def _of_text(kind: str, text: str) -> Verdict:
+    """The verdict on an exception by the name of its type and its text."""
+    if kind in _ALWAYS or kind.endswith("MemoryError"):  # NumPy's is _ArrayMemoryError
+        return "oom"
+    if kind not in _CARRIERS:
+        return "not"
     for word, pattern in _TABLE:
         if re.search(pattern, text, re.MULTILINE):
             return word

@@ -83,3 +83,59 @@ def test_a_real_allocation_that_cannot_succeed_is_recognised():
 )
 def test_printed_output_is_searched_for_whole_phrases(text, told):
     assert oom.in_output(text) is told
+
+
+def printed(recorded, prefix=""):
+    """What Python prints of the exception, as the end of a traceback."""
+    error = as_exception(recorded)
+    kind = type(error)
+    name = kind.__qualname__ if kind.__module__ in ("builtins", "__main__", "tests.test_oom") else f"{kind.__module__}.{kind.__qualname__}"
+    text = str(error) if len(error.args) < 2 else repr(error.args)
+    return "\n".join(prefix + line for line in f"Traceback (most recent call last):\n  File 'train.py', line 3, in <module>\n{name}: {text}".splitlines())
+
+
+@pytest.mark.parametrize("prefix", ["", "[rank0]: ", "[default1]:"])
+@pytest.mark.parametrize("recorded", RECORDED, ids=lambda recorded: recorded["note"][:40])
+def test_a_program_that_prints_an_exception_gets_the_same_verdict(recorded, prefix):
+    if recorded["verdict"] == "oom" and len(recorded["args"]) > 1:
+        pytest.skip("an exception with two arguments is printed as a tuple")
+    assert oom.in_output(printed(recorded, prefix)) is (recorded["verdict"] != "not")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "numpy._core._exceptions._ArrayMemoryError: Unable to allocate 8.00 GiB for an array with shape (120, 1, 64, 128, 128) and data type float64",
+        "torch.distributed.DistBackendError: NCCL error in: ProcessGroupNCCL.cpp:3690, unhandled cuda error\nLast error:\nCuda failure 2 'out of memory'",
+        "slurmstepd: error: Detected 1 oom_kill event in StepId=77.0. Some of the step tasks have been OOM Killed.",
+    ],
+)
+def test_what_others_print_when_memory_runs_out(text):
+    assert oom.in_output(text)
+
+
+@pytest.mark.parametrize(
+    ("code", "text"),
+    [
+        (-9, ""),
+        (137, ""),
+        (1, "train.sh: line 3:  4242 Killed                  python train.py --bs 64"),
+        (
+            1,
+            "E1128 torch/distributed/elastic/multiprocessing/api.py:984] failed (exitcode: -9) local_rank: 0 (pid: 77) of binary: python\n  exitcode  : -9 (pid: 77)",
+        ),
+        (1, "  error_file: <N/A>\n  traceback : Signal 9 (SIGKILL) received by PID 77"),
+        (1, "subprocess.CalledProcessError: Command '['python', 'train.py']' died with <Signals.SIGKILL: 9>."),
+        (1, "[ERROR] [launch.py:325:sigkill_handler] ['python', 'train.py'] exits with return code = -9"),
+        (1, "RuntimeError: DataLoader worker (pid 4242) is killed by signal: Killed. "),
+        (1, "RuntimeError: DataLoader worker (pid(s) 4242, 4243) exited unexpectedly\nslurmstepd: error: Detected 1 oom-kill event(s)"),
+        (1, "srun: error: node7: task 0: Out Of Memory"),
+    ],
+)
+def test_the_words_of_launchers_for_a_kill(code, text):
+    assert oom.was_killed(code, text) or oom.in_output(text)
+
+
+@pytest.mark.parametrize(("code", "text"), [(1, "ValueError: Killed by hand"), (0, "line: Killed"), (1, "exitcode: 1"), (-15, "Terminated")])
+def test_other_ends_are_no_kill(code, text):
+    assert not oom.was_killed(code, text)

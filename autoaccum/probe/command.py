@@ -121,12 +121,12 @@ class Command:
             raise UsageError(f"the command cannot be started: {output.strip().splitlines()[-1] if output.strip() else words[0]}")
         if code is None:
             outcome = "timeout"
-        elif code == -signal.SIGKILL:
-            outcome = "killed"
-        elif oom_message:
+        elif oom_message and code not in (-signal.SIGKILL, 137):
             outcome = "oom"
             if code == 0:
                 remarks = (f"the command printed an out-of-memory message at {size} and ended with exit code 0: taken as not fitting",)
+        elif oom.was_killed(code, output):
+            outcome = "killed"
         elif code != 0 and "per_process_memory_fraction" in output:
             raise DeviceError(
                 "the command's torch cannot be capped from outside (it does not know per_process_memory_fraction in PYTORCH_CUDA_ALLOC_CONF): "

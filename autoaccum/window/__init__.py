@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from autoaccum.window.interrupts import Interrupts
     from autoaccum.window.job import Job, as_jobs, differing, fingerprint, is_compiled
     from autoaccum.window.losses import PerToken, per_token, predicts_next, token_mean
-    from autoaccum.window.optimizer_step import PhaseCallback
+    from autoaccum.window.phases import PhaseCallback
     from autoaccum.window.result import WindowResult
     from autoaccum.window.rng_state import RngState
     from autoaccum.window.snapshot import Snapshot, preserved
@@ -27,7 +27,7 @@ else:
         interrupts="Interrupts",
         job="Job as_jobs differing fingerprint is_compiled",
         losses="PerToken per_token predicts_next token_mean",
-        optimizer_step="PhaseCallback",
+        phases="PhaseCallback",
         result="WindowResult",
         rng_state="RngState",
         snapshot="Snapshot preserved",

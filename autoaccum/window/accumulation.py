@@ -17,7 +17,8 @@ from autoaccum.errors import JobError
 from autoaccum.window import weights
 from autoaccum.window.batch_norm import RunningStats
 from autoaccum.window.job import Job
-from autoaccum.window.optimizer_step import PhaseCallback, clip, scaled_step, silent, step_with_closure, unmark
+from autoaccum.window.optimizer_step import clip, scaled_step, step_with_closure, unmark
+from autoaccum.window.phases import PhaseCallback, silent
 from autoaccum.window.result import WindowGradients, WindowLoss, WindowResult
 from autoaccum.window.weights import SeparateTerms, scale_gradients
 

@@ -11,14 +11,8 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoaccum.errors import JobError
 from autoaccum.window.job import Job
+from autoaccum.window.phases import PhaseCallback, silent
 from autoaccum.window.result import WindowGradients
-
-# Called with the phase that begins ("batch", "forward", "backward", "sync", "clip", "step") and the index of the micro-batch.
-PhaseCallback = Callable[[str, int], None]
-
-
-def silent(phase: str, index: int) -> None:
-    """A `PhaseCallback` that does nothing."""
 
 
 def unmark(job: Job, scaler: Any) -> None:
