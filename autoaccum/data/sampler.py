@@ -145,13 +145,25 @@ class WindowSampler(Sampler[list[int]]):
 class TokenSampler(WindowSampler):
     """A `WindowSampler` whose windows hold at least `target` tokens, and one sample less would not hold them.
 
-    tokens: of every sample, in the dataset's order. budget: the tokens of a micro-batch. padded: as in `tokens.packed`.
+    tokens: what counts in every sample, in the dataset's order. lengths: what it takes of `budget`, the tokens of a micro-batch.
+    padded: as in `tokens.packed`.
     shares: of every rank, in any unit. A rank's slice of a window is cut into micro-batches by itself.
     """
 
-    def __init__(self, tokens: Sequence[float], target: int, budget: float, shares: Sequence[float], *, padded: bool, **order: Any) -> None:
+    def __init__(
+        self,
+        tokens: Sequence[float],
+        target: int,
+        budget: float,
+        shares: Sequence[float],
+        *,
+        padded: bool,
+        lengths: Sequence[float] | None = None,
+        **order: Any,
+    ) -> None:
         super().__init__(len(tokens), target, lambda _: (), **order)
         self.tokens, self._budget, self._shares, self.padded = tokens, budget, shares, padded
+        self._lengths = tokens if lengths is None else lengths
 
     @property
     def arranged(self) -> bool:
@@ -167,12 +179,17 @@ class TokenSampler(WindowSampler):
             yield start, end - start
             start = end
 
+    def tokens_in(self, start: int, samples: int) -> float:
+        """The tokens of a window of the epoch that is read."""
+        order = self._order(self.began[0])
+        return float(sum(self.tokens[index] for index in order[start : start + samples]))
+
     def _own(self, window: Sequence[int]) -> Sequence[int]:
         first, end = slices([self.tokens[index] for index in window], self._shares)[self.rank]
         return window[first:end]
 
     def _micro_batches(self, window: Sequence[int]) -> list[list[int]]:
-        return packed(self._own(window), self.tokens, self._budget, padded=self.padded) or [[window[0]]]
+        return packed(self._own(window), self._lengths, self._budget, padded=self.padded) or [[window[0]]]
 
     def _sizes(self, window: Sequence[int], samples: int) -> tuple[int, ...]:
-        return tuple(map(len, packed(self._own(window), self.tokens, self._budget, padded=self.padded))) or (0,)
+        return tuple(map(len, packed(self._own(window), self._lengths, self._budget, padded=self.padded))) or (0,)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -28,7 +29,9 @@ def labels_of(batch: Any) -> torch.Tensor:
     found = batch.get("labels") if isinstance(batch, Mapping) else None
     if not isinstance(found, torch.Tensor):
         has = f"{list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
-        raise PlanError(f"what counts as a token is not known, because the batch has no tensor under 'labels' ({has}): give count=, a function of a batch")
+        raise PlanError(
+            f"what counts as a token is not known, because the batch has no tensor under 'labels' ({has}): give count=, a function of a batch, to plan.windows, and to tune and Accumulator"
+        )
     return found
 
 
@@ -59,7 +62,7 @@ class TokenGauge:
     """Says where a window of `target` tokens ends: at the first sample that reaches them. count: as in `of_each`."""
 
     def __init__(self, target: int, count: Count | None = None) -> None:
-        self.target, self._count, self._held = target, count, 0.0
+        self.target, self._count, self._held, self._compared = target, count, 0.0, False
 
     def take(self, batch: Any, samples: int, *, whole: bool = False) -> tuple[int, bool]:
         """Adds a batch to the open window. Returns how many of its samples belong to this window, and True if the window is full then.
@@ -79,6 +82,23 @@ class TokenGauge:
         if full:
             self._held = 0.0
         return taken, full
+
+    def compare(self, parts: Sequence[Any], sizes: Sequence[int], sampler: Any, start: int, samples: int) -> None:
+        """Warns once if batches hold fewer tokens than the sampler counted in them. On one rank, for the first window."""
+        if self._compared or len(sizes) == 0 or sum(sizes) != samples:
+            return
+        self._compared = True
+        try:
+            held = sum(float((self._count or labels)(part)) for part, size in zip(parts, sizes) if size)
+        except PlanError:
+            return  # without labels nothing can be compared
+        said = sampler.tokens_in(start, samples)
+        if abs(held - said) > 0.02 * max(held, said):
+            warnings.warn(
+                f"tokens= of plan.batch_sampler counts {said:g} in the first window, and its batches have {held:g} labels: the effective batch is what the "
+                "first counts. For labels give their number per sample as tokens=, and the whole length as length=",
+                stacklevel=4,
+            )
 
     def restart(self) -> None:
         """Forgets the open window."""
@@ -114,14 +134,12 @@ def slices(tokens: Sequence[float], shares: Sequence[float]) -> list[tuple[int, 
 def sizes_within(parts: Sequence[Any], sizes: Sequence[int], budget: float) -> tuple[int, ...]:
     """Micro-batches of consecutive samples, each with at most `budget` positions, its samples padded to the longest one.
 
-    Raises `PlanError` for a sample that is longer than the budget.
+    A sample that is longer than the budget is a micro-batch of its own.
     """
     found: list[int] = []
     held, longest = 0, 0.0
     for part, size in zip(parts, sizes):
         length = positions(part) / size
-        if length > budget:
-            raise PlanError(_too_long(f"a sample of {length:g} tokens", budget))
         for _ in range(size):
             if held and (held + 1) * max(longest, length) > budget:
                 found.append(held)
@@ -130,17 +148,19 @@ def sizes_within(parts: Sequence[Any], sizes: Sequence[int], budget: float) -> t
     return (*found, held) if held else tuple(found)
 
 
+def cuts(part: Any, samples: int, budget: float) -> int:
+    """Into how many pieces a batch of `samples` samples is cut, so that each has at most `budget` positions, or one sample."""
+    return min(-(-samples // max(int(samples * budget / max(positions(part), 1)), 1)), samples)
+
+
 def packed(indices: Sequence[int], of: Sequence[float], budget: float, *, padded: bool) -> list[list[int]]:
     """Micro-batches of the samples `indices`, the longest samples first.
 
     of: the tokens of every sample. padded: a micro-batch takes its samples times its longest one; otherwise the sum of its samples.
-    Raises `PlanError` for a sample that is longer than the budget.
     """
     found: list[list[int]] = []
     room: list[float] = []
     for index in sorted(indices, key=lambda index: -of[index]):
-        if of[index] > budget:
-            raise PlanError(_too_long(f"sample {index} of {of[index]:g} tokens", budget))
         if padded:
             if not found or (len(found[-1]) + 1) * of[found[-1][0]] > budget:
                 found.append([])
@@ -154,7 +174,3 @@ def packed(indices: Sequence[int], of: Sequence[float], budget: float, *, padded
         found[place].append(index)
         room[place] -= of[index]
     return found
-
-
-def _too_long(what: str, budget: float) -> str:
-    return f"{what} is longer than a micro-batch of this plan, {budget:g} tokens: tune with the longest samples, batch=autoaccum.worst_case(loader)"

@@ -268,6 +268,8 @@ class Windows:
             self._done = start + of_all
             if self._samples is not None and any(sizes):
                 sizes = tuple(int(self._samples(part)) if size else 0 for part, size in zip(parts, sizes))
+            if self._gauge is not None and not told:
+                self._gauge.compare(parts, sizes, sampler, start, of_all)
             yield Window(parts, sizes, self._split, told=told, arranged=sampler.arranged, of_all=of_all)
         self._epoch, self._done = self._epoch + 1, 0
 

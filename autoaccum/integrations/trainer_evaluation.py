@@ -33,7 +33,12 @@ def evaluation_of(trainer: Any, length: lengths.Length | None) -> Evaluation:
     if not loss_only and trainer.args.eval_accumulation_steps is None and not trainer.args.batch_eval_metrics:
         warnings.warn(
             "the Trainer keeps the predictions of the whole evaluation set on the device (compute_metrics without eval_accumulation_steps), and eval_batch "
-            "was measured with those of one batch: set eval_accumulation_steps=1",
+            "was measured with those of one batch: "
+            + (
+                "keep less of them with preprocess_logits_for_metrics"  # on a CPU there is nowhere else to move them
+                if trainer.args.device.type == "cpu"
+                else "set eval_accumulation_steps=1"
+            ),
             stacklevel=4,
         )
 

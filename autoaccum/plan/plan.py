@@ -192,6 +192,13 @@ class Plan(PlanRecord):
         if not window.arranged:
             return self.sizes(window.samples, most)
         ratio = (most or self.micro_batch) / self.micro_batch
+        if self.micro_tokens is not None and not window.told:  # padding may make a part larger than its samples' tokens say
+            from autoaccum.data import tokens
+
+            allowed = self.micro_tokens * ratio
+            return tuple(
+                each for part, size in zip(window.parts, window.sizes) if size for each in arithmetic.micro_batches(size, tokens.cuts(part, size, allowed))
+            )
         return tuple(size for part in window.sizes for size in arithmetic.micro_batches(part, math.ceil(part / max(int(part * ratio), 1))))
 
     def batch_sampler(
@@ -212,8 +219,9 @@ class Plan(PlanRecord):
         each rank takes its slice of the same windows.
         length: `length(sample)`, or a length for every sample, for a plan made with `lengths`. The longest samples of a window then
             come together, and each micro-batch holds as many samples as its longest one allows.
-        tokens: for a plan of tokens: `tokens(sample)`, or the number for every sample. A window takes samples until it has the target,
-            and its micro-batches are filled with samples of like lengths.
+        tokens: for a plan of tokens: `tokens(sample)`, or the number for every sample: what counts in it, such as its labels. A window
+            takes samples until it has the target, and its micro-batches are filled with samples of like lengths. length: their lengths, if
+            not all of a sample's tokens count (a prompt without labels).
         padded: False if the loader's `collate_fn` puts samples one after the other instead of padding them to the longest.
         Raises `PlanError` for a sample that is longer than was planned.
         """
@@ -225,13 +233,13 @@ class Plan(PlanRecord):
                 if self.target_tokens is None
                 else "the plan counts tokens: give tokens=, a function that says how many a sample has, or their numbers"
             )
-        if length is not None and not self.per_length:
+        if length is not None and not self.per_length and tokens is None:
             raise PlanError("the plan knows no lengths: tune(..., lengths=[512, 1024, 2048]), or leave length= out")
 
         if not hasattr(dataset, "__len__"):
             raise PlanError(f"a {type(dataset).__name__} has no length to draw from: for an iterable dataset use plan.windows(DataLoader(dataset, ...))")
         if tokens is not None:
-            return self._token_sampler(dataset, tokens, padded, shuffle=shuffle, seed=seed, drop_last=drop_last)
+            return self._token_sampler(dataset, tokens, length, padded, shuffle=shuffle, seed=seed, drop_last=drop_last)
         if len(dataset) < self.target_batch:
             warnings.warn(f"the data has {len(dataset)} samples, fewer than the target batch of {self.target_batch}: no window is whole", stacklevel=2)
         arrange = None
@@ -246,19 +254,26 @@ class Plan(PlanRecord):
 
         return WindowSampler(len(dataset), self.target_batch, self._cuts, rank=self.rank, shuffle=shuffle, seed=seed, drop_last=drop_last, arrange=arrange)
 
-    def _token_sampler(self, dataset: Sized, tokens: Any, padded: bool, **order: Any) -> WindowSampler:
+    def _token_sampler(self, dataset: Sized, tokens: Any, length: Any, padded: bool, **order: Any) -> WindowSampler:
         from autoaccum.data import TokenSampler, lengths
 
         assert self.target_tokens is not None and self.micro_tokens is not None
-        if tokens is len and len(dataset) and isinstance(dataset[0], Mapping):  # type: ignore[index] # a map-style dataset
+        if len in (tokens, length) and len(dataset) and isinstance(dataset[0], Mapping):  # type: ignore[index] # a map-style dataset
             names = list(dataset[0])  # type: ignore[index]
             raise PlanError(f"a sample has the fields {names}, and len counts those: tokens=lambda sample: len(sample[{names[0]!r}])")
         sample_tokens = lengths.by_length(dataset, tokens)[1]
         if sum(sample_tokens) < self.target_tokens:
             warnings.warn(f"the data has {sum(sample_tokens):g} tokens, fewer than the target of {self.target_tokens}: no window is whole", stacklevel=3)
         # A rank without a share of a full window still stands in with one sample, and packs it by itself.
-        budget = float(self.micro_tokens or max(sample_tokens, default=0))
-        return TokenSampler(sample_tokens, self.target_tokens, budget, self.shares, padded=padded, rank=self.rank, **order)
+        sample_lengths = sample_tokens if length is None else lengths.by_length(dataset, length)[1]
+        budget = float(self.micro_tokens or max(sample_lengths, default=0))
+        longest = max(range(len(sample_lengths)), key=sample_lengths.__getitem__, default=None)
+        if longest is not None and sample_lengths[longest] > budget:
+            raise PlanError(
+                f"sample {longest} of {sample_lengths[longest]:g} tokens is longer than a micro-batch of this plan, {budget:g} tokens: "
+                "tune with the longest samples, batch=autoaccum.worst_case(loader)"
+            )
+        return TokenSampler(sample_tokens, self.target_tokens, budget, self.shares, lengths=sample_lengths, padded=padded, rank=self.rank, **order)
 
     def _cuts(self, samples: int) -> list[tuple[int, ...]]:
         """Every rank's micro-batches of a window of `samples` samples, without the steps that a rank skips."""

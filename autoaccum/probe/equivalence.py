@@ -18,7 +18,7 @@ import torch
 from autoaccum.data import IGNORED, batches, variety
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.probe.readings import COMPARED_SAMPLES, Equivalence
-from autoaccum.window import Job, RngState, accumulation, as_jobs, batch_norms, preserved, token_mean
+from autoaccum.window import Job, PerToken, RngState, accumulation, as_jobs, batch_norms, preserved, token_mean
 
 ORDER = [False, None, True]  # of `exact`: with several jobs, the result that comes first here is reported
 _PER_PARAMETER = 4096  # compared elements of each parameter's gradient
@@ -226,6 +226,14 @@ def _why(
                 f"layer {mixing!r} looks at several samples at once, so splitting changes what it computes: its result depends on the micro-batch",
             )
         return "mixed", [], _looks_at_several(job)
+    if isinstance(job.loss, PerToken):
+        actual = " and ".join(f"{float(weight / weights.sum()):.3f}" for weight in weights)
+        return (
+            "token-mean",
+            [],
+            "with a target in tokens a scalar is taken for the mean over the labels of its batch other than -100, and this loss is another mean (of sums, of "
+            f"samples, or without each sequence's first label): pieces weigh {actual}; return (loss_sum, count), with the labels that it counts",
+        )
     if float((weights - 1).abs().max()) < 0.02:
         return "sum", [], "the loss is a sum over the samples, not their mean: use reduction='mean', or return (loss_sum, number of samples)"
     shares = weights / weights.sum()
@@ -495,7 +503,7 @@ def _samples_of(job: Job, samples: int) -> Any:
 
 def _count(job: Job, batch: Any) -> int:
     if job.split is None:
-        return batches.count(batch)
+        return batches.count(batch) if job.samples is None else 0  # nothing can cut a batch whose first dimension does not count samples
     try:
         return job.samples_in(batch)
     except PlanError:

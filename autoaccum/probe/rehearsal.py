@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 
 import torch
 
-from autoaccum.data import tokens
+from autoaccum.data import batches, tokens
 from autoaccum.devices import RLIMIT, SHARED, Budget, Device, make_budget
+from autoaccum.errors import PlanError
 from autoaccum.probe import conditions, equivalence
 from autoaccum.probe.evaluation import Evaluation, measure_evaluation
 from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject
@@ -37,6 +38,11 @@ class Rehearsal:
         evaluation: Evaluation | None = None,
     ) -> None:
         self._jobs, self._device, self._snapshot, self._interrupts, self._limits, self._on_phase = jobs, device, snapshot, interrupts, limits, on_phase
+        if limits.per_token:
+            try:
+                self._jobs = tuple(map(_end_to_end, jobs))
+            finally:
+                snapshot.rewind()
         # Memory that only the trials need: the earlier gradients, and the copies if they lie in the measured memory.
         self._aside_bytes = snapshot.gradient_bytes + (snapshot.host_bytes if device.shared_with_host else 0)
         self._floor_bytes = device.held_bytes() - self._aside_bytes
@@ -143,6 +149,20 @@ class Rehearsal:
 
     def fresh(self) -> None:
         """Does nothing: trials run in this process, so there is no new process to start."""
+
+
+def _end_to_end(job: Job) -> Job:
+    """The job with `samples`, if its `make_batch` puts samples one after the other, so that the first dimension does not count them."""
+    if not callable(job.batch) or job.split is not None or job.samples is not None:
+        return job
+    two, four = job.batch(2), job.batch(4)
+    with suppress(PlanError):
+        if batches.count(two) == 2:
+            return job
+    one = tokens.per_sample(two, 2)
+    if tokens.positions(four) != 4 * one:
+        return job
+    return replace(job, samples=lambda batch: tokens.positions(batch) // one)
 
 
 @contextmanager

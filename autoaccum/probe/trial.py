@@ -273,6 +273,8 @@ class _Pieces:
                 yield self._batch, size
             elif self._job.split is not None:
                 yield self._job.split(self._batch, [size, largest - size])[0], size
+            elif self._job.samples is not None and callable(self._job.batch):
+                yield self._job.batch_of(size), size
             else:
                 yield batches.resize(self._batch, size), size
 

@@ -96,7 +96,7 @@ def assemble_plan(
                 equal_is="equal=True" if label == "in place" else "--equal",
                 steady=subject.allocator == "steady malloc",
             )
-            if searched
+            if searched and request.target_tokens is None  # hints are about counts of samples
             else ()
         ),
     )

@@ -34,7 +34,8 @@ class Job:
         and is weighted by their count. For a loss that returns `(loss_sum, count)`, `count` gives the window's count before
         the first forward. Called on the host.
     split: `split(batch, sizes)`, for batches that cannot be cut along the first dimension.
-    samples: `samples(batch)`, the number of samples in a batch, if its first dimension does not count them. It goes with `split`.
+    samples: `samples(batch)`, the number of samples in a batch, if its first dimension does not count them. It goes with `split`, or with a
+        function `make_batch(n)`, of whose batches the size is then not checked.
     keep: other objects with state that the loss changes (EMA, discriminator). Their state is restored after tuning.
     """
 
@@ -139,7 +140,7 @@ class Job:
         if not callable(self.batch):
             return batches.resize(self.batch, samples)
         batch = self.batch(samples)
-        if self.split is None and (got := batches.count(batch)) != samples:
+        if self.split is None and self.samples is None and (got := batches.count(batch)) != samples:
             raise JobError(f"make_batch({samples}) returned {got} samples: return a batch of exactly the size asked for")
         return batch
 

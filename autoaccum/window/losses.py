@@ -7,6 +7,7 @@ whose embeddings get their part of that gradient. This method is known as gradie
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -115,10 +116,24 @@ class Contrastive:
     """What `contrastive` returns. Called like any loss, it computes the loss of one batch at once."""
 
     def __init__(self, encode: Callable[[Any, Any], Any], loss: Callable[..., Any]) -> None:
-        self._encode, self._loss = encode, loss
+        self._encode, self._loss, self._told = encode, loss, False
 
     def __call__(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
-        return self._loss(*_as_tuple(self._encode(model, batch)))  # type: ignore[no-any-return]
+        if torch.is_grad_enabled() and not self._told:
+            self._told = True
+            warnings.warn(
+                "a contrastive loss that is called by itself looks at this batch alone: right for a whole window, wrong for a micro-batch of plan.split; "
+                "train with autoaccum.Accumulator, which looks at the window",
+                stacklevel=2,
+            )
+        return self._of(_as_tuple(self._encode(model, batch)))
+
+    def _of(self, embeddings: Iterable[Any]) -> torch.Tensor:
+        value = self._loss(*embeddings)
+        if not isinstance(value, torch.Tensor) or value.dim():
+            described = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else f"a {type(value).__name__}"
+            raise JobError(f"loss(*embeddings) of contrastive returned {described}: return one scalar, the sum of its terms")
+        return value
 
     def of_window(self, job: Job, pieces: Iterable[tuple[Any, int]], samples: int, device: torch.device, crossing: Any) -> Callable[[Any, Any], torch.Tensor]:
         """The loss of each micro-batch of a window, in their order. A micro-batch is weighted by its samples afterwards.
@@ -142,9 +157,10 @@ class Contrastive:
                     embeddings = _as_tuple(self._encode(job.model, batches.copied(batches.move(batch, device, non_blocking=True))))
                 for each in embeddings:
                     if not isinstance(each, torch.Tensor) or not each.dim() or len(each) != size:
-                        shape = tuple(each.shape) if isinstance(each, torch.Tensor) else type(each).__name__
+                        described = f"a tensor of shape {tuple(each.shape)}" if isinstance(each, torch.Tensor) else f"a {type(each).__name__}"
                         raise JobError(
-                            f"encode(model, batch) returned {shape} for {size} samples: return a tensor with a row for each sample, or a tuple of them"
+                            f"encode(model, batch) returned {described} for {size} samples: return a tensor with a row for each sample, or a tuple of them; "
+                            "a temperature belongs into loss"
                         )
                 embedded.append(tuple(each.detach() for each in embeddings))
                 sizes.append(size)
@@ -152,7 +168,7 @@ class Contrastive:
                 buffer.copy_(before)  # the second pass moves BatchNorm's statistics
         leaves = [torch.cat(field).requires_grad_() for field in zip(*embedded)]
         with torch.enable_grad(), _autocast(job, device):
-            gradients = torch.autograd.grad(self._loss(*leaves), leaves, allow_unused=True)
+            gradients = torch.autograd.grad(self._of(leaves), leaves, allow_unused=True)
         parts = [torch.zeros_like(leaf).split(sizes) if gradient is None else gradient.split(sizes) for leaf, gradient in zip(leaves, gradients)]
         index = iter(range(len(sizes)))
 
@@ -164,7 +180,7 @@ class Contrastive:
             value = sum((each.to(part[number].dtype) * part[number]).sum() for each, part in zip(embeddings, parts))
             value = value - value.detach()  # type: ignore[union-attr]
             if number == 0:
-                value = value + self._loss(*(leaf.detach() for leaf in leaves))
+                value = value + self._of(leaf.detach() for leaf in leaves)
             return torch.mul(value, samples / sizes[number])
 
         return of_piece

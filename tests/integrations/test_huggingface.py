@@ -326,7 +326,7 @@ def test_the_batch_of_evaluation_is_searched_with_the_longest_samples_and_set(tm
 def test_predictions_that_stay_on_the_device_are_told(tmp_path):
     made = trainer(tmp_path, gpt2(), Texts(), padded, max_steps=1)
     made.compute_metrics = lambda predictions: {}
-    with pytest.warns(UserWarning, match="keeps the predictions of the whole evaluation set on the device.*eval_accumulation_steps=1"):
+    with pytest.warns(UserWarning, match="keeps the predictions of the whole evaluation set on the device.*preprocess_logits_for_metrics"):
         huggingface.tune(made, target_batch=10, evaluate=True)
     made.args.eval_accumulation_steps = 1
     with warnings.catch_warnings():

@@ -124,7 +124,9 @@ def test_a_mean_over_samples_is_told():
         losses = F.cross_entropy(model(batch["ids"]).flatten(0, 1), batch["labels"].flatten(), reduction="none").view(batch["labels"].shape)
         return (losses.sum(1) / (batch["labels"] != -100).sum(1)).mean()
 
-    with pytest.warns(UserWarning, match="gradient"):
+    with pytest.warns(
+        UserWarning, match=r"a scalar is taken for the mean over the labels of its batch.*return .loss_sum, count., with the labels that it counts"
+    ):
         tuned(by_sample)
 
 
@@ -199,6 +201,47 @@ def test_len_of_a_dict_is_not_its_tokens():
     with pytest.raises(TypeError, match=r"windows of tokens cannot be counted before the samples are read: use plan.batch_sampler"):
         len(plan.windows(DataLoader(DATA, batch_size=7, collate_fn=put_together)))
     assert len(plan.windows(DataLoader(DATA, batch_sampler=plan.batch_sampler(DATA, tokens=lambda sample: len(sample["ids"])), collate_fn=put_together))) > 5
+
+
+def test_padding_free_batches_are_measured_and_trained():
+    """make_batch puts samples one after the other, so that the first dimension does not count them."""
+    for collate in (end_to_end, lambda samples: {name: value[0] for name, value in end_to_end(samples).items()}):
+
+        def loss(model, batch):
+            return F.cross_entropy(model(batch["ids"]).reshape(-1, 31), batch["labels"].reshape(-1))
+
+        model, optimizer, plan = tuned(loss, batch=autoaccum.worst_case(DATA, collate=collate))
+        assert (plan.micro_tokens, plan.micro_batch) == (48, 4)
+        sampler = plan.batch_sampler(DATA, tokens=lambda sample: len(sample["ids"]), padded=False, shuffle=False)
+        found = errors(model, optimizer, plan, DataLoader(DATA, batch_sampler=sampler, collate_fn=collate), range(len(DATA)), loss)
+        assert max(error for error, _, _ in found) < 1e-14
+
+
+def test_prompts_without_labels_count_in_memory_only_and_a_mix_up_is_told():
+    answered = [len(sample["ids"]) // 2 + 1 for sample in DATA]
+
+    def prompted(samples):
+        batch = put_together(samples)
+        for row, sample in zip(batch["labels"], samples):
+            row[: len(sample["ids"]) - len(sample["ids"]) // 2 - 1] = -100
+        return batch
+
+    _, _, plan = tuned(batch=autoaccum.worst_case(DATA, collate=prompted))
+    size = lambda sample: len(sample["ids"])  # noqa: E731
+    right = DataLoader(DATA, batch_sampler=plan.batch_sampler(DATA, tokens=answered, length=size), collate_fn=prompted)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        windows = list(plan.windows(right))
+    assert all(part["ids"].numel() <= plan.micro_tokens for window in windows for part in window.parts)
+    assert all(150 <= sum(int((part["labels"] != -100).sum()) for part in window.parts) < 157 for window in windows[:-1])
+    with pytest.warns(UserWarning, match=r"counts .* in the first window, and its batches have .* labels.*the whole length as length="):
+        list(plan.windows(DataLoader(DATA, batch_sampler=plan.batch_sampler(DATA, tokens=size), collate_fn=prompted)))
+
+
+def test_a_sample_longer_than_planned_is_told_before_training():
+    _, _, plan = tuned()
+    with pytest.raises(PlanError, match="sample 1 of 60 tokens is longer than a micro-batch of this plan, 48 tokens: tune with the longest samples"):
+        plan.batch_sampler([[1] * 5, [1] * 60], tokens=len)
 
 
 def test_samples_and_tokens_are_not_mixed_up():

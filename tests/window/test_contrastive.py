@@ -12,6 +12,9 @@ import autoaccum
 from autoaccum.errors import JobError, UsageError
 from tests.plans import by_hand
 
+# These tests call the loss on whole windows, to compare with.
+pytestmark = pytest.mark.filterwarnings("ignore:a contrastive loss that is called")
+
 
 class Towers(nn.Module):
     """Two encoders and a learned temperature, as CLIP has."""
@@ -164,6 +167,16 @@ def test_batch_norm_moves_once_for_every_micro_batch():
     assert model.left[1].num_batches_tracked == 3
 
 
+def test_by_hand_a_micro_batch_alone_is_warned_of():
+    model, optimizer, loss = towers()
+    plan = by_hand(None, 24, 8)
+    with pytest.warns(UserWarning, match=r"looks at this batch alone.*train with autoaccum.Accumulator"):
+        for micro in plan.split(pairs(24)):
+            (loss(model, micro.batch) * micro.weight).backward()
+    with pytest.raises(JobError, match="returned a tuple: return one scalar"):
+        autoaccum.Accumulator(model, optimizer, plan).step(pairs(24), autoaccum.contrastive(encode, lambda left, right: (left.sum(), 24)))
+
+
 def test_what_cannot_be_is_said():
     model, optimizer, loss = towers()
     with pytest.raises(UsageError, match=r"contrastive\(encode, loss\) takes two functions"):
@@ -172,5 +185,5 @@ def test_what_cannot_be_is_said():
     with pytest.raises(UsageError, match="contrastive weighs every micro-batch itself: leave count= out"):
         loop.step(pairs(24), loss)
     loop = autoaccum.Accumulator(model, optimizer, by_hand(None, 24, 8))
-    with pytest.raises(JobError, match=r"encode\(model, batch\) returned \(\) for 8 samples: return a tensor with a row for each sample"):
+    with pytest.raises(JobError, match=r"encode\(model, batch\) returned a tensor of shape \(\) for 8 samples: return a tensor with a row for each sample"):
         loop.step(pairs(24), autoaccum.contrastive(lambda model, batch: encode(model, batch)[0].mean(), lambda one: one))
