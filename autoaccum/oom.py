@@ -172,6 +172,11 @@ def _of_text(kind: str, text: str) -> Verdict:
     return "not"
 
 
+def is_of_device(error: BaseException) -> bool:
+    """True if `error` came from a device's driver or runtime, after which its memory may be lost."""
+    return type(error).__name__ == "AcceleratorError" or bool(re.search(r"\b(CUDA|HIP|XPU|MPS|CUBLAS|cuDNN|level_zero)\b.*(error|fail)", str(error), re.I))
+
+
 # Messages of Gloo and NCCL for a collective that other ranks did not join: gloo/transport/tcp (pair.cc, unbound_buffer.cc), ProcessGroupNCCL.cpp.
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Read error", "NCCL communicator was aborted", "watchdog")
 

@@ -81,6 +81,11 @@ class Job:
                 raise JobError(f"{name} must be a {'learning rate scheduler' if name == 'scheduler' else 'torch.amp.GradScaler'}, not {given!r}")
         if type(self.scheduler).__name__ == "ReduceLROnPlateau":
             raise JobError("ReduceLROnPlateau steps on a figure that only you have: leave scheduler out, and step it yourself, for instance with result.loss")
+        lazy = [name for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()) if torch.nn.parameter.is_lazy(tensor)]
+        if lazy:
+            raise JobError(
+                f"{lazy[0]!r} has no shape before the first forward (a lazy module): run the model once on a batch, and make the optimizer after that"
+            )
         trains = {id(parameter) for parameter in self.model.parameters() if parameter.requires_grad}
         stepped = {id(parameter) for group in self._groups() for parameter in group["params"]}
         if trains and not trains & stepped:

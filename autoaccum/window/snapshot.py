@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from autoaccum import oom
 from autoaccum.devices import Cpu
 from autoaccum.errors import DeviceError
 from autoaccum.units import in_words
@@ -86,10 +87,10 @@ class Snapshot:
         for leaf in self._leaves:
             leaf.grad = None
         if errors:
-            raise DeviceError(
-                f"the state could not be put back whole ({type(errors[0]).__name__}: {errors[0]}): after an error that loses the device's context "
-                "nothing can be read from it, so load your last checkpoint"
-            ) from errors[0]
+            why = "after an error that loses the device's context nothing can be read from it, so" if oom.is_of_device(errors[0]) else "so"
+            raise DeviceError(f"the state could not be put back whole ({type(errors[0]).__name__}: {errors[0]}): {why} load your last checkpoint") from errors[
+                0
+            ]
 
     def put_back(self) -> None:
         """Restores everything, gradients included. Warns if a parameter that does not train was changed."""
@@ -140,7 +141,7 @@ class Snapshot:
             self._visit(item, deep=deep)
 
     def _keep_tensor(self, tensor: torch.Tensor, deep: bool) -> None:
-        if tensor.is_leaf and tensor.requires_grad:
+        if tensor.is_leaf and (tensor.requires_grad or tensor.grad is not None):
             self._leaves.append(tensor)
         if tensor.grad_fn is not None or tensor.is_meta or tensor.layout != torch.strided:
             return  # an intermediate result is not state; its owner still gets the same object back
@@ -203,7 +204,9 @@ def same_content(storage: torch.UntypedStorage, content: torch.UntypedStorage) -
 
 
 def write_content(storage: torch.UntypedStorage, content: torch.UntypedStorage) -> None:
-    """Writes the bytes into a storage. Host memory is written only if it changed: a read-only page (a mapped file) is not touched."""
+    """Writes the bytes into a storage, in its size of then. Host memory is written only if it changed: a read-only page (a mapped file) is not touched."""
+    if storage.nbytes() != content.nbytes():
+        storage.resize_(content.nbytes())  # `resize_` in forward, as observers of quantisation-aware training do
     if storage.device.type != "cpu" or not same_content(storage, content):
         storage.copy_(content)
 

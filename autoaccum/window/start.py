@@ -74,7 +74,7 @@ class WindowStart:
                 owner.update(zip(names, tensors))
         with torch.no_grad():
             for tensor, alias in self._aliases:
-                if tensor.data_ptr() != alias.data_ptr():
+                if tensor.data_ptr() != alias.data_ptr() or tensor.shape != alias.shape:
                     tensor.data = alias
             for live, flat in self._small:
                 torch._foreach_copy_(live, flat.split([tensor.numel() for tensor in live]))
@@ -92,7 +92,7 @@ class WindowStart:
             for now, then in zip(owner.values(), tensors):
                 if now is not then:
                     return True
-        return [tensor.data_ptr() for tensor, _ in self._aliases] != self._addresses
+        return [(tensor.data_ptr(), tensor.shape) for tensor, _ in self._aliases] != self._addresses
 
     def _find(self) -> None:
         # A scripted module keeps its buffers elsewhere, and they stay the same tensors.
@@ -116,7 +116,7 @@ class WindowStart:
                 groups.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach().view(-1))
             else:
                 self._large.append(_Large(tensor))
-        self._addresses = [tensor.data_ptr() for tensor, _ in self._aliases]
+        self._addresses = [(tensor.data_ptr(), tensor.shape) for tensor, _ in self._aliases]
         # One copy per device and dtype: `cat` takes a third of the time of one copy per tensor.
         self._small = [(live, torch.cat(live)) for live in groups.values()]
 

@@ -13,6 +13,7 @@ from torch import nn
 import autoaccum
 from autoaccum.window import snapshot
 from tests.digest import digest
+from tests.plans import by_hand
 
 MIB = 2**20
 
@@ -384,3 +385,86 @@ def test_tuning_works_outside_the_main_thread():
     thread.start()
     thread.join()
     assert plans[0].effective_batch == 8
+
+
+class Grows(nn.Module):
+    """A buffer that the first forward grows in place, as observers of quantisation-aware training do."""
+
+    def __init__(self, shrinks=False):
+        super().__init__()
+        self.inner = nn.Linear(4, 1)
+        self.register_buffer("seen", torch.arange(8.0) if shrinks else torch.full((1,), 7.0))
+
+    def forward(self, x):
+        if self.seen.numel() != 4:
+            self.seen.resize_(4)
+        self.seen.copy_(x.detach().mean(0))
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("shrinks", [False, True])
+def test_a_buffer_that_forward_resizes_comes_back_in_its_size(shrinks):
+    model = Grows(shrinks)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    before = model.seen.clone()
+    for _ in range(2):
+        autoaccum.tune(model, optimizer, lambda model, batch: model(batch).mean(), torch.randn(4, 4), target_batch=8, max_micro_batch=4)
+        assert torch.equal(model.seen, before) and model.seen.shape == before.shape
+    model(torch.randn(4, 4))  # it goes on as it would have
+    assert model.seen.shape == (4,)
+
+
+def test_a_window_that_runs_again_starts_from_the_size_of_then():
+    model = Grows()
+    ran = []
+
+    def loss(model, batch):
+        ran.append(tuple(model.seen.shape))
+        value = model(batch).mean()
+        if len(ran) == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return value
+
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, torch.randn(4, 4))
+    assert autoaccum.Accumulator(job, by_hand(job, 8, 8)).step(torch.randn(8, 4)).rescued
+    assert ran[:2] == [(1,), (1,)]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantisation_aware_training_comes_back_whole():
+    torch.manual_seed(0)
+    model = nn.Sequential(torch.ao.quantization.QuantStub(), nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10))
+    model.qconfig = torch.ao.quantization.get_default_qat_qconfig("x86")
+    torch.ao.quantization.prepare_qat(model.train(), inplace=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = torch.randn(16, 3, 8, 8), torch.randint(0, 10, (16,))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    autoaccum.tune(model, optimizer, lambda model, batch: nn.functional.cross_entropy(model(batch[0]), batch[1]), batch, target_batch=60, max_micro_batch=20)
+    after = model.state_dict()
+    assert all(before[name].shape == after[name].shape and torch.equal(before[name], after[name]) for name in before)
+
+
+def test_the_gradient_of_a_frozen_parameter_is_there_again():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 1))
+    gradient = model[0].weight.grad = torch.ones(4, 4)
+    model[0].requires_grad_(False)
+    autoaccum.tune(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda model, batch: model(batch).mean(), torch.randn(4, 4), target_batch=8)
+    assert model[0].weight.grad is gradient and torch.equal(gradient, torch.ones(4, 4))
+
+
+def test_a_lazy_module_is_told_and_the_remedy_works():
+    model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 1))
+    loss = lambda model, batch: model(batch).mean()  # noqa: E731
+    with pytest.raises(
+        autoaccum.JobError, match=r"'0.weight' has no shape before the first forward .*: run the model once on a batch, and make the optimizer after"
+    ):
+        autoaccum.tune(model, torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=0.1), loss, torch.randn(4, 4), target_batch=8)
+    model(torch.randn(4, 4))
+    assert autoaccum.tune(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, torch.randn(4, 4), target_batch=8).micro_batch == 8
+
+
+def test_what_cannot_be_put_back_blames_the_device_only_for_its_own_errors():
+    from autoaccum import oom
+
+    assert oom.is_of_device(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not oom.is_of_device(RuntimeError("size does not match, self was 32 bytes but src was 4 bytes"))
