@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import heapq
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
@@ -17,18 +18,30 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from autoaccum.data import batches
 from autoaccum.errors import JobError, PlanError
 
-Length = Callable[[Any], float] | Sequence[float]
+Length = Callable[[Any], Any] | Sequence[Any]  # numbers, or tuples of numbers
 
 
-def worst_case(data: Any, n: int | None = None, *, length: Length | None = None, collate: Callable[[list[Any]], Any] | None = None) -> Any:
-    """The largest batch of `n` samples that the data can give: its longest samples, the longest first, collated together.
+def worst_case(
+    data: Any,
+    n: int | None = None,
+    *,
+    length: Length | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
+    bucket: Callable[[Any], Hashable] | None = None,
+) -> Any:
+    """The largest batch of `n` samples that the data can give, collated together.
+
+    These are its longest samples. If samples vary in several dimensions (pictures that are padded to the tallest and to the widest of their
+    batch), the batch with the largest sample of every dimension is put together, too, and the larger one of the two is taken.
 
     data: a dataset, a stream of samples (read to its end), or a DataLoader (its dataset and `collate_fn` are used). Data with
     fewer than `n` samples is repeated.
     n: the number of samples. Without it, the result is a function `make_batch(n)`, which `tune` takes as its batch. The lengths
     are then measured once.
-    length: `length(sample)`, or a length for every sample. By default, the length is the number of numbers and characters in a sample.
+    length: `length(sample)`, or a length for every sample. A tuple of numbers stands for several dimensions. By default, the length is the
+    number of numbers and characters in a sample, and its dimensions are those of its tensors, arrays and pictures.
     collate: by default the loader's `collate_fn`, or torch's `default_collate`.
+    bucket: `bucket(sample)`, if a batch of the loader holds samples of one bucket only (one resolution, one number of frames).
     Raises `PlanError` for data without samples, for a stream without `n`, and for a loader that reads whole batches.
     """
     if isinstance(data, DataLoader):
@@ -40,17 +53,25 @@ def worst_case(data: Any, n: int | None = None, *, length: Length | None = None,
     if isinstance(data, IterableDataset) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
         if n is None:
             raise PlanError("a stream has no samples to come back to: say how many the largest window has, worst_case(stream, n=...)")
-        measure = _measure(length, None)
-        # The index breaks ties between equal lengths, so that samples are never compared.
-        longest = [
-            sample
-            for _, _, sample in heapq.nlargest(n, ((measure(sample, index), -index, sample) for index, sample in enumerate(data)), key=lambda entry: entry[:2])
-        ]
-        return collate_samples(_filled(longest, n))
-    order = by_length(data, length)[0]
+        data = _kept_of_stream(data, n, length, bucket)
+        length = None if length is None or not callable(length) else length
+    measured = [_Measured.of(None if isinstance(length, Sequence) else data[index], index, length, len(data)) for index in range(len(data))]
+    groups: dict[Hashable, list[int]] = {}
+    for index in range(len(data)):
+        groups.setdefault(None if bucket is None else bucket(data[index]), []).append(index)
+    orders = [sorted(group, key=lambda index: -measured[index].size) for group in groups.values()]
+    largest_groups = sorted(orders, key=lambda order: -measured[order[0]].size)[:_BUCKETS]
+    extremes = [_extremes(order, measured) for order in largest_groups]
 
     def make_batch(n: int) -> Any:
-        return collate_samples([data[index] for index in _filled(order, n)])
+        chosen = [_filled(order, n) for order in largest_groups]
+        chosen += [_filled([*of_all[:n], *order], n) for order, of_all in zip(largest_groups, extremes) if of_all]
+        if not chosen:
+            _filled([], n)
+        made = [collate_samples([data[index] for index in indices]) for indices in chosen]
+        return made[0] if len(made) == 1 else max(made, key=batches.nbytes)
+
+    order = sorted(range(len(data)), key=lambda index: -measured[index].size)
 
     def varied(n: int) -> Any:
         """`n` samples of which the first half are the longest and the others the shortest."""
@@ -59,6 +80,58 @@ def worst_case(data: Any, n: int | None = None, *, length: Length | None = None,
 
     make_batch.varied = varied  # type: ignore[attr-defined] # for the comparison of a split batch, which needs samples that differ
     return make_batch if n is None else make_batch(n)
+
+
+_BUCKETS = 8  # of which the batches are compared, those with the longest samples
+
+
+class _Measured(NamedTuple):
+    """The size of a sample, and its extents in all dimensions."""
+
+    size: float
+    extents: tuple[float, ...]
+
+    @classmethod
+    def of(cls, sample: Any, index: int, length: Length | None, samples: int | None) -> _Measured:
+        if length is None:
+            return cls(_extent(sample), tuple(_dimensions(sample)))
+        if samples is not None and isinstance(length, Sequence) and len(length) != samples:
+            raise PlanError(f"{len(length)} lengths were given for {samples} samples: one for each is needed, in the order of the dataset")
+        given: Any = length(sample) if callable(length) else length[index]
+        if isinstance(given, tuple):
+            return cls(float(math.prod(given)), tuple(map(float, given)))
+        return cls(float(given), (float(given),))
+
+
+def _extremes(order: Sequence[int], measured: Sequence[_Measured]) -> list[int]:
+    """The sample with the largest extent of every dimension that varies; empty if only one does, because the longest samples have it."""
+    dimensions = len(measured[order[0]].extents)
+    if any(len(measured[index].extents) != dimensions for index in order):
+        return []  # samples of unlike kinds
+    varying = [place for place in range(dimensions) if len({measured[index].extents[place] for index in order}) > 1]
+    # Fields of one length vary together: tokens, their labels and their mask.
+    columns = {tuple(measured[index].extents[place] for index in order): place for place in varying}
+    if len(columns) < 2:
+        return []
+    return list(dict.fromkeys(max(order, key=lambda index: measured[index].extents[place]) for place in columns.values()))
+
+
+def _kept_of_stream(stream: Any, n: int, length: Length | None, bucket: Callable[[Any], Hashable] | None) -> list[Any]:
+    """The samples of a stream that a worst batch of `n` may hold: the `n` longest of every bucket, and those with the largest extents."""
+    longest: dict[Hashable, list[tuple[float, int, Any]]] = {}
+    widest: dict[tuple[Hashable, int], tuple[float, Any]] = {}
+    for index, sample in enumerate(stream):
+        key = None if bucket is None else bucket(sample)
+        found = _Measured.of(sample, index, length, None)
+        heap = longest.setdefault(key, [])
+        # The index breaks ties between equal lengths, so that samples are never compared.
+        (heapq.heappush if len(heap) < n else heapq.heappushpop)(heap, (found.size, -index, sample))
+        for place, extent in enumerate(found.extents):
+            if extent > widest.get((key, place), (-1.0, None))[0]:
+                widest[key, place] = (extent, sample)
+    kept = [sample for heap in longest.values() for _, _, sample in sorted(heap, reverse=True, key=lambda entry: entry[:2])]
+    known = {id(sample) for sample in kept}
+    return kept + list({id(sample): sample for _, sample in widest.values() if id(sample) not in known}.values())
 
 
 def _by_default(samples: list[Any]) -> Any:
@@ -100,8 +173,29 @@ def _extent(sample: Any) -> float:
         return float(len(sample)) if plain else sum(map(_extent, sample))
     if isinstance(sample, (str, bytes)):
         return float(len(sample))
-    size = getattr(sample, "shape", None)
-    return float(torch.Size(size).numel()) if size is not None else 1.0
+    return float(math.prod(_shape(sample)))
+
+
+def _shape(sample: Any) -> tuple[int, ...]:
+    """The shape of a tensor or an array, or the size of a picture; `()` for anything else."""
+    shape = getattr(sample, "shape", None)
+    if shape is None and isinstance(size := getattr(sample, "size", None), tuple):  # PIL
+        shape = size
+    return tuple(shape) if shape is not None else ()
+
+
+def _dimensions(sample: Any) -> Iterator[float]:
+    """The extents of everything in a sample, in its order: the dimensions of tensors, arrays and pictures, the lengths of lists and texts."""
+    if isinstance(sample, Mapping):
+        for value in sample.values():
+            yield from _dimensions(value)
+    elif isinstance(sample, (list, tuple)) and sample and not isinstance(sample[0], (int, float)):
+        for value in sample:
+            yield from _dimensions(value)
+    elif isinstance(sample, (list, tuple, str, bytes)):
+        yield float(len(sample))
+    else:
+        yield from map(float, _shape(sample))
 
 
 class AtLength:

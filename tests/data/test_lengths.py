@@ -240,3 +240,74 @@ def test_what_runs_out_by_length_is_rescued_in_smaller_pieces_of_each():
     ]
     assert [each.samples for each in results] == [30, 30] and any(each.rescued for each in results)
     assert max(seen[-5:]) <= 6
+
+
+def picture(height, width):
+    return torch.zeros(3, height, width), torch.zeros(4)
+
+
+def framed(samples):
+    """Padded to the tallest and to the widest of the batch."""
+    height, width = (max(pixels.shape[place] for pixels, _ in samples) for place in (1, 2))
+    pixels = [F.pad(each, (0, width - each.shape[2], 0, height - each.shape[1])) for each, _ in samples]
+    return torch.stack(pixels), torch.stack([boxes for _, boxes in samples])
+
+
+PICTURES = [picture(19, 19) for _ in range(20)] + [picture(90, 4), picture(4, 90)]
+
+
+@given(sizes=st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=20), n=st.integers(2, 6))
+def test_no_batch_that_a_loader_can_give_is_larger_than_the_worst_case(sizes, n):
+    pictures = [picture(*size) for size in sizes]
+    worst = autoaccum.worst_case(pictures, n, collate=framed)[0]
+    most = min(n, len(sizes))
+    tallest, widest = max(height for height, _ in sizes), max(width for _, width in sizes)
+    assert len(worst) == n
+    if most >= 2:
+        assert tuple(worst.shape[2:]) == (tallest, widest)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [PICTURES, iter(PICTURES), [{"image": pixels, "boxes": boxes} for pixels, boxes in PICTURES]],
+    ids=["dataset", "stream", "fields"],
+)
+def test_portrait_and_landscape_together_are_larger_than_any_square(data):
+    def collate(samples):
+        return framed([sample if isinstance(sample, tuple) else (sample["image"], sample["boxes"]) for sample in samples])
+
+    assert autoaccum.worst_case(data, 8, collate=collate)[0].shape == (8, 3, 90, 90)
+
+
+def test_a_length_of_two_dimensions_and_pictures_that_are_not_tensors():
+    class Picture:
+        def __init__(self, width, height):
+            self.size = (width, height)  # as PIL has it
+
+    def collate(samples):
+        return torch.zeros(len(samples), max(each.size[1] for each in samples), max(each.size[0] for each in samples))
+
+    pictures = [Picture(19, 19), Picture(90, 4), Picture(4, 90), Picture(20, 20)]
+    assert autoaccum.worst_case(pictures, 3, collate=collate).shape == (3, 90, 90)
+    assert autoaccum.worst_case(pictures, 3, collate=collate, length=lambda each: each.size).shape == (3, 90, 90)
+    assert autoaccum.worst_case(pictures, 3, collate=collate, length=[each.size for each in pictures]).shape == (3, 90, 90)
+    assert autoaccum.worst_case(pictures, 1, collate=collate).shape in {(1, 20, 20), (1, 90, 4), (1, 4, 90)}
+
+
+def test_samples_of_unlike_buckets_are_never_put_together():
+    """A loader that batches videos of one resolution and one number of frames."""
+    clips = [torch.zeros(frames, side, side) for frames, side in [(4, 32), (4, 32), (16, 8), (16, 8), (8, 20), (8, 20)]]
+    worst = autoaccum.worst_case(clips, 2, bucket=lambda clip: tuple(clip.shape), collate=torch.stack)
+    assert worst.shape == (2, 4, 32, 32)
+
+
+def test_texts_cost_no_second_batch():
+    """Tokens, labels and mask vary together: one dimension."""
+    made = []
+
+    def collate(samples):
+        made.append(len(samples))
+        return {name: torch.nn.utils.rnn.pad_sequence([torch.tensor(each[name]) for each in samples], batch_first=True) for name in samples[0]}
+
+    texts = [{"ids": [1] * length, "labels": [1] * length} for length in (3, 9, 5)]
+    assert autoaccum.worst_case(texts, collate=collate)(2)["ids"].shape == (2, 9) and made == [2]
