@@ -16,7 +16,7 @@ The house, from the ground up. Each room imports only what stands above it, thro
     integrations         Transformers, Lightning, Accelerate: one file each
     cli                  commands, options, reports, pictures, the demo
 
-Above all rooms stand the programs: `__main__` (the command line) and `worker` (what a child process runs).
+Above all rooms stand the programs: `__main__` (the command line), `worker` (what a child process runs) and `capped_process` (which runs a command).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parent.parent / "autoaccum"
 
 DOORSTEP = ["version", "errors", "units", "oom", "doors"]
 ROOMS = ["data", "simulate", "devices", "distributed", "window", "plan", "probe", "tuner", "loop", "virtual", "integrations", "cli"]
-PROGRAMS = ["__init__", "__main__", "worker"]  # above all rooms; nothing imports them
+PROGRAMS = ["__init__", "__main__", "capped_process", "worker"]  # above all rooms; nothing imports them
 NEIGHBOURS = {frozenset(("loop", "virtual"))}  # on one floor: neither imports the other
 MOST_FILES = 14
 

@@ -109,11 +109,12 @@ def tune(rest: list[str] | None, /, **given: Any) -> None:
 @cli.command(epilog=_EPILOG)
 @_shared
 @click.option("-m", "--micro-batch", type=int, help="The size to rehearse.")
+@click.option("--windows", type=click.IntRange(min=2), default=2, show_default=True, help="Run so many windows; memory that grows is told.")
 @click.option(
     "--equivalence", is_flag=True, help="Compare a split batch's gradient with the whole one's; needs neither -b nor -m, and exits with 0 whatever it finds."
 )
 @click.pass_obj
-def check(rest: list[str] | None, /, micro_batch: int | None, equivalence: bool, **given: Any) -> None:
+def check(rest: list[str] | None, /, micro_batch: int | None, windows: int, equivalence: bool, **given: Any) -> None:
     """Rehearse one given micro-batch; say by how much it fits or not. Or say whether splitting changes the gradient."""
     if equivalence and micro_batch is None:
         CallOptions(rest, **{**given, "target_batch": given["target_batch"] or 1}).compared()
@@ -125,7 +126,7 @@ def check(rest: list[str] | None, /, micro_batch: int | None, equivalence: bool,
     if given["objective"] == "throughput":
         raise UsageError("check rehearses one size, so there is nothing to choose from: leave --objective out")
     call = CallOptions(rest, **given)
-    call.answer(call.checked(micro_batch), call.equivalence() if equivalence else None)
+    call.answer(call.checked(micro_batch, windows), call.equivalence() if equivalence else None)
 
 
 @cli.command(epilog=_EPILOG)

@@ -111,16 +111,20 @@ class CallOptions:
                 else tuner.tune_source(self.source, self.request, cache=self.cache, **callbacks)
             )
 
-    def checked(self, micro_batch: int) -> Plan:
+    def checked(self, micro_batch: int, windows: int = 2) -> Plan:
         self.alone("check rehearses on one device", "run it without torchrun")
         if micro_batch < 1:
             raise UsageError(f"--micro-batch must be at least 1, not {micro_batch}")
         if self.request.largest or (self.request.max_micro_batch or micro_batch) < micro_batch:
             raise UsageError(f"check rehearses the one size {micro_batch}: leave --largest and a smaller --max-micro-batch out")
         with self._callbacks() as callbacks:
+            if self.command and windows != 2:
+                raise UsageError("--windows is for a JOB: a command decides by itself how many steps it runs")
+            if self.virtual is not None and windows != 2:
+                raise UsageError("--windows runs real windows, and a simulated card runs none: leave it out, growth is seen in two")
             if self.command:
                 return tuner.check_command(self.command, micro_batch, self.request, **callbacks)
-            return tuner.check_source(self.source, micro_batch, self.request, **callbacks)
+            return tuner.check_source(self.source, micro_batch, self.request, windows=windows, **callbacks)
 
     def answer(self, planned: Plan, found: Equivalence | None = None) -> None:
         if planned.rank:

@@ -29,7 +29,7 @@ from autoaccum.probe.readings import Equivalence, Limits, Outcome, Reading, Subj
 from autoaccum.units import KIB
 
 _OUTPUT_CHARS = 64 * KIB
-_CAPPED_PROCESS = str(Path(__file__).with_name("capped_process.py"))
+_CAPPED_PROCESS = str(Path(__file__).parent.with_name("capped_process.py"))
 
 
 @dataclass(frozen=True)

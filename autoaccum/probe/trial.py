@@ -8,6 +8,7 @@ A confirming run is the whole window, twice.
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +22,7 @@ from autoaccum import oom
 from autoaccum.data import batches
 from autoaccum.devices import Budget, Device, Watch
 from autoaccum.errors import AutoaccumError, JobError, noted
+from autoaccum.probe import growth
 from autoaccum.probe.readings import Outcome, Reading
 from autoaccum.window import Job, PhaseCallback, WindowResult, WindowStart, accumulation, forget, is_compiled, optimizer_step
 
@@ -73,12 +75,13 @@ def measure(
     Raises what the job's own code raises, with a note, and `JobError`.
     """
     largest, steps = micro_batches[0], len(micro_batches)
-    to_run = [micro_batches] * windows if full else [micro_batches[:1], micro_batches[:2]]
+    to_run: list[Sequence[int]] = [micro_batches] * windows if full else [micro_batches[:1], micro_batches[:2]]
     scalers = [_trial_scaler(job, device) for job in jobs]
     base_bytes = shapes = None
     durations: list[float] = []
     remarks: tuple[str, ...] = ()
     stepped = [False] * len(jobs)
+    held: list[int] = []  # after each whole window
 
     def train(listener: PhaseListener) -> None:
         nonlocal base_bytes, shapes, remarks, stepped
@@ -86,7 +89,8 @@ def measure(
         history = _missing_history(jobs)
         shapes = batches.shapes(batch) if jobs[0].split is None else {}
         state = WindowStart(jobs)  # training holds one too
-        for sizes in to_run:
+        while len(to_run) > len(durations):
+            sizes = to_run[len(durations)]
             listener.watch.lap_bytes()
             state.note()
             results, seconds = _window(jobs, device, batch, sizes, scalers, listener)
@@ -96,6 +100,11 @@ def measure(
                 base_bytes = device.live_bytes() - aside_bytes + (gradient_bytes(jobs) if steps > 1 else 0)
                 remarks = _remarks(results, largest)
             del results
+            if full or steps == 1:
+                held.append(device.live_bytes())
+                if len(held) == 2 and len(to_run) == 2 and growth.slope_bytes(held, shared_with_host=device.shared_with_host):
+                    gc.collect()
+                    to_run.extend([sizes] * 2)  # two more windows tell growth from noise
         del ballast, history
 
     # A compiled model would be compiled again for every size. So the search runs it in eager mode. Only a confirming
@@ -108,6 +117,8 @@ def measure(
             f"the gradients are inf or nan at a micro-batch of {largest}: the scaler skipped every optimizer step, so the optimizer's memory "
             "could not be measured; give a batch with usual values"
         )
+    if ended.outcome == "fits":
+        remarks += growth.remark(held, allowed.budget_bytes - ended.peak_bytes, shared_with_host=device.shared_with_host)
     return Reading(
         largest,
         steps,

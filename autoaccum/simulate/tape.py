@@ -166,6 +166,7 @@ class Replayed:
     peak_event: the event with the most allocated bytes.
     base_bytes: allocated at the end of the last window that finished.
     activation_bytes: the most allocated in forward and backward, over all windows that ran.
+    ends_bytes: allocated at the end of each window that finished.
     """
 
     peak_reserved_bytes: int
@@ -176,6 +177,7 @@ class Replayed:
     peak_event: int
     base_bytes: int
     activation_bytes: int
+    ends_bytes: tuple[int, ...]
 
 
 def replay(tape: Tape, allocator: Allocator) -> Replayed:
@@ -188,6 +190,7 @@ def replay(tape: Tape, allocator: Allocator) -> Replayed:
     phases = [mark.phase for mark in tape.marks]
     peak, peak_event, failed_at, base, activation = 0, 0, None, 0, 0
     index = 0
+    ends: list[int] = []
     try:
         for number, phase in enumerate(["setup", *phases]):
             start, stop = (0 if number == 0 else boundaries[number - 1]), boundaries[number]
@@ -210,6 +213,7 @@ def replay(tape: Tape, allocator: Allocator) -> Replayed:
                 activation = max(activation, phase_peak)
             if phase == "end":
                 base = allocator.allocated_bytes
+                ends.append(base)
     except torch.OutOfMemoryError:
         failed_at = index
     return Replayed(
@@ -221,6 +225,7 @@ def replay(tape: Tape, allocator: Allocator) -> Replayed:
         peak_event,
         base,
         activation,
+        tuple(ends),
     )
 
 

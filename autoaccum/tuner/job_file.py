@@ -74,10 +74,11 @@ def check_source(
     request: Request,
     *,
     device: str = "auto",
+    windows: int = 2,
     progress: Progress | None = None,
     on_output: Callable[[str], None] | None = None,
 ) -> Plan:
-    """Runs the whole window with one given micro-batch twice. Raises `OutOfMemory` with the missing memory if it does not fit."""
+    """Runs the whole window with one given micro-batch `windows` times. Raises `OutOfMemory` with the missing memory if it does not fit."""
     if not 1 <= micro_batch <= request.samples:
         raise UsageError(f"a micro-batch of {micro_batch} for a target batch of {request.samples}: give between 1 and {request.samples}")
     if request.equal and request.samples % micro_batch:
@@ -96,7 +97,7 @@ def check_source(
                 sizes = window_led_by(request.samples, micro_batch)
         if norms and min(sizes) < 2:
             raise UsageError(f"BatchNorm layer {norms[0]!r} needs micro-batches of at least 2 samples, and {window_notation(sizes)} leaves one alone")
-        reading = trials.measure(child, sizes, full=True)
+        reading = trials.measure(child, sizes, full=True, windows=windows)
         if not reading.fits:
             raise refusals.too_big(reading, sizes, unlimited(child, trials, reading, sizes, budget), budget)
         result = search.SearchResult(micro_batch, len(sizes), micro_batch, None)
