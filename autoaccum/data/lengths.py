@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
-from autoaccum.data import batches
+from autoaccum.data import batches, variety
 from autoaccum.errors import JobError, PlanError
 
 Length = Callable[[Any], Any] | Sequence[Any]  # numbers, or tuples of numbers
@@ -76,12 +76,21 @@ def worst_case(
     def varied(n: int) -> Any:
         """`n` samples of which the first half are the longest and the others the shortest."""
         few = min(n, len(order))
-        return collate_samples([data[index] for index in (*order[: few - few // 2], *order[len(order) - few // 2 :])])
+        ends = [*order[: few - few // 2], *order[len(order) - few // 2 :]]
+        spread = list(dict.fromkeys([*ends, *(order[place * len(order) // _SPREAD] for place in range(min(_SPREAD, len(order))))]))
+        if len(spread) == few:
+            return collate_samples([data[index] for index in ends])
+        try:  # lengths may say nothing about labels
+            considered = collate_samples([data[index] for index in spread])
+            return variety.most_unlike(considered, len(spread), few)
+        except Exception:
+            return collate_samples([data[index] for index in ends])
 
     make_batch.varied = varied  # type: ignore[attr-defined] # for the comparison of a split batch, which needs samples that differ
     return make_batch if n is None else make_batch(n)
 
 
+_SPREAD = 48  # samples, over all lengths, of which those are compared that hold the most unlike numbers of labels
 _BUCKETS = 8  # of which the batches are compared, those with the longest samples
 
 

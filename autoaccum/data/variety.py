@@ -58,6 +58,44 @@ def is_uniform(batch: Any) -> bool:
     return all(bool((count == count[0]).all()) for count in counts(batch))
 
 
+def may_count(batch: Any) -> bool:
+    """True if the batch has a field in which a loss may count something that is not known here: whole numbers, nested tensors, lists of samples."""
+    if batches.is_list_of_samples(batch):
+        return True
+    return any(
+        field.is_nested or (field.dim() > 1 and field.dtype is not torch.uint8 and not field.is_floating_point() and not field.is_complex())
+        for _, field in batches.tensors(batch)
+    )
+
+
+def kind(batch: Any) -> tuple[float, ...]:
+    """What the first sample of a batch holds in every field that a loss may count in. Equal kinds weigh alike."""
+    return tuple(float(count[0]) for count in counts(batch))
+
+
+def blanked(batch: Any) -> Any:
+    """The batch with half of the labels of its second half of samples set to -100, so that uniform samples hold unlike numbers of labels.
+
+    Labels are taken to be in the last field of whole numbers with two or three dimensions. Returns None if there is no such field.
+    """
+    fields = [
+        field for _, field in batches.tensors(batch) if field.dtype in (torch.int32, torch.int64) and field.dim() in (2, 3) and field.layout == torch.strided
+    ]
+    named = [field for path, field in batches.tensors(batch) if "label" in path and any(field is each for each in fields)]
+    if not fields or fields[0].shape[1] < 2:
+        return None
+    chosen = (named or fields)[-1]
+
+    def change(field: torch.Tensor) -> torch.Tensor:
+        if field is not chosen:
+            return field
+        made = field.clone()
+        made[len(made) // 2 :, made.shape[1] // 2 :] = IGNORED
+        return made
+
+    return batches.changed(batch, change)
+
+
 def most_unlike(batch: Any, samples: int, n: int) -> Any:
     """`n` of the first samples of a batch: half with the largest counts, then half with the smallest.
 

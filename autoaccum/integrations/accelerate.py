@@ -60,7 +60,13 @@ def _measured(loss: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
     """The loss, with the cure for one that is no mean over samples: the user's loop multiplies a mean by a weight."""
 
     def measured(model: Any, batch: Any) -> Any:
-        return loss(model, batch)
+        returned = loss(model, batch)
+        if isinstance(returned, (tuple, list, dict)):
+            raise UsageError(
+                f"the loss returned a {type(returned).__name__}, and accelerator.backward takes one number: return the mean, and give count= for a mean over "
+                "something else than samples"
+            )
+        return returned
 
     cure = "give tune and micro_batches count=, a function of a batch that says what its loss is a mean over"
     measured.cure = cure  # type: ignore[attr-defined]
@@ -94,7 +100,9 @@ def micro_batches(accelerator: Any, plan: Plan, loader: Iterable[Any], *, count:
         )
     apply(plan, accelerator)
     inside, job = False, getattr(accelerator, "_autoaccum_job", None)
-    first = None if job is None or count is not None else FirstWindows.of(plan, [job])
+    if count is None and job is not None:
+        count = job.count
+    first = None if job is None else FirstWindows.of(plan, [replace(job, count=count)])
     try:
         for window in plan.windows(loader):
             if first is not None and not first.is_over:

@@ -136,19 +136,27 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
         ),
         trainer,
     )
-    compared = getattr(trainer, "_autoaccum_compared", "") == plan.job_fingerprint != ""  # then `tune` has compared samples of this Trainer already
+    # Then nothing new would be told. Samples that `tune` found right may still be unlike those of training.
+    compared = getattr(trainer, "_autoaccum_compared", "") == plan.job_fingerprint != "" and bool(plan.warnings)
     began = False
     weights: list[trainer_counts.Weight] = []  # of the window's micro-batches, the last one first
 
     def get_batch_samples(self: Any, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
         nonlocal began
         micro_batches, items = own["get_batch_samples"](epoch_iterator, num_batches, device)
+        for batch in micro_batches:
+            samples = trainer_samples.samples_of(batch) if not trainer_counts.holds_pairs(self, batch) else None
+            if samples is not None and samples > plan.micro_batch:
+                raise PlanError(
+                    f"the Trainer's loader gives a batch of {samples} samples, and the plan's micro-batches have {plan.micro_batch}: let it give those"
+                )
         weights[:] = trainer_counts.weights(self, micro_batches)[::-1]
         if micro_batches and not began:
             began = True
             if not compared and plan.world_size == 1:
                 _compare_first(self, micro_batches[0])
-            if self.model_accepts_loss_kwargs and all(map(trainer_counts.has_counted_labels, micro_batches)):
+            divides = trainer_counts.is_of_transformers(own["compute_loss"]) and getattr(self, "_autoaccum_count", None) is None
+            if divides and self.model_accepts_loss_kwargs and all(map(trainer_counts.has_counted_labels, micro_batches)):
                 _say_what_the_trainer_divides_by(self, micro_batches, sum(weight.count for weight in weights))
         return micro_batches, items
 
@@ -198,7 +206,9 @@ def _compare_first(trainer: Any, batch: Any) -> None:
             trainer_loader.forget(trainer, loader)
             batch, collate = [loader.dataset[index * len(loader.dataset) // few] for index in range(few)], loader.collate_fn
         elif samples < 2:
-            return
+            loader = trainer._autoaccum_own["get_train_dataloader"]()
+            trainer_loader.forget(trainer, loader)
+            batch = variety.most_unlike(dict(loader.collate_fn([loader.dataset[0], loader.dataset[len(loader.dataset) // 2]])), 2, 2)
         else:
             batch = variety.most_unlike(dict(batch), samples, few)
         job = Job(model, torch.optim.SGD(model.parameters(), lr=0.0), _loss_of(trainer, collate), batch)
@@ -289,9 +299,10 @@ def _loss_of(trainer: Any, collate: Callable[[list[Any]], Any] | None) -> Callab
             batch = collate(list(batch))
         inputs = trainer._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
         count = trainer_counts.counted(trainer, inputs)
+        over_samples = trainer_counts.is_over_samples(trainer, inputs)  # now: the loss may take the labels out
         with trainer.compute_loss_context_manager():
             mean = trainer_counts.mean(trainer, model, inputs, count, trainer.__dict__.get("_autoaccum_own", {}).get("compute_loss", trainer.compute_loss))
-        if trainer_counts.is_over_samples(trainer, inputs):
+        if over_samples:
             return mean
         # The mean over no items is nan; such a batch contributes nothing.
         return (mean if count else mean.nan_to_num() * 0.0) * count, float(count)

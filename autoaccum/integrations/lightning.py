@@ -251,7 +251,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
 
     def _looking(self, trainer: Any, pl_module: Any, plan: Plan) -> Callable[[Window], None]:
         """A function that looks at the first windows of training."""
-        first = FirstWindows.of(plan, [self._job(trainer, pl_module, ())]) if self._count is None else None
+        first = FirstWindows.of(plan, [self._job(trainer, pl_module, ())])
 
         def look(window: Window) -> None:
             if first is None or first.is_over:

@@ -172,7 +172,7 @@ class Accumulator:
         Raises `PlanError` for a window with more samples than the share, and for a second smaller window in a row.
         """
         window = batch if isinstance(batch, Window) else self._window_of(batch)
-        if self._tokens is not None and loss is not None and self._jobs[0].count is None:
+        if self._tokens is not None and loss is not None and self._jobs[0].count is None and not hasattr(loss, "of_window"):
             loss = PerToken(loss)
         return self._step(window, loss, self._plan.sizes_of)
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from autoaccum.data import Window, variety
+from autoaccum.data import Window, batches, variety
 from autoaccum.distributed import unwrapped
 from autoaccum.plan import Plan
 from autoaccum.probe import COMPARED_SAMPLES, compare_values
@@ -20,15 +20,17 @@ from autoaccum.window import Job, WindowStart
 class FirstWindows:
     """Compares loss values on a few unlike samples of the first windows, and warns once if they are not weighted right.
 
-    Only windows whose samples hold unlike numbers of labels, tokens or mask ones are looked at, because only these can tell. The loss runs
-    four times on at most eight samples, without gradients; the state is as before afterwards.
+    Samples that hold unlike numbers of labels, tokens or mask ones tell most. Where all samples of a part are alike, and those of other parts
+    are not, samples of two parts are put together, or half of the labels are left out of a copy. The loss runs four times on at most eight
+    samples, without gradients; the state is as before afterwards.
     """
 
     _LOOKED_AT, _SEEN = 3, 8  # windows that are compared at most, and windows in which such samples are searched
 
     def __init__(self, jobs: Sequence[Job]) -> None:
         self._jobs = jobs
-        self._looked_at = self._seen = 0
+        self._looked_at = self._seen = self._plain = 0
+        self._kinds: set[tuple[float, ...]] = set()  # of samples in parts whose samples are all alike
 
     @property
     def is_over(self) -> bool:
@@ -41,25 +43,44 @@ class FirstWindows:
         told_already = any("not over samples" in warning for warning in plan.warnings)
         return None if told_already or plan.fleet is not None else cls(jobs)
 
+    def _telling(self, window: Window, most: int) -> Any:
+        """At most `most` samples of a window that show if the loss is weighted right; None if they would show nothing."""
+        parts = [(part, size) for part, size in zip(window.parts, window.sizes) if size]
+        for part, size in sorted(parts, key=lambda pair: -pair[1])[:4]:
+            if size > 1 and variety.is_countable(part) and not variety.is_uniform(part):
+                return variety.most_unlike(part, size, most)
+        # Samples are alike in every part, as in a loader that sorts by length, or come one by one.
+        unlike = {variety.kind(part): part for part, _ in parts if variety.is_countable(part)}
+        new = set(unlike) - self._kinds
+        self._kinds |= new
+        if len(self._kinds) > 1 and new:
+            if len(unlike) > 1 and (joined := batches.join([batches.resize(part, 1) for part in list(unlike.values())[:2]])) is not None:
+                return joined
+            together = batches.join([part for part, _ in parts[:most]]) if parts[0][1] == 1 else None
+            part, size = parts[0] if together is None else (together, min(len(parts), most))
+            return variety.blanked(batches.resize(part, max(min(most, size), 2)))
+        part, size = max(parts, key=lambda pair: pair[1])
+        if size > 1 and self._plain < 2 and variety.may_count(part):  # what is counted in may be of a kind that is not known here
+            self._plain += 1
+            return batches.resize(part, min(most, size))
+        return None
+
     def look(self, window: Window, loss: Callable[[Any, Any], Any] | None, micro_batch: int) -> None:
         """Looks at a window before it runs. loss: as given to `step`; None for the jobs' own. micro_batch: how many samples fit."""
         self._seen += 1
-        most = min(COMPARED_SAMPLES, micro_batch)
-        if window.told or window.split is not None or not window.parts or most < 2:
+        if window.told or window.split is not None or not window.samples:
             return
         try:
-            part, samples = max(zip(window.parts, window.sizes), key=lambda pair: pair[1])
-            if samples < 2 or not variety.is_countable(part) or variety.is_uniform(part):
+            # Two samples at least: forward alone, without gradients, takes less than a micro-batch of one in training.
+            few = self._telling(window, max(min(COMPARED_SAMPLES, micro_batch), 2))
+            if few is None:
                 return
-            few = variety.most_unlike(part, samples, most)
             state = WindowStart(self._jobs)
             state.note()
         except Exception:
             return  # a batch of an unusual kind; whether it can run is not decided here
         self._looked_at += 1
         for job in self._jobs:
-            if job.count is not None:
-                continue
             try:
                 message = compare_values(replace(job, model=unwrapped(job.model), loss=loss or job.loss), few)
             except Exception:  # what is wrong with the job is told when the window itself runs

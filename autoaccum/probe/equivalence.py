@@ -67,12 +67,18 @@ def compare_values(job: Job, batch: Any) -> str:
         return ""
     sizes = (samples - samples // 2, samples // 2)
     split = list(zip(batches.split(batch, sizes), sizes))
-    with torch.no_grad(), _in_eval([*_dropouts(job.model), *batch_norms(job.model).values()]):
-        returned = [_loss(job, piece) for piece in (batch, batch, split[0][0], split[1][0])]
-        whole, again, first, second = map(_scalars_of, returned)
-        if whole != again or _sums_of(returned[0]) != _sums_of(returned[1]):
-            return ""
-        wrong_pair = _no_count(job, (batch, samples), split)
+    job = replace(job, autocast=None)  # in half precision loss values are too near each other to tell
+    # The whole model in eval mode only if dropout is a function: some models return no loss then.
+    for modules in ([*_dropouts(job.model), *batch_norms(job.model).values()], list(job.model.modules())):
+        with torch.no_grad(), _in_eval(modules):
+            returned = [_loss(job, piece) for piece in (batch, batch, split[0][0], split[1][0])]
+            whole, again, first, second = map(_scalars_of, returned)
+            if whole == again and _sums_of(returned[0]) == _sums_of(returned[1]):
+                wrong_pair = _no_count(job, (batch, samples), split)
+                break
+    else:
+        return ""
+    owed = [float(size) if job.count is None else float(job.count(piece)) for piece, size in split]
     if wrong_pair:
         return wrong_pair
     sums = [_sums_of(one) for one in (returned[0], *returned[2:])]
@@ -82,24 +88,30 @@ def compare_values(job: Job, batch: Any) -> str:
             return (
                 f"the loss sum is {value:.4g} for {samples} samples, and {parts[0]:.4g} and {parts[1]:.4g} for {_words(sizes)} of them, which do not add up: the "
                 "samples' losses depend on which others are there (padding that counts, a mean over something else), so micro-batches change the gradient"
+                + (f"; {own_cure}" if (own_cure := getattr(job.loss, "cure", "")) else "")
             )
     for name, value in whole.items():
         one, other = first.get(name, math.nan), second.get(name, math.nan)
         if not math.isfinite(value):
             continue
-        expected = (one * sizes[0] + other * sizes[1]) / samples
+        if not sum(owed):
+            continue
+        expected = sum(value * weight for value, weight in zip((one, other), owed) if weight) / sum(owed)
         if abs(value - expected) <= _tolerance(job) * max(abs(value), abs(one), abs(other)):
             continue
         term = f"term {name!r} of the loss" if name else "the loss"
         weight = (value - other) / (one - other) if one != other else math.nan
         field = _field_that_weighs(split, torch.tensor([weight, 1 - weight])) if 0 < weight < 1 else ""
+        if job.count is not None:
+            return (
+                f"{term} is no mean over what count= counts: for {_words(sizes)} samples it counts {owed[0]:g} and {owed[1]:g}, and they weigh "
+                f"{weight:.3f} and {1 - weight:.3f}" + (f", as {field!r} does" if field else "") + "; let count= count what the loss is a mean over"
+            )
         if not math.isfinite(expected):
             return f"{term} is {value:.4g} for {samples} samples and nan for a part of them, in which nothing counts: {_cure(job, batch, '')}"
         if field:
-            owed = f"{weight:.3f} and {1 - weight:.3f} instead of {sizes[0] / samples:.3f} and {sizes[1] / samples:.3f}"
-            return (
-                f"{term} is a mean over what counts in {field!r} (labels, tokens, weights), not over samples: pieces weigh {owed}; {_cure(job, batch, field)}"
-            )
+            weighed = f"{weight:.3f} and {1 - weight:.3f} instead of {sizes[0] / samples:.3f} and {sizes[1] / samples:.3f}"
+            return f"{term} is a mean over what counts in {field!r} (labels, tokens, weights), not over samples: pieces weigh {weighed}; {_cure(job, batch, field)}"
         return (
             f"{term} is {value:.4g} for {samples} samples, and {one:.4g} and {other:.4g} for {_words(sizes)} of them, whose mean is {expected:.4g}: it is no mean "
             "over samples, so micro-batches change it; autoaccum.equivalence(...) looks for the reason"
@@ -124,7 +136,7 @@ def _cure(job: Job, batch: Any, field: str) -> str:
     if own:
         return str(own)
     if isinstance(batch, Mapping) and isinstance(batch.get("labels"), torch.Tensor) and "label" in (field or "labels"):
-        return "use loss=autoaccum.token_mean, or return (loss_sum, count)"
+        return "use loss=autoaccum.token_mean if the model returns its loss as .loss, or return (loss_sum, count)"
     return "return (loss_sum, count)"
 
 
@@ -237,6 +249,8 @@ def _why(
     if float((weights - 1).abs().max()) < 0.02:
         return "sum", [], "the loss is a sum over the samples, not their mean: use reduction='mean', or return (loss_sum, number of samples)"
     shares = weights / weights.sum()
+    if getattr(job.loss, "cure", "") and all(abs(float(share) - size / whole[0][1]) < 0.0005 for share, (_, size) in zip(shares, split)):
+        return "weights", [], f"the loss, or a part of it, is a mean over samples, and not over labels: {job.loss.cure}; for a mean over samples, count=len"  # type: ignore[attr-defined]
     if all(abs(float(share) - size / whole[0][1]) < 0.0005 for share, (_, size) in zip(shares, split)):
         return (
             "mixed",
@@ -267,13 +281,18 @@ def _why(
         "weights",
         [],
         f"the loss does not weigh samples alike: pieces weigh {actual} instead of {expected}; "
-        + (getattr(job.loss, "cure", "") or "return (loss_sum, count) for a mean over something else than samples"),
+        + (
+            getattr(job.loss, "cure", "")
+            or "return (loss_sum, count) for a mean over something else than samples; a root or a logarithm of a mean cannot be split"
+        ),
     )
 
 
 def _looks_at_several(job: Job) -> str:
-    return "the loss looks at several samples at once (in-batch negatives, a contrastive or ranking loss): micro-batches have fewer to look at; " + (
-        getattr(job.loss, "cure_of_mixing", "") or "for a loss of embeddings, autoaccum.contrastive(encode, loss) looks at the whole window"
+    return (
+        "the loss looks at several samples at once (in-batch negatives, a contrastive or ranking loss), or its gradient is no sum over samples (hooks that clamp "
+        "gradients, a ratio or a root of sums, a regulariser inside a sum), so micro-batches change it; "
+        + (getattr(job.loss, "cure_of_mixing", "") or "for a loss of embeddings, autoaccum.contrastive(encode, loss) looks at the whole window")
     )
 
 
@@ -317,6 +336,11 @@ def _no_count(job: Job, whole: tuple[Any, int], split: Sequence[tuple[Any, int]]
         if not all(name in of_piece for of_piece in (first, *pairs)) or float(first[name]) != float(pairs[0][name]):
             continue  # drawn by chance, as the masks of masked language modelling are
         of_whole, *of_pieces = (float(found[name]) for found in pairs)
+        if not all(map(math.isfinite, (of_whole, *of_pieces))):
+            return (
+                f"the count that the loss returned is {of_whole:g} for {whole[1]} samples: it overflowed, as a sum in float16 does above 65,504; add up in "
+                "float32, count.float().sum()"
+            )
         if math.isfinite(of_whole) and abs(sum(of_pieces) - of_whole) > 0.02 * max(abs(of_whole), abs(sum(of_pieces))):
             term = f"term {name!r} of the loss is" if name else "loss(model, batch) returned"
             shown = " and ".join(f"{value:.4g}" for value in of_pieces)

@@ -147,6 +147,8 @@ def compared(rehearsal: Rehearser, largest: int) -> tuple[str, ...]:
         return (f"whether splitting changes the gradient could not be seen: {error.kind if isinstance(error, JobFailed) else type(error).__name__}: {error}",)
     if equivalence is not None and equivalence.cause == "count":
         raise JobError(equivalence.message)  # nothing divided by such a count would be the job's gradient
+    if equivalence is not None and equivalence.exact is None and equivalence.cause == "random":
+        return (equivalence.message,)
     # `_warnings` reports BatchNorm, with the micro-batch.
     return (equivalence.message,) if equivalence is not None and equivalence.exact is False and equivalence.cause != "batch-norm" else ()
 

@@ -117,7 +117,9 @@ class Job:
         """
         (optimizer, *others) = self.optimizers
         steps = type(optimizer).step
-        return not others and not steps.__module__.startswith("torch.optim") and "closure" in inspect.signature(steps).parameters
+        parameters = inspect.signature(steps).parameters.values()
+        takes = any(parameter.name == "closure" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters)
+        return not others and not steps.__module__.startswith("torch.optim") and takes
 
     @property
     def device(self) -> torch.device:

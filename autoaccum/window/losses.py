@@ -75,7 +75,7 @@ class PerToken:
 
 def per_token(job: Job) -> Job:
     """The job with a loss per token. A job with `count` has one already: its scalar is the mean over what is counted."""
-    return job if job.count is not None else replace(job, loss=PerToken(job.loss))
+    return job if job.count is not None or isinstance(job.loss, Contrastive) else replace(job, loss=PerToken(job.loss))
 
 
 def predicts_next(model: torch.nn.Module) -> bool:
@@ -166,9 +166,11 @@ class Contrastive:
                 sizes.append(size)
             for buffer, before in norms:
                 buffer.copy_(before)  # the second pass moves BatchNorm's statistics
-        leaves = [torch.cat(field).requires_grad_() for field in zip(*embedded)]
+        leaves = [torch.cat(field) for field in zip(*embedded)]
+        floating = [leaf.requires_grad_() for leaf in leaves if leaf.is_floating_point()]  # labels may be among them
         with torch.enable_grad(), _autocast(job, device):
-            gradients = torch.autograd.grad(self._of(leaves), leaves, allow_unused=True)
+            found = iter(torch.autograd.grad(self._of(leaves), floating, allow_unused=True))
+        gradients = [next(found) if leaf.is_floating_point() else None for leaf in leaves]
         parts = [torch.zeros_like(leaf).split(sizes) if gradient is None else gradient.split(sizes) for leaf, gradient in zip(leaves, gradients)]
         index = iter(range(len(sizes)))
 

@@ -88,7 +88,12 @@ def step_with_closure(job: Job, first: WindowGradients, evaluated: Callable[[Pha
         return window_gradients.loss.sum()
 
     (optimizer,) = job.optimizers
-    optimizer.step(closure)  # type: ignore[arg-type] # a closure may return a tensor: https://docs.pytorch.org/docs/stable/optim.html
+    # The user's own hooks of `step` may clip gradients or decay weights: what they leave is the state that the first evaluation stands for.
+    hook = optimizer.register_step_pre_hook(lambda *_: state.note())
+    try:
+        optimizer.step(closure)  # type: ignore[arg-type] # a closure may return a tensor: https://docs.pytorch.org/docs/stable/optim.html
+    finally:
+        hook.remove()
 
 
 class _EvaluationState:
@@ -99,7 +104,12 @@ class _EvaluationState:
 
     def __init__(self, job: Job) -> None:
         self._tensors = job.stepped()
-        self._figures = None if job.wants_closure == "LBFGS" else self._figures_now()
+        self._by_figures = job.wants_closure != "LBFGS"
+        self.note()
+
+    def note(self) -> None:
+        """Takes the state of now for the state after the evaluation."""
+        self._figures = self._figures_now() if self._by_figures else None
         self._marks = self._marks_now()
 
     def is_untouched(self) -> bool:

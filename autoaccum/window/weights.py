@@ -7,6 +7,7 @@ so an uneven or a smaller window needs no special case.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -63,6 +64,8 @@ def terms(returned: Any, *, samples: int, of_samples: float, counted_by_user: bo
     for name, term in named.items():
         if isinstance(term, (int, float)) and not isinstance(term, bool):
             term = torch.tensor(float(term), device=device)  # a constant that is only logged
+        if isinstance(term, tuple) and len(term) == 2 and isinstance(term[0], (int, float)) and not isinstance(term[0], bool):
+            term = (torch.tensor(float(term[0]), device=device), term[1])  # no boxes in this batch
         try:
             shared = term[1] if isinstance(term, tuple) and len(term) == 2 and isinstance(term[1], torch.Tensor) else None
             found.append(Term(str(name), *contribution(term, samples=samples, of_samples=of_samples, needs_graph=False), shared))
@@ -121,8 +124,8 @@ def late_factor(counts: Sequence[torch.Tensor | float], of_samples: float) -> to
     total = torch.as_tensor(sum(counts))
     if total.device.type != "mps":  # MPS has no double precision
         total = total.double()
-    # If nothing in the window counts, the gradient is 0; a division by 0 would make it nan.
-    return torch.where(total == 0, torch.zeros_like(total), of_samples / total)
+    # If nothing in the window counts, the gradient is 0; a division by 0 would make it nan. A count that overflowed makes it nan, and not 0.
+    return torch.where(total == 0, torch.zeros_like(total), torch.where(total.isfinite(), of_samples / total, torch.full_like(total, math.nan)))
 
 
 class SeparateTerms:

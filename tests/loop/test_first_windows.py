@@ -154,3 +154,69 @@ def test_weights_of_classes_and_of_samples_are_told(kind):
     job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), loss, ())
     with pytest.warns(UserWarning, match="not over samples|no mean over samples"):
         autoaccum.Accumulator(job, by_hand(job, 48, 10)).step((x, y, weights))
+
+
+def warned(loss, loader, plan_of=20, most=6, **given):
+    """What is said in two epochs with a plan from elsewhere."""
+    model = Reader()
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), loss, padded(texts()[:4]), **given)
+    plan = by_hand(job, plan_of, most)
+    loop = autoaccum.Accumulator(job, plan)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            for window in plan.windows(loader):
+                loop.step(window)
+    return [str(warning.message) for warning in caught]
+
+
+BY_LENGTH = [text for length in (5, 9, 14) for text in [torch.full((length,), 1 + at) for at in range(20)]]
+
+
+def sorted_by_length(batch_size):
+    return DataLoader(BY_LENGTH, batch_size=batch_size, collate_fn=padded)
+
+
+@pytest.mark.parametrize("batch_size", [20, 10, 1])
+def test_a_loader_that_sorts_by_length_is_told_although_every_batch_is_uniform(batch_size):
+    assert any("not over samples" in message for message in warned(over_labels, sorted_by_length(batch_size)))
+    assert not warned(over_samples, sorted_by_length(batch_size)) and not warned(sum_and_count, sorted_by_length(batch_size))
+
+
+def test_a_micro_batch_of_one_sample_is_looked_at_too():
+    loader = DataLoader(texts(), batch_size=10, collate_fn=padded)
+    assert any("not over samples" in message for message in warned(over_labels, loader, most=1))
+    assert not warned(over_samples, loader, most=1)
+
+
+def test_a_count_that_counts_something_else_is_told():
+    loader = DataLoader(texts(), batch_size=10, collate_fn=padded)
+    assert any("is no mean over what count= counts" in message for message in warned(over_samples, loader, count=labels_in))
+    assert any("is no mean over what count= counts" in message for message in warned(over_labels, loader, count=lambda batch: (batch["ids"] != 0)[:, 1:].sum()))
+    assert not warned(over_labels, loader, count=labels_in)  # the remedy
+
+
+def labels_in(batch):
+    return (batch["labels"] != -100).sum()
+
+
+def with_functional_dropout(model, batch):
+    logits = F.dropout(model(batch["ids"]), 0.3, model.training)
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), ignore_index=-100)
+
+
+def test_dropout_that_is_a_function_and_half_precision_do_not_hide_it():
+    loader = DataLoader(texts(), batch_size=10, collate_fn=padded)
+    assert any("not over samples" in message for message in warned(with_functional_dropout, loader))
+    model = Reader().float()
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), over_labels, padded(texts()[:4]), autocast=torch.bfloat16)
+    plan = by_hand(job, 20, 6)
+    loop = autoaccum.Accumulator(job, plan)
+    with pytest.warns(UserWarning, match="not over samples"):
+        for window in plan.windows(loader):
+            loop.step(window)
+
+
+def test_texts_of_one_length_say_nothing_and_cost_no_warning():
+    loader = DataLoader([torch.full((7,), 1 + at) for at in range(40)], batch_size=10, collate_fn=padded)
+    assert not warned(over_labels, loader)
