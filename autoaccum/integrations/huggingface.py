@@ -138,17 +138,18 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
     )
     # Then nothing new would be told. Samples that `tune` found right may still be unlike those of training.
     compared = getattr(trainer, "_autoaccum_compared", "") == plan.job_fingerprint != "" and bool(plan.warnings)
-    began = False
+    began, looks_at_sizes = False, True
     weights: list[trainer_counts.Weight] = []  # of the window's micro-batches, the last one first
 
     def get_batch_samples(self: Any, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device) -> Any:
-        nonlocal began
+        nonlocal began, looks_at_sizes
         micro_batches, items = own["get_batch_samples"](epoch_iterator, num_batches, device)
-        for batch in micro_batches:
-            samples = trainer_samples.samples_of(batch) if not trainer_counts.holds_pairs(self, batch) else None
-            if samples is not None and samples > plan.micro_batch:
+        most = max((trainer_samples.samples_of(batch) or 0 for batch in micro_batches), default=0)
+        if most > plan.micro_batch and looks_at_sizes:
+            looks_at_sizes = trainer_samples.counts_samples(self)
+            if looks_at_sizes:
                 raise PlanError(
-                    f"the Trainer's loader gives a batch of {samples} samples, and the plan's micro-batches have {plan.micro_batch}: let it give those"
+                    f"the Trainer's loader gives a batch of {most} samples, and the plan's micro-batches have {plan.micro_batch}: let it give those"
                 )
         weights[:] = trainer_counts.weights(self, micro_batches)[::-1]
         if micro_batches and not began:
@@ -295,11 +296,13 @@ def _loss_of(trainer: Any, collate: Callable[[list[Any]], Any] | None) -> Callab
     """
 
     def loss(model: torch.nn.Module, batch: Any) -> Any:
+        samples = None
         if collate is not None:
-            batch = collate(list(batch))
+            samples, batch = len(batch), collate(list(batch))
         inputs = trainer._prepare_inputs(dict(batch) if isinstance(batch, Mapping) else batch)
         count = trainer_counts.counted(trainer, inputs)
-        over_samples = trainer_counts.is_over_samples(trainer, inputs)  # now: the loss may take the labels out
+        # Now, because the loss may take the labels out. Training weighs by what is counted, also if that is neither (the nodes of graphs).
+        over_samples = trainer_counts.is_over_samples(trainer, inputs) and samples in (None, count)
         with trainer.compute_loss_context_manager():
             mean = trainer_counts.mean(trainer, model, inputs, count, trainer.__dict__.get("_autoaccum_own", {}).get("compute_loss", trainer.compute_loss))
         if over_samples:

@@ -10,7 +10,9 @@ from torch.utils.data import Dataset, IterableDataset
 
 from autoaccum.data import batches, lengths
 from autoaccum.errors import JobError, PlanError, UsageError
+from autoaccum.integrations.trainer_counts import holds_pairs
 from autoaccum.integrations.trainer_loader import forget
+from autoaccum.window import RngState
 
 
 def samples_of(batch: Any) -> int | None:
@@ -19,6 +21,22 @@ def samples_of(batch: Any) -> int | None:
         return batches.count(batch)
     except PlanError:
         return None
+
+
+def counts_samples(trainer: Any) -> bool:
+    """True if the first dimension of a batch counts its samples, as far as two samples of the dataset show. Not so for pairs, patches, nodes of graphs."""
+    data = trainer.train_dataset
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__") or len(data) < 2:
+        return False
+    rng = RngState(trainer.args.device)  # a dataset may draw its augmentations
+    rng.note()
+    try:
+        batch = trainer.data_collator([data[0], data[1]])
+        return samples_of(batch) == 2 and not holds_pairs(trainer, batch)
+    except Exception:
+        return False  # the Trainer's own loader may prepare samples for its collator
+    finally:
+        rng.put_back()
 
 
 def longest(trainer: Any, max_length: int | None, length: lengths.Length | None) -> tuple[Callable[[int], Any], Callable[[list[Any]], Any] | None]:

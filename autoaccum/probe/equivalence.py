@@ -249,8 +249,9 @@ def _why(
     if float((weights - 1).abs().max()) < 0.02:
         return "sum", [], "the loss is a sum over the samples, not their mean: use reduction='mean', or return (loss_sum, number of samples)"
     shares = weights / weights.sum()
-    if getattr(job.loss, "cure", "") and all(abs(float(share) - size / whole[0][1]) < 0.0005 for share, (_, size) in zip(shares, split)):
-        return "weights", [], f"the loss, or a part of it, is a mean over samples, and not over labels: {job.loss.cure}; for a mean over samples, count=len"  # type: ignore[attr-defined]
+    own_cure = getattr(job.loss, "cure", "")  # of an integration, whose users do not write the loss
+    if own_cure and all(abs(float(share) - size / whole[0][1]) < 0.0005 for share, (_, size) in zip(shares, split)):
+        return "weights", [], f"the loss, or a part of it, is a mean over samples, and not over labels: {own_cure}; for a mean over samples, count=len"
     if all(abs(float(share) - size / whole[0][1]) < 0.0005 for share, (_, size) in zip(shares, split)):
         return (
             "mixed",

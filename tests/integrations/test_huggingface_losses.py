@@ -353,3 +353,50 @@ def test_a_plan_that_was_made_elsewhere_is_looked_at_when_training_begins(tmp_pa
     plan.apply(made)
     with pytest.warns(UserWarning, match="do not add up"):
         made.train()
+
+
+class Graphs(torch.utils.data.Dataset):
+    """Graphs of three to seven nodes; the first dimension of a batch counts nodes."""
+
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        drawn = torch.Generator().manual_seed(index)
+        return {name: torch.randn(3 + index % 5, generator=drawn, dtype=torch.float64) for name in ("x", "y")}
+
+
+def put_together(samples):
+    return {"x": torch.cat([sample["x"] for sample in samples])[:, None], "y": torch.cat([sample["y"] for sample in samples])}
+
+
+@pytest.mark.parametrize("equal", [True, False])
+def test_a_mean_over_the_nodes_of_graphs_is_exact_and_not_warned_of(tmp_path, equal):
+    model = Remembers()
+    made = trainer(tmp_path, model, Graphs(), put_together, kind=Curriculum, max_steps=4)
+    gradients = []
+    made.optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    made.optimizer.register_step_pre_hook(lambda *_: gradients.append(model.inner.weight.grad.clone()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        plan = huggingface.tune(made, target_batch=10, max_micro_batch=5 if equal else 4, equal=equal)
+        plan.apply(made)
+        gradients.clear()
+        made.train()
+    for step, gradient in enumerate(gradients):
+        model.zero_grad()
+        model(**put_together([Graphs()[index] for index in range(10 * step, 10 * step + 10)]))["loss"].backward()
+        assert float((gradient - model.inner.weight.grad).abs().max()) < 1e-14
+    assert len(gradients) == 4
+
+
+class TooLarge(Trainer):
+    def get_train_dataloader(self):
+        return DataLoader(self.train_dataset, batch_sampler=[list(range(8)), list(range(8, 12))] * 4, collate_fn=self.data_collator)
+
+
+def test_batches_larger_than_the_micro_batch_are_told(tmp_path):
+    made = trainer(tmp_path, Remembers(), Numbers(), torch.utils.data.default_collate, kind=TooLarge)
+    huggingface.tune(made, target_batch=12, max_micro_batch=4, equal=True).apply(made)
+    with pytest.raises(autoaccum.PlanError, match="gives a batch of 8 samples, and the plan's micro-batches have 4"):
+        made.train()

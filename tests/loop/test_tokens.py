@@ -227,7 +227,10 @@ def test_prompts_without_labels_count_in_memory_only_and_a_mix_up_is_told():
         return batch
 
     _, _, plan = tuned(batch=autoaccum.worst_case(DATA, collate=prompted))
-    size = lambda sample: len(sample["ids"])  # noqa: E731
+
+    def size(sample):
+        return len(sample["ids"])
+
     right = DataLoader(DATA, batch_sampler=plan.batch_sampler(DATA, tokens=answered, length=size), collate_fn=prompted)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

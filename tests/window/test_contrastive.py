@@ -141,7 +141,10 @@ def test_tuning_compares_it_and_has_nothing_to_warn_of():
 
 def test_without_it_tuning_names_it_as_the_cure():
     model, optimizer, loss = towers()
-    plain = lambda model, batch: loss(model, batch)  # noqa: E731 - the same loss, as people write it
+
+    def plain(model, batch):  # the same loss, as people write it
+        return loss(model, batch)
+
     with pytest.warns(UserWarning, match=r"looks at several samples at once .* autoaccum.contrastive\(encode, loss\) looks at the whole window"):
         autoaccum.tune(model, optimizer, plain, pairs(24), target_batch=24, max_micro_batch=8)
 

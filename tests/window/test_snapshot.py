@@ -454,7 +454,10 @@ def test_the_gradient_of_a_frozen_parameter_is_there_again():
 
 def test_a_lazy_module_is_told_and_the_remedy_works():
     model = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.Linear(4, 1))
-    loss = lambda model, batch: model(batch).mean()  # noqa: E731
+
+    def loss(model, batch):
+        return model(batch).mean()
+
     with pytest.raises(
         autoaccum.JobError, match=r"'0.weight' has no shape before the first forward .*: run the model once on a batch, and make the optimizer after"
     ):
