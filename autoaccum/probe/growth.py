@@ -9,13 +9,14 @@ from autoaccum.units import KIB, MIB, in_words
 
 
 def slope_bytes(held: Sequence[int], *, shared_with_host: bool) -> int:
-    """The bytes that every window adds, by the memory held after each of several equal windows; 0 if that is noise.
+    """The bytes that a window adds on average, by the memory held after each of several equal windows; 0 if not every one adds some.
 
     shared_with_host: True if the measured memory is that of the whole process, whose figures vary by some pages.
     """
     steps = [after - before for before, after in pairwise(held)]
-    least = min(steps, default=0)
-    return least if least > (MIB if shared_with_host else 64 * KIB) else 0
+    if min(steps, default=0) <= (MIB if shared_with_host else 64 * KIB):
+        return 0
+    return sum(steps) // len(steps)  # resident pages that were free already hide a part of single windows
 
 
 def remark(held: Sequence[int], left_bytes: int, *, shared_with_host: bool) -> tuple[str, ...]:
