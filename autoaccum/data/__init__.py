@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from autoaccum.data.sampler import TokenSampler, WindowSampler
     from autoaccum.data.tokens import TokenGauge
     from autoaccum.data.variety import IGNORED
-    from autoaccum.data.windows import Cut, Window, Windows, counted, samples_in
+    from autoaccum.data.windows import Cut, Splitter, Window, Windows, counted, samples_in
 else:
     __getattr__ = lazily(
         __name__,
@@ -22,5 +22,5 @@ else:
         sampler="TokenSampler WindowSampler",
         tokens="TokenGauge",
         variety="IGNORED",
-        windows="Cut Window Windows counted samples_in",
+        windows="Cut Splitter Window Windows counted samples_in",
     )

@@ -157,6 +157,14 @@ def _tensors(leaf: Any) -> Iterator[torch.Tensor]:
                 yield from _tensors(inner)
 
 
+def ragged_lengths(batch: Any) -> Iterator[list[int]]:
+    """For each nested tensor and each list of tensors in `batch`: the lengths of its samples."""
+    for _, leaf in _leaves(_with_samples_marked(batch)):
+        rows = leaf.unbind() if _is_nested(leaf) else leaf if isinstance(leaf, list) else ()
+        if len(rows) and all(isinstance(row, torch.Tensor) and row.dim() for row in rows):
+            yield [len(row) for row in rows]
+
+
 class _Samples(list):  # type: ignore[type-arg]
     """A list whose items are known to be samples. A slice of such a list is marked again, because its items may look like fields."""
 

@@ -31,6 +31,7 @@ def counts(batch: Any) -> Iterator[torch.Tensor]:
 
     Whole numbers and truth values are counted, and other numbers only in a mask of zeros and ones, or as weights of samples.
     """
+    yield from (torch.tensor(lengths, dtype=torch.float64) for lengths in batches.ragged_lengths(batch))
     for _, field in batches.tensors(batch):
         if field.is_nested or field.layout != torch.strided or not field.numel():
             continue
@@ -59,13 +60,16 @@ def is_uniform(batch: Any) -> bool:
 
 
 def may_count(batch: Any) -> bool:
-    """True if the batch has a field in which a loss may count something that is not known here: whole numbers, nested tensors, lists of samples."""
+    """True if the batch has a field in which a loss may count something that is not known here: whole numbers, weights, nested tensors, lists of samples."""
     if batches.is_list_of_samples(batch):
         return True
-    return any(
-        field.is_nested or (field.dim() > 1 and field.dtype is not torch.uint8 and not field.is_floating_point() and not field.is_complex())
-        for _, field in batches.tensors(batch)
-    )
+    return any(field.is_nested or (field.dim() > 1 and _may_weigh(field)) for _, field in batches.tensors(batch))
+
+
+def _may_weigh(field: torch.Tensor) -> bool:
+    if field.is_floating_point():
+        return field.layout == torch.strided and bool((field >= 0).all())  # weights of tokens or pixels
+    return field.dtype is not torch.uint8 and not field.is_complex()
 
 
 def kind(batch: Any) -> tuple[float, ...]:

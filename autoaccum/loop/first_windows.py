@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
-from autoaccum.data import Window, batches, variety
+from autoaccum.data import Splitter, Window, batches, variety
 from autoaccum.distributed import unwrapped
 from autoaccum.plan import Plan
 from autoaccum.probe import COMPARED_SAMPLES, compare_values
@@ -65,14 +65,22 @@ class FirstWindows:
             return batches.resize(part, min(most, size))
         return None
 
+    def _cut_by_user(self, window: Window, split: Splitter, most: int) -> tuple[Any, int | None]:
+        """The first samples of the largest part, and how many, of a window that the user's own function cuts."""
+        part, size = max(zip(window.parts, window.sizes), key=lambda pair: pair[1])
+        if size < 2:
+            return None, None
+        return (part, size) if size <= most else (split(part, [most, size - most])[0], most)
+
     def look(self, window: Window, loss: Callable[[Any, Any], Any] | None, micro_batch: int) -> None:
         """Looks at a window before it runs. loss: as given to `step`; None for the jobs' own. micro_batch: how many samples fit."""
         self._seen += 1
-        if window.told or window.split is not None or not window.samples:
+        if (window.told and window.split is None) or not window.samples:
             return
         try:
             # Two samples at least: forward alone, without gradients, takes less than a micro-batch of one in training.
-            few = self._telling(window, max(min(COMPARED_SAMPLES, micro_batch), 2))
+            most = max(min(COMPARED_SAMPLES, micro_batch), 2)
+            few, samples = (self._telling(window, most), None) if window.split is None else self._cut_by_user(window, window.split, most)
             if few is None:
                 return
             state = WindowStart(self._jobs)
@@ -82,7 +90,7 @@ class FirstWindows:
         self._looked_at += 1
         for job in self._jobs:
             try:
-                message = compare_values(replace(job, model=unwrapped(job.model), loss=loss or job.loss), few)
+                message = compare_values(replace(job, model=unwrapped(job.model), loss=loss or job.loss, split=window.split), few, samples)
             except Exception:  # what is wrong with the job is told when the window itself runs
                 continue
             finally:

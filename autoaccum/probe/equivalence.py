@@ -56,17 +56,18 @@ def compare(jobs: Sequence[Job], samples: int) -> Equivalence:
     return result if len(jobs) == 1 or result.exact else replace(result, message=f"job {index + 1} of {len(jobs)}: {result.message}")
 
 
-def compare_values(job: Job, batch: Any) -> str:
+def compare_values(job: Job, batch: Any, samples: int | None = None) -> str:
     """Looks at loss values alone: a sentence if the loss of a batch does not follow from those of its pieces, weighted by samples.
 
     Forward only, without dropout, on the given batch, so it costs little and holds no activations. "" if the loss is as expected, and if
     it cannot tell: for losses that draw random numbers, and for values that are not finite.
+    samples: of the batch, if they are known.
     """
-    samples = _count(job, batch)
+    samples = _count(job, batch) if samples is None else samples
     if samples < 2 or hasattr(job.loss, "of_window"):  # such a loss sees the whole window, and a piece of it says nothing
         return ""
     sizes = (samples - samples // 2, samples // 2)
-    split = list(zip(batches.split(batch, sizes), sizes))
+    split = list(zip(batches.split(batch, sizes) if job.split is None else job.split(batch, sizes), sizes))
     job = replace(job, autocast=None)  # in half precision loss values are too near each other to tell
     # The whole model in eval mode only if dropout is a function: some models return no loss then.
     for modules in ([*_dropouts(job.model), *batch_norms(job.model).values()], list(job.model.modules())):

@@ -136,7 +136,8 @@ def gradients(
                     returned, samples=size, of_samples=of_samples, count=counted[index] if counted else None, of_count=of_count if counted else None
                 )
                 on_phase("backward", index)
-                if counted and counted[index] == 0:  # contributes nothing; a mean over no items is nan, and so is its gradient
+                # What counts nothing contributes nothing; a mean over no items is nan, and so is its gradient.
+                if (counted[index] == 0) if counted else weights.is_of_nothing(value, count):
                     if crossing is not None and crossing.in_step:
                         value.nan_to_num().backward()
                     value = torch.zeros_like(value)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # the command line imports this file without the cost of impo
     import torch
 
 # What a `fingerprint` identifies.
+_ASCENTS = ("first_step", "perturb_weights", "ascent_step")  # methods of SAM and its kin, which evaluate the loss at moved weights too
 FINGERPRINTED = ("the model's parameters", "the optimizer", "autocast", "max_grad_norm", "the scaler")
 
 
@@ -90,8 +91,9 @@ class Job:
         stepped = {id(parameter) for group in self._groups() for parameter in group["params"]}
         if trains and not trains & stepped:
             raise JobError("the optimizer holds none of the model's parameters: make it from model.parameters(), after the model is as it will train")
-        if self.wants_closure and len(self.optimizers) > 1:
-            raise JobError(f"{self.wants_closure} evaluates the loss inside step(), so it cannot be stepped together with others: give it alone")
+        evaluates_again = self.wants_closure or next((type(each).__name__ for each in self.optimizers if any(hasattr(each, verb) for verb in _ASCENTS)), "")
+        if evaluates_again and len(self.optimizers) > 1:
+            raise JobError(f"{evaluates_again} evaluates the loss inside step(), so it cannot be stepped together with others: give it alone")
         if self.wants_closure and self.scaler is not None:
             raise JobError(f"{self.wants_closure} evaluates the loss inside step(), where a GradScaler cannot unscale: train in bfloat16 or float32")
 

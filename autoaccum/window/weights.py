@@ -119,6 +119,11 @@ def without_nothing(value: torch.Tensor, count: torch.Tensor | float) -> torch.T
     return value if count else torch.zeros_like(value)
 
 
+def is_of_nothing(value: torch.Tensor, count: torch.Tensor | float | None) -> bool:
+    """True if a count that the loss returned is 0 and its sum is nan, as a mean over nothing is. On other devices than the CPU it is not asked."""
+    return count is not None and value.device.type == "cpu" and not count and not bool(value.isfinite())
+
+
 def late_factor(counts: Sequence[torch.Tensor | float], of_samples: float) -> torch.Tensor:
     """The factor for gradients of sums that were divided by samples, once every count is known: 0-d, in double precision."""
     total = torch.as_tensor(sum(counts))

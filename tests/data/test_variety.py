@@ -27,3 +27,13 @@ def test_uniform_batches_are_known():
 def test_where_nothing_can_be_counted_the_first_samples_are_taken():
     batch = (torch.randn(20, 3), torch.randn(20))
     assert torch.equal(variety.most_unlike(batch, 20, 5)[0], batch[0][:5])
+
+
+def test_samples_that_are_not_padded_count_by_their_lengths():
+    rows = [torch.ones(length, 2) for length in (3, 5, 3, 9, 3, 3)]
+    for batch in (rows, torch.nested.nested_tensor(rows, layout=torch.jagged)):
+        assert variety.is_countable(batch) and not variety.is_uniform(batch)
+        chosen = variety.most_unlike(batch, 6, 2)
+        assert sorted(len(row) for row in chosen) == [3, 9]
+    alike = [torch.ones(3, 2), torch.ones(3, 2)]
+    assert variety.is_uniform(torch.nested.nested_tensor(alike, layout=torch.jagged))

@@ -220,3 +220,67 @@ def test_dropout_that_is_a_function_and_half_precision_do_not_hide_it():
 def test_texts_of_one_length_say_nothing_and_cost_no_warning():
     loader = DataLoader([torch.full((7,), 1 + at) for at in range(40)], batch_size=10, collate_fn=padded)
     assert not warned(over_labels, loader)
+
+
+def time_major(samples):
+    """Texts along the second dimension, as recurrent networks take them."""
+    return {name: field.T.contiguous() for name, field in padded(samples).items()}
+
+
+def cut_time_major(batch, sizes):
+    cut = {name: field.split(list(sizes), dim=1) for name, field in batch.items()}
+    return [{name: pieces[index] for name, pieces in cut.items()} for index in range(len(sizes))]
+
+
+def texts_in(batch):
+    return batch["ids"].shape[1]
+
+
+def over_samples_of_time_major(model, batch):
+    return over_samples(model, {name: field.T for name, field in batch.items()})
+
+
+@pytest.mark.parametrize(("loss", "is_told"), [(over_labels, True), (over_samples_of_time_major, False), (sum_and_count, False)])
+def test_batches_that_only_split_cuts_are_looked_at(loss, is_told):
+    model = Reader()
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), loss, (), split=cut_time_major, samples=texts_in)
+    plan = by_hand(job, 20, 6)
+    loop = autoaccum.Accumulator(job, plan)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for window in plan.windows(DataLoader(texts(), batch_size=10, collate_fn=time_major), samples=texts_in, split=cut_time_major):
+            loop.step(window)
+    assert any("over samples" in str(warning.message) for warning in caught) is is_told
+
+
+@pytest.mark.parametrize("kind", ["list", "jagged"])
+def test_texts_of_unlike_lengths_that_are_not_padded_are_told(kind):
+    generator = torch.Generator().manual_seed(4)
+    rows = [torch.randn(int(length), 4, generator=generator).double() for length in torch.randint(2, 12, (40,), generator=generator)]
+
+    def collate(samples):
+        return list(samples) if kind == "list" else torch.nested.nested_tensor(list(samples), layout=torch.jagged)
+
+    def over_rows(model, batch):
+        return torch.cat([model(sample).square().flatten() for sample in (batch if kind == "list" else batch.unbind())]).mean()
+
+    model = nn.Linear(4, 1).double()
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), over_rows, ())
+    plan = by_hand(job, 20, 6)
+    loop = autoaccum.Accumulator(job, plan)
+    with pytest.warns(UserWarning, match="no mean over samples|not over samples"):
+        for window in plan.windows(DataLoader(rows, batch_size=10, collate_fn=collate)):
+            loop.step(window)
+
+
+def test_weights_of_pixels_are_told():
+    generator = torch.Generator().manual_seed(5)
+    x, weights = torch.randn(48, 6, generator=generator).double(), torch.rand(48, 6, generator=generator).double()
+
+    def weighted(model, batch):
+        return (model(batch[0]).square() * batch[1]).sum() / batch[1].sum()
+
+    model = nn.Linear(6, 6).double()
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), weighted, ())
+    with pytest.warns(UserWarning, match="not over samples|no mean over samples"):
+        autoaccum.Accumulator(job, by_hand(job, 48, 10)).step((x, weights))

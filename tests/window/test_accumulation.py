@@ -459,3 +459,22 @@ def test_of_several_scaled_optimizers_one_may_have_nothing_to_step():
 def test_the_second_part_of_a_pair_is_a_count(second):
     with pytest.raises(JobError, match="returned a pair whose second part is"):
         gradients(lambda model, batch: (model(batch[0]).sum(), second), data(4), (2, 2))
+
+
+def test_a_piece_that_counts_nothing_contributes_nothing_although_its_own_mean_is_nan():
+    """A mean times its count is 0/0 times 0 where nothing counts, and so is its gradient."""
+    x, mask = torch.randn(12, 3, dtype=torch.float64), torch.ones(12, dtype=torch.bool)
+    mask[4:8] = False
+
+    def loss(model, batch):
+        x, mask = batch
+        return model(x)[mask].square().mean() * mask.sum(), mask.sum()
+
+    model = nn.Linear(3, 1).double()
+    job = Job(model, torch.optim.SGD(model.parameters(), lr=0.1), loss, ())
+    result = accumulation.gradients(job, loss, [((x[at : at + 4], mask[at : at + 4]), 4) for at in (0, 4, 8)], samples=12, device=torch.device("cpu"))
+    ours = model.weight.grad.clone()
+    model.weight.grad = None
+    whole = model(x)[mask].square().mean()
+    whole.backward()
+    assert torch.allclose(ours, model.weight.grad, rtol=1e-14, atol=0) and float(result.loss.sum()) == pytest.approx(float(whole), rel=1e-14)

@@ -123,3 +123,19 @@ def test_a_scheduler_that_needs_a_figure_is_left_to_its_owner():
     job = jobs.small()
     with pytest.raises(autoaccum.JobError, match="ReduceLROnPlateau steps on a figure that only you have"):
         jobs.small(scheduler=torch.optim.lr_scheduler.ReduceLROnPlateau(job.optimizer))
+
+
+class Sam(torch.optim.SGD):
+    """Sharpness-aware minimisation in two steps, which falls back to a plain step without a closure."""
+
+    def first_step(self): ...
+
+    def second_step(self): ...
+
+
+def test_an_optimizer_that_evaluates_again_is_refused_beside_others_and_taken_alone():
+    model = nn.Linear(4, 2)
+    sam, other = Sam([model.weight], lr=0.1), torch.optim.SGD([model.bias], lr=0.1)
+    with pytest.raises(autoaccum.JobError, match=r"Sam evaluates the loss inside step.* give it alone"):
+        autoaccum.Job(model, [sam, other], lambda model, batch: model(batch).mean(), torch.randn(4, 4))
+    autoaccum.Job(model, sam, lambda model, batch: model(batch).mean(), torch.randn(4, 4))
