@@ -21,11 +21,20 @@ raised again, with a note (see `noted`). The message of each error contains the 
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+
+def signal_name(number: int) -> str:
+    """The name of a signal, such as SIGSEGV; of a real-time signal, its number."""
+    try:
+        return signal.Signals(number).name
+    except ValueError:
+        return f"signal {number}"
 
 
 class AutoaccumError(Exception):

@@ -13,8 +13,8 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "autoaccum"
 
 DOORSTEP = ["version", "errors", "units", "oom", "doors"]
-ROOMS = ["data", "simulate", "devices", "distributed", "window", "plan", "probe", "tuner", "loop", "virtual", "integrations", "cli"]
-PROGRAMS = ["__init__", "__main__", "capped_process", "worker"]  # above all rooms; nothing imports them
+ROOMS = ["data", "simulate", "devices", "distributed", "window", "plan", "probe", "command", "tuner", "loop", "virtual", "integrations", "cli"]
+PROGRAMS = ["__init__", "__main__", "capped_process", "startup_hook", "worker"]  # above all rooms; nothing imports them
 NEIGHBOURS = {frozenset(("loop", "virtual"))}  # on one floor: neither imports the other
 MOST_FILES = 14
 

@@ -58,6 +58,15 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated."),
         click.option("--timeout", type=float, metavar="SECONDS", help="A trial that takes longer counts as not fitting."),
+        click.option("--world", type=int, metavar="N", help="Of a command: the ranks that it runs on, if that cannot be seen. The target is over all of them."),
+        click.option("--trial-seconds", type=float, metavar="N", help="Of a command: a trial that trained so long within the limit fits, and is ended."),
+        click.option(
+            "--set-file",
+            "set_files",
+            multiple=True,
+            metavar="FILE:KEY=VALUE",
+            help="Of a command: a configuration file, of which each trial gets a copy with this value, such as config.yaml:train.batch={micro_batch}.",
+        ),
         click.option(
             "--plot", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help="Draw what was tried: .png, .svg, .pdf (needs matplotlib)."
         ),
@@ -101,6 +110,8 @@ def tune(rest: list[str] | None, /, **given: Any) -> None:
     it is the built-in demo. What follows -- is the file's own arguments, or, without a JOB, a command:
 
     autoaccum tune -b 120 -- python train.py --batch-size {micro_batch} --accum {accumulation_steps}
+
+    {scratch} is a folder of each trial's own, for what the command writes.
     """
     call = CallOptions(rest, **given)
     call.answer(call.tuned())

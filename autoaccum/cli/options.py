@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from autoaccum import tuner
 from autoaccum.cli import report
+from autoaccum.command import config_copies
 from autoaccum.distributed import launched
 from autoaccum.errors import UsageError
 from autoaccum.plan import Plan, chart, framework_arguments
@@ -50,6 +51,9 @@ class CallOptions:
         quiet: bool,
         traceback: bool,
         evaluate: bool = False,
+        world: int | None = None,
+        trial_seconds: float | None = None,
+        set_files: tuple[str, ...] = (),
     ) -> None:
         if target_batch is None and target_tokens is None:
             raise UsageError("Missing option '-b' / '--target-batch': the effective batch (or --target-tokens, in tokens)")
@@ -68,18 +72,28 @@ class CallOptions:
             memory_limit,
             headroom,
             max_micro_batch,
-            equal or form in framework_arguments.FORMATS,
+            equal or form in framework_arguments.FORMATS or form == "env",  # which have room for two numbers
             largest,
             timeout,
             objective=objective,
             evaluate=evaluate,
             target_tokens=target_tokens,
+            trial_s=trial_seconds,
         )
         if output is not None:
             writable(output)
         if rest == [] and job is None:
             raise UsageError("nothing follows `--`: give the command there, or leave `--` out")
         self.command = rest if job is None and rest else None
+        if self.command is None and (world, trial_seconds, set_files) != (None, None, ()):
+            raise UsageError("--world, --trial-seconds and --set-file are for a command after `--`; a JOB runs under torchrun, and its trials take two windows")
+        if self.command is None and (placed := next((word for word in rest or () if "{micro_batch}" in word or "{accumulation_steps}" in word), None)):
+            raise UsageError(
+                f"{placed!r} stands after `--` beside JOB {job!r}, which gets its micro-batches from us: leave it out, or leave JOB out to tune the command"
+            )
+        if world is not None and world < 1:
+            raise UsageError(f"--world must be at least 1, not {world}")
+        self.of_command: dict[str, Any] = {"world": world, "copies": config_copies(set_files)}
         if self.command and self.virtual is not None:
             raise UsageError("--device virtual: needs a JOB that builds the model: a command cannot be simulated")
         if self.virtual is not None:
@@ -106,7 +120,7 @@ class CallOptions:
             self.alone("a command is tried in one process", "run autoaccum without torchrun")
         with self._callbacks() as callbacks:
             return (
-                tuner.tune_command(self.command, self.request, **callbacks)
+                tuner.tune_command(self.command, self.request, **self.of_command, **callbacks)
                 if self.command
                 else tuner.tune_source(self.source, self.request, cache=self.cache, **callbacks)
             )
@@ -123,7 +137,7 @@ class CallOptions:
             if self.virtual is not None and windows != 2:
                 raise UsageError("--windows runs real windows, and a simulated card runs none: leave it out, growth is seen in two")
             if self.command:
-                return tuner.check_command(self.command, micro_batch, self.request, **callbacks)
+                return tuner.check_command(self.command, micro_batch, self.request, **self.of_command, **callbacks)
             return tuner.check_source(self.source, micro_batch, self.request, windows=windows, **callbacks)
 
     def answer(self, planned: Plan, found: Equivalence | None = None) -> None:

@@ -51,6 +51,8 @@ def env(plan: Plan) -> str:
         "AUTOACCUM_ACCUMULATION_STEPS": str(plan.accumulation_steps),
         "AUTOACCUM_MICRO_BATCHES": " ".join(map(str, plan.micro_batches)),
     }
+    if plan.world_size > 1:
+        values["AUTOACCUM_WORLD_SIZE"] = str(plan.world_size)
     if plan.target_tokens is not None:
         values |= {"AUTOACCUM_TARGET_TOKENS": str(plan.target_tokens), "AUTOACCUM_MICRO_TOKENS": str(plan.micro_tokens)}
     if plan.eval_batch is not None:

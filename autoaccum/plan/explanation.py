@@ -45,7 +45,8 @@ def headline(plan: PlanRecord) -> str:
         micro = f"micro-batches of up to {plan.micro_tokens} ({plan.micro_batch} x {(plan.micro_tokens or 0) // max(plan.micro_batch, 1)})"
         return f"{plan.target_tokens} tokens a step, in {micro}     about {plan.accumulation_steps} a step on {_on(plan)}"
     steps = "in one piece" if plan.accumulation_steps == 1 else f"{plan.accumulation_steps} micro-batches a step"
-    return f"{plan.target_batch} = {window_notation(plan.micro_batches)}     {steps} on {_on(plan)}"
+    ranks = f" on each of {plan.world_size} ranks" if plan.world_size > 1 else ""
+    return f"{plan.target_batch} = {window_notation(plan.micro_batches)}{ranks}     {steps} on {_on(plan)}"
 
 
 def _on(plan: PlanRecord) -> str:

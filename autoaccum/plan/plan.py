@@ -138,6 +138,10 @@ class Plan(PlanRecord):
         from autoaccum.data import TokenGauge, Windows
 
         shares = None if self.fleet is None else self.shares_of
+        if self.fleet is None and self.world_size > 1:
+            raise PlanError(
+                f"the plan is of a command that runs on {self.world_size} ranks by itself: for a loop of your own, call autoaccum.tune on every rank"
+            )
         if count is not None and self.target_tokens is None:
             raise PlanError("count= says where a window of tokens ends, and this plan counts samples: give it to Job, to the Accumulator, or to plan.split")
         return Windows(

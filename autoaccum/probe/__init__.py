@@ -1,6 +1,6 @@
-"""One trial of a window (in place, in a child process, or of a command), its reading, and the search over readings.
+"""One trial of a window (in place or in a child process), its reading, and the search over readings.
 
-It exports the three kinds of `Rehearser`, `Reading` and its records, `search`, `refusals` and the reading cache.
+It exports two kinds of `Rehearser`, `Reading` and its records, `search`, `refusals` and the reading cache.
 It imports the doorstep and the rooms from `data` to `plan`.
 """
 
@@ -12,10 +12,9 @@ if TYPE_CHECKING:
     from autoaccum.probe import cache, growth, refusals, search
     from autoaccum.probe.cache import ReadingCache
     from autoaccum.probe.child import Child, die_with_parent
-    from autoaccum.probe.command import Command, Template
     from autoaccum.probe.equivalence import compare_values
     from autoaccum.probe.evaluation import Evaluation, in_eval_mode
-    from autoaccum.probe.readings import COMPARED_SAMPLES, Equivalence, Limits, Progress, Reading, Rehearser, Subject, Trying
+    from autoaccum.probe.readings import COMPARED_SAMPLES, Equivalence, Limits, Outcome, Progress, Reading, Rehearser, Subject, Trying
     from autoaccum.probe.rehearsal import rehearsing
     from autoaccum.probe.request import Objective, Request
 else:
@@ -23,10 +22,9 @@ else:
         __name__,
         cache="ReadingCache",
         child="Child die_with_parent",
-        command="Command Template",
         equivalence="compare_values",
         evaluation="Evaluation in_eval_mode",
-        readings="COMPARED_SAMPLES Equivalence Limits Progress Reading Rehearser Subject Trying",
+        readings="COMPARED_SAMPLES Equivalence Limits Outcome Progress Reading Rehearser Subject Trying",
         rehearsal="rehearsing",
         request="Objective Request",
     )

@@ -149,7 +149,7 @@ class Child:
         # libgomp and C++ end the process when memory runs out; Python cannot catch this.
         if oom.in_output(self._tail):
             return reading("oom")
-        how = f"was ended by {signal.Signals(-death.code).name}" if death.code < 0 else f"ended the process (exit code {death.code})"
+        how = f"was ended by {errors.signal_name(-death.code)}" if death.code < 0 else f"ended the process (exit code {death.code})"
         raise errors.JobFailed(f"the job {how} in {self._phase}, at a micro-batch of {micro_batch}", text=self._tail.strip())
 
     def _start(self) -> None:

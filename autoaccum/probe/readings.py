@@ -22,12 +22,14 @@ class Limits:
     memory_bytes: the memory limit. headroom: as the user gave it. timeout_s: seconds per trial.
     sharing_ranks: the number of the job's ranks that share the device's free memory, this rank included.
     per_token: True if windows are counted in tokens, so that every loss is made one per token (`window.per_token`).
+    trial_s: seconds of training after which a trial of a command counts as fitting; None for the whole run.
     buckets: True if the model will be wrapped in DistributedDataParallel. Memory for its copy of the gradients is then kept free.
     """
 
     memory_bytes: int | None = None
     headroom: str | int = "3%"
     timeout_s: float | None = None
+    trial_s: float | None = None
     sharing_ranks: int = 1
     buckets: bool = False
     per_token: bool = False

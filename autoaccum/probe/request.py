@@ -22,7 +22,7 @@ class Request:
     equal: only micro-batches that divide the target batch. largest: search the exact largest micro-batch.
     target_tokens: the effective batch in tokens, instead of `target_batch`. sample_tokens: the tokens of one of the longest samples, once
     it is known; `target_batch` is then the number of such samples that have the tokens.
-    lockstep: the same number of micro-steps on every rank. evaluate: also search the largest batch of evaluation, up to `max_eval_batch`.
+    lockstep: the same number of micro-steps on every rank. trial_s: of a command, as in `Limits`. evaluate: also search the largest batch of evaluation, up to `max_eval_batch`.
     """
 
     target_batch: int | None = None
@@ -38,6 +38,7 @@ class Request:
     max_eval_batch: int = 2**63 - 1
     target_tokens: int | None = None
     sample_tokens: int = 0
+    trial_s: float | None = None
     limits: Limits = field(init=False)
 
     def __post_init__(self) -> None:
@@ -52,6 +53,8 @@ class Request:
                 raise UsageError(f"{name} must be a whole number of samples, at least 1, not {value!r}")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise UsageError(f"timeout_s must be more than 0 seconds, not {self.timeout_s!r}")
+        if self.trial_s is not None and not self.trial_s > 0:
+            raise UsageError(f"trial_s must be more than 0 seconds, not {self.trial_s!r}")
         if self.objective not in get_args(Objective):
             raise UsageError(f"objective must be {' or '.join(get_args(Objective))}, not {self.objective!r}")
         if self.largest and self.objective == "throughput":
@@ -60,7 +63,7 @@ class Request:
         if limit is not None and limit < MIB:
             raise UsageError(f"a memory limit of {self.memory_limit} is {in_words(limit)}, less than any process takes: did you mean {self.memory_limit}MiB?")
         parse_headroom(self.headroom, limit or 2**63)  # raises for a wrong headroom before anything is built
-        object.__setattr__(self, "limits", Limits(limit, self.headroom, self.timeout_s, per_token=self.target_tokens is not None))
+        object.__setattr__(self, "limits", Limits(limit, self.headroom, self.timeout_s, self.trial_s, per_token=self.target_tokens is not None))
 
     @property
     def samples(self) -> int:

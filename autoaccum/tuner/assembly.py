@@ -7,10 +7,11 @@ import platform
 import time
 
 from autoaccum import oom
+from autoaccum.command import Command
 from autoaccum.devices import ASSUMED_OUTSIDE, Budget, budget_terms
 from autoaccum.errors import DeviceError, JobError, JobFailed
 from autoaccum.plan import Plan, PlannedDevice, TrialRecord, window_led_by
-from autoaccum.probe import COMPARED_SAMPLES, Command, Reading, Rehearser, Request, search
+from autoaccum.probe import COMPARED_SAMPLES, Reading, Rehearser, Request, search
 from autoaccum.tuner.hints import hints
 from autoaccum.tuner.trial_log import TrialLog
 from autoaccum.units import in_words

@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from types import ModuleType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from autoaccum.errors import JobError, UsageError
 from autoaccum.window.job import Job, as_jobs
@@ -25,12 +25,14 @@ DEMO = "autoaccum.cli.demo:make_job"
 class Source:
     """The place of a job: `file.py[:make_job]` or `package.module[:make_job]`, with its arguments.
 
-    settings: keyword arguments of the function. argv: what the file sees as `sys.argv[1:]`.
+    settings: keyword arguments of the function, read as Python literals where they are some. argv: what the file sees as `sys.argv[1:]`.
+    texts: the settings as they were written. Which of the two the function gets depends on what it takes.
     """
 
     where: str
     settings: dict[str, Any] = field(default_factory=dict)
     argv: tuple[str, ...] = ()
+    texts: dict[str, str] = field(default_factory=dict)
 
     @property
     def label(self) -> str:
@@ -59,15 +61,17 @@ def parse_source(where: str | None, settings: Iterable[str] = (), argv: Iterable
     if where is not None and not where.strip():
         raise UsageError("JOB is empty: give file.py:make_job or package.module:make_job, or leave it out for the built-in demo")
     values: dict[str, Any] = {}
+    texts: dict[str, str] = {}
     for text in settings:
         name, equals, value = text.partition("=")
         if not equals or not name.isidentifier():
             raise UsageError(f"--set {text!r} is not name=value: write for instance --set layers=4")
+        texts[name] = value
         try:
             values[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             values[name] = value
-    source = Source(DEMO if where in (None, "demo") else where, values, tuple(argv))
+    source = Source(DEMO if where in (None, "demo") else where, values, tuple(argv), texts)
     place, function = source.parts
     if not function.isidentifier():
         raise UsageError(f"{function!r} in JOB {where!r} is not the name of a function: write file.py:make_job")
@@ -118,10 +122,68 @@ def _arguments(make: Callable[..., Any], name: str, origin: Source, device: str 
             and parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
         ):
             raise UsageError(f"{name}() needs a value for {parameter.name!r}: give --set {parameter.name}=VALUE")
-    arguments = dict(origin.settings)
+    try:
+        hints = get_type_hints(make)
+    except Exception:  # annotations that name what is not there
+        hints = {}
+    arguments = {
+        setting: _converted(setting, value, origin.texts.get(setting), hints.get(setting), parameters.get(setting))
+        for setting, value in origin.settings.items()
+    }
     if "device" in parameters and "device" not in arguments and device is not None:
         arguments["device"] = device
     return arguments
+
+
+_WORDS = {"true": True, "yes": True, "on": True, "1": True, "false": False, "no": False, "off": False, "0": False}
+
+
+def _converted(name: str, value: Any, text: str | None, hint: Any, parameter: inspect.Parameter | None) -> Any:
+    """A setting as the type that the function's annotation asks for, or else that of its default.
+
+    value: the text as a literal, if it is one. text: None if the setting came from Python, which is left as it is.
+    Raises `UsageError` if it cannot be converted.
+    """
+    if text is None:
+        return value
+    kinds = list(get_args(hint)) if get_origin(hint) in (Union, UnionType) else [] if hint is None else [hint]
+    default = inspect.Parameter.empty if parameter is None else parameter.default
+    if not kinds and default is not inspect.Parameter.empty and default is not None:
+        kinds = [type(default)]
+    word = text.strip().lower()
+    if word in ("none", "null") and (not kinds or type(None) in kinds or default is None):
+        return None
+    if not kinds:
+        return _WORDS[word] if word in ("true", "false") else value
+    for kind in kinds:
+        found = _as(kind, value, text, word)
+        if found is not inspect.Parameter.empty:
+            return found
+    names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds if kind is not type(None))
+    raise UsageError(f"--set {name}={text}: {name} takes {names}, and {text!r} is none" + (": write true or false" if bool in kinds else ""))
+
+
+def _as(kind: Any, value: Any, text: str, word: str) -> Any:
+    """The setting as this kind; `Parameter.empty` if it is none."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is bool and word in _WORDS:
+        return _WORDS[word]
+    if kind is int and number and value == int(value):
+        return int(value)
+    if kind is float and (number or word in ("inf", "-inf", "nan")):
+        return float(value)
+    if kind is str:
+        return value if isinstance(value, str) else text
+    if isinstance(kind, type) and issubclass(kind, Path):
+        return Path(text)
+    if get_origin(kind) is Literal:
+        return next((each for each in get_args(kind) if str(each) == text or each == value), inspect.Parameter.empty)
+    container = get_origin(kind) or kind
+    if container in (list, tuple) and isinstance(value, (list, tuple)):
+        return container(value)
+    if kind in (bool, int, float) or container in (list, tuple):
+        return inspect.Parameter.empty
+    return value if kind is Any or container not in (type(None),) else inspect.Parameter.empty
 
 
 def _imported(place: str, origin: Source) -> ModuleType:

@@ -7,7 +7,7 @@ import pytest
 
 import autoaccum
 from autoaccum.probe import request
-from autoaccum.probe.command import Template
+from autoaccum.command import Template
 from autoaccum.tuner import foreign_command
 from tests.command_line import ROOT, document
 from tests.command_line import autoaccum as run
@@ -126,6 +126,6 @@ def test_check_says_by_how_much_a_size_does_not_fit(pretend):
 
 def test_other_braces_stay_as_they_are():
     template = Template(("train", "--config={'a': {x}}", "{micro_batch}x{accumulation_steps}"))
-    assert template.filled(40, 3) == ["train", "--config={'a': {x}}", "40x3"]
+    assert template.filled(40, 3, "/tmp/x") == ["train", "--config={'a': {x}}", "40x3"]
     with pytest.raises(autoaccum.UsageError, match="micro_batch"):
         Template(("train", "--accum", "{accumulation_steps}"))
