@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from autoaccum import tuner
 from autoaccum.cli import report
-from autoaccum.command import config_copies
+from autoaccum.command import copies_of
 from autoaccum.distributed import launched
 from autoaccum.errors import UsageError
 from autoaccum.plan import Plan, chart, framework_arguments
@@ -93,7 +93,7 @@ class CallOptions:
             )
         if world is not None and world < 1:
             raise UsageError(f"--world must be at least 1, not {world}")
-        self.of_command: dict[str, Any] = {"world": world, "copies": config_copies(set_files)}
+        self.of_command: dict[str, Any] = {"world": world, "copies": copies_of(set_files)}
         if self.command and self.virtual is not None:
             raise UsageError("--device virtual: needs a JOB that builds the model: a command cannot be simulated")
         if self.virtual is not None:

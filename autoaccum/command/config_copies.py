@@ -35,7 +35,7 @@ class ConfigCopy:
         return copy
 
 
-def config_copies(settings: tuple[str, ...]) -> tuple[ConfigCopy, ...]:
+def copies_of(settings: tuple[str, ...]) -> tuple[ConfigCopy, ...]:
     """The copies that `--set-file FILE:key=value` asks for; several values of one file come together.
 
     Raises `UsageError` for a setting of another form, a file that is not there or cannot be read, and a key that the file does not have.
@@ -53,7 +53,7 @@ def config_copies(settings: tuple[str, ...]) -> tuple[ConfigCopy, ...]:
     for path, pairs in values.items():
         document = _read(path)
         for key, _ in pairs:
-            _put(document, key, None, path)
+            _put(document, key, "", path)
         copies.append(ConfigCopy(path, tuple(pairs)))
     return tuple(copies)
 

@@ -26,6 +26,8 @@ from autoaccum.devices import LINUX, STEADY_MALLOC, Budget, Cpu, Facts, Memory, 
 from autoaccum.errors import DeviceError, JobFailed, NoSuchDevice, UsageError, signal_name
 from autoaccum.probe import Equivalence, Limits, Outcome, Reading, Subject
 
+_LESS = 0.97  # a peak below this part of that of a smaller size is no noise
+
 
 class RanksFound(Exception):
     """The command runs on another number of ranks than was assumed."""
@@ -62,7 +64,7 @@ class Command:
             remarks.append("the command has no {accumulation_steps}: the effective batch is the target only if the script works out the steps itself")
         if self.ignores_size():
             remarks.append(self.ignored_words())
-        elif dropped := next(((low, high) for low, high in pairwise(sorted(self._peaks)) if self._peaks[high] < 0.97 * self._peaks[low]), None):
+        elif dropped := next(((low, high) for low, high in pairwise(sorted(self._peaks)) if self._peaks[high] < _LESS * self._peaks[low]), None):
             remarks.append(
                 f"the command took less memory at a micro-batch of {dropped[1]} than at {dropped[0]}: it may have made its batch smaller by itself, or trained less"
             )
@@ -190,7 +192,7 @@ class Command:
         if len(self._peaks) < 2 or max(self._peaks) < 4 * min(self._peaks):
             return False
         low, high = self._peaks[min(self._peaks)], self._peaks[max(self._peaks)]
-        return high <= low * 1.01
+        return low * _LESS <= high <= low * 1.01
 
     def _run(self, words: list[str], folder: Path, cap_bytes: int) -> Run:
         environment: dict[str, str] = {}

@@ -43,7 +43,7 @@ def nothing_fits(micro_batch: int, tried: Sequence[Reading], unlimited: Reading 
     unit = "one sample" if micro_batch == 1 else f"a micro-batch of {micro_batch}"
     refused = next((reading for reading in tried if reading.micro_batch == micro_batch and not reading.fits), None)
     if refused is not None and refused.outcome == "timeout":
-        message = f"{unit} did not finish in time (in {refused.phase}): raise --timeout, or look for a hang in the job"
+        message = f"{unit} did not finish in time (in {refused.phase}): {_in_time(refused)}"
         return NothingFits(message, budget_bytes=budget.budget_bytes, trials=tried)
     how = "was killed by the system" if refused is not None and refused.outcome == "killed" else "does not fit"
     where = f" (in {refused.phase})" if refused is not None and refused.phase != "command" else ""
@@ -59,10 +59,16 @@ def nothing_fits(micro_batch: int, tried: Sequence[Reading], unlimited: Reading 
     )
 
 
+def _in_time(reading: Reading) -> str:
+    if reading.phase == "command":
+        return "let the script end after a few steps (--max-steps 2 or the like), take --trial-seconds N, which ends it for you, or raise --timeout"
+    return "raise --timeout, or look for a hang in the job"
+
+
 def too_big(reading: Reading, sizes: Sequence[int], unlimited: Reading | None, budget: Budget) -> OutOfMemory:
     """The error if the micro-batch that the user asked for does not fit. It says by how much, if that was measured."""
     if reading.outcome == "timeout":
-        return OutOfMemory(f"{window_notation(sizes)} did not finish in time: raise --timeout, or look for a hang in the job", trials=[reading])
+        return OutOfMemory(f"{window_notation(sizes)} did not finish in time: {_in_time(reading)}", trials=[reading])
     words, needs = _needs(sizes[0], [reading], unlimited, budget)
     over = f", {in_words(needs - budget.budget_bytes)} over" if needs is not None and needs > budget.budget_bytes else ""
     how = {"oom": f"ran out in {reading.phase}", "killed": f"was killed by the system in {reading.phase}", "over-budget": "is over budget"}[reading.outcome]

@@ -1,13 +1,14 @@
 """A script nobody edited, tuned from outside under an enforced budget."""
 
 import shlex
+import subprocess
 import sys
 
 import pytest
 
 import autoaccum
-from autoaccum.probe import request
 from autoaccum.command import Template
+from autoaccum.probe import request
 from autoaccum.tuner import foreign_command
 from tests.command_line import ROOT, document
 from tests.command_line import autoaccum as run
@@ -129,3 +130,136 @@ def test_other_braces_stay_as_they_are():
     assert template.filled(40, 3, "/tmp/x") == ["train", "--config={'a': {x}}", "40x3"]
     with pytest.raises(autoaccum.UsageError, match="micro_batch"):
         Template(("train", "--accum", "{accumulation_steps}"))
+
+
+TRAINS = """
+import argparse, os, sys, torch
+torch.set_num_threads(1)
+parser = argparse.ArgumentParser()
+parser.add_argument("--size", type=int)
+parser.add_argument("--steps", type=int)
+parser.add_argument("--out", default=".")
+options = parser.parse_args()
+model = torch.nn.Linear(8, 8)
+optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+{body}
+"""
+
+
+@pytest.fixture
+def trains(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+
+    def write(body):
+        (tmp_path / "train.py").write_text(TRAINS.format(body=body))
+        return [sys.executable, str(tmp_path / "train.py"), "--size", "{micro_batch}", "--steps", "{accumulation_steps}"]
+
+    return write
+
+
+RESUMES = """
+path = os.path.join(options.out, "checkpoint.pt")
+if not os.path.exists(path):
+    held = torch.ones(options.size, 2**18)
+    model(torch.randn(options.size, 8)).mean().backward()
+    optimizer.step()
+    torch.save(model.state_dict(), path)
+"""
+
+
+def test_a_command_that_resumes_and_has_nothing_to_do_is_told_and_the_remedy_works(trains, tmp_path):
+    words = trains(RESUMES)
+    with pytest.raises(autoaccum.UsageError, match=r"1 optimizer steps at a micro-batch of .* none at .*checkpoint\.pt.*\{scratch\}"):
+        tune(words, target=16)
+    (tmp_path / "work" / "checkpoint.pt").unlink()
+    plan = tune([*words, "--out", "{scratch}"], target=16)
+    assert plan.micro_batch == 16 and not any("wrote" in warning for warning in plan.warnings) and not list((tmp_path / "work").iterdir())
+
+
+def test_what_the_trials_wrote_into_the_users_folders_is_told(trains, tmp_path):
+    body = "model(torch.randn(options.size, 8)).mean().backward(); optimizer.step()\nfor name in ('a.pt', 'b.pt', 'c.pt'): torch.save({}, os.path.join(options.out, name))"
+    plan = tune([*trains(body), "--out", str(tmp_path)], target=4)
+    assert any("a.pt" in warning and "1 more" in warning and "{scratch}" in warning for warning in plan.warnings)
+
+
+def test_a_command_without_an_optimizer_step_is_told(trains):
+    plan = tune(trains("model(torch.randn(options.size, 8)).mean().backward()"), target=4)
+    assert any("no optimizer of torch made a step" in warning for warning in plan.warnings)
+
+
+FINDS = """
+from {finder} import {name}
+try:
+    if options.size > 4:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
+except RuntimeError as error:
+    assert {name}(error)
+    options.size = 4
+model(torch.randn(options.size, 8)).mean().backward(); optimizer.step()
+"""
+
+
+@pytest.mark.parametrize(("finder", "name"), [("accelerate.utils.memory", "should_reduce_batch_size"), ("lightning.pytorch.utilities.memory", "is_oom_error")])
+def test_a_batch_that_a_library_makes_smaller_does_not_count_as_the_size_asked_for(trains, finder, name):
+    plan = tune(trains(FINDS.format(finder=finder, name=name)), target=8)
+    assert plan.micro_batch == 4 and plan.smallest_refused == 8
+    assert any("went on with a smaller one by itself" in warning for warning in plan.warnings)
+
+
+CATCHES = """
+held = []
+while True:
+    try:
+        held = [torch.ones(2**20) for _ in range(options.size)]
+        break
+    except RuntimeError:
+        options.size //= 2
+model(torch.randn(8, 8)).mean().backward(); optimizer.step()
+"""
+
+
+def test_a_script_that_catches_its_own_out_of_memory_is_not_let_meet_one(trains):
+    """Its processes are held to the limit from outside, so nothing inside can catch it."""
+    bare = foreign_command.check_command(trains(CATCHES), 1, request.Request(1), device="cpu", on_output=print).peak_bytes
+    plan = tune(trains(CATCHES), target=64, memory_limit=bare + 100 * MIB, headroom=0)
+    assert plan.micro_batch == 16  # 4 MiB a sample
+
+
+def test_memory_that_is_less_at_a_larger_size_is_told(trains):
+    body = "held = torch.ones(2**23 if options.size < 8 else 1)\nmodel(torch.randn(2, 8)).mean().backward(); optimizer.step()"
+    plan = tune(trains(body), target=8)
+    assert plan.micro_batch == 8
+    sizes = {trial.micro_batch for trial in plan.trials}
+    assert len(sizes) > 1 and any("less memory at a micro-batch of" in warning for warning in plan.warnings)
+
+
+def test_an_endless_script_is_tuned_by_the_seconds_that_it_trained(trains):
+    words = trains("while True:\n    held = torch.ones(options.size, 2**18); model(torch.randn(options.size, 8)).mean().backward(); optimizer.step()")
+    finished = run("tune", "-b", 8, "-d", "cpu", "--trial-seconds", 0.5, "--timeout", 60, "--", *words)
+    assert finished.returncode == 0 and finished.stdout.startswith("8 = 8 x 1"), finished.stderr
+    hopeless = run("tune", "-b", 8, "-d", "cpu", "--timeout", 4, "--", *words)
+    assert hopeless.returncode == 3 and "--trial-seconds" in hopeless.stderr  # the remedy, which was followed above
+
+
+def test_memory_that_never_moves_is_told_also_where_nothing_fits(pretend):
+    finished = run("tune", "-b", 12, "--memory-limit", "100MiB", "--", *pretend(before="size = 100"))
+    assert finished.returncode == 3 and "takes as much at a micro-batch of" in finished.stderr and "check that it reads the flags" in finished.stderr
+
+
+def test_placeholders_beside_a_job_and_options_of_commands_without_one_are_refused():
+    finished = run("tune", "demo", "-b", 12, "--", "--batch-size", "{micro_batch}")
+    assert finished.returncode == 2 and "'{micro_batch}' stands after `--` beside JOB 'demo'" in finished.stderr
+    for option in (("--world", 2), ("--trial-seconds", 3), ("--set-file", "a.yaml:b={micro_batch}")):
+        finished = run("tune", "demo", "-b", 12, *option)
+        assert finished.returncode == 2 and "for a command" in finished.stderr
+
+
+def test_the_recipe_for_scripts_sees_the_target_for_any_target(tmp_path):
+    """Two numbers can say equal micro-batches only, so the env format implies them."""
+    for target in (512, 77, 127):
+        script = tmp_path / "run.sh"
+        recipe = f'p=$("{sys.executable}" -m autoaccum tune demo -b {target} --max-micro-batch 74 --format env -q) || exit; eval "$p"\n'
+        script.write_text(recipe + "echo $((AUTOACCUM_MICRO_BATCH * AUTOACCUM_ACCUMULATION_STEPS))\n")
+        finished = subprocess.run(["bash", str(script)], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert finished.stdout.strip() == str(target)
