@@ -11,7 +11,7 @@ from autoaccum.doors import lazily
 if TYPE_CHECKING:
     from autoaccum.devices.budget import ASSUMED_OUTSIDE, LEAST_GPU_HEADROOM, SHARED, Budget, budget_terms, drift, make_budget
     from autoaccum.devices.calibration import calibrate
-    from autoaccum.devices.cpu import RLIMIT, Cpu
+    from autoaccum.devices.cpu import RLIMIT, Cpu, fill_thread_pools
     from autoaccum.devices.malloc import LINUX, STEADY_MALLOC, steady_malloc, steady_wanted
     from autoaccum.devices.memory import Facts, Memory
     from autoaccum.devices.nvml import driver_version
@@ -22,7 +22,7 @@ else:
         __name__,
         budget="ASSUMED_OUTSIDE LEAST_GPU_HEADROOM SHARED Budget budget_terms drift make_budget",
         calibration="calibrate",
-        cpu="RLIMIT Cpu",
+        cpu="RLIMIT Cpu fill_thread_pools",
         malloc="LINUX STEADY_MALLOC steady_malloc steady_wanted",
         memory="Facts Memory",
         nvml="driver_version",

@@ -25,7 +25,7 @@ from typing import Any
 from autoaccum import errors, oom
 from autoaccum.devices import Budget, Memory
 from autoaccum.errors import from_document
-from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject
+from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject, after_death
 from autoaccum.window import PhaseCallback, Source
 
 
@@ -144,13 +144,14 @@ class Child:
 
         if death.code is None:
             return reading("timeout")
-        if death.code == -signal.SIGKILL:
-            return reading("killed")
         # libgomp and C++ end the process when memory runs out; Python cannot catch this.
-        if oom.in_output(self._tail):
+        if oom.in_output(self._tail) and death.code != -signal.SIGKILL:
             return reading("oom")
-        how = f"was ended by {errors.signal_name(-death.code)}" if death.code < 0 else f"ended the process (exit code {death.code})"
-        raise errors.JobFailed(f"the job {how} in {self._phase}, at a micro-batch of {micro_batch}", text=self._tail.strip())
+        try:
+            return after_death(reading("oom"), death.code, enforced=self.enforces)
+        except errors.JobFailed as failure:
+            failure.text = failure.whole = self._tail.strip()
+            raise
 
     def _start(self) -> None:
         ours_in, theirs_out = os.pipe()

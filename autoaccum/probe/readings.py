@@ -5,11 +5,13 @@ Parent and child process send each other these records. Importing this file does
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Protocol
 
 from autoaccum.devices import Budget, Facts
+from autoaccum.errors import JobFailed, signal_name
 
 Outcome = Literal["fits", "over-budget", "oom", "killed", "timeout"]
 COMPARED_SAMPLES = 8  # enough to distinguish the causes, few enough to be cheap
@@ -181,6 +183,25 @@ class Conditions:
     key: dict[str, str]
     floor_bytes: int
     sample_bytes: int
+
+
+_DEATHS = (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT)  # of libraries that do not check an allocation
+
+
+def after_death(reading: Reading, code: int, *, enforced: bool = True) -> Reading:
+    """The reading of a trial whose process ended.
+
+    reading: with the outcome "oom" and the last phase. code: as in `Popen.returncode`. enforced: True if its memory was limited.
+    Raises `JobFailed` if the process was not ended as it is where memory runs out.
+    """
+    if code == -signal.SIGKILL:
+        return replace(reading, outcome="killed")
+    where = f"in {reading.phase}, at a micro-batch of {reading.micro_batch}"
+    if code not in _DEATHS or not enforced:
+        how = f"was ended by {signal_name(-code)}" if code < 0 else f"ended the process (exit code {code})"
+        raise JobFailed(f"the job {how} {where}")
+    said = f"a trial was ended by {signal_name(-code)} {where}, as libraries end that run out of memory: taken as not fitting"
+    return replace(reading, remarks=(said,))
 
 
 class Rehearser(Protocol):

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
 
@@ -14,9 +15,10 @@ from autoaccum.devices import RLIMIT, SHARED, Budget, Device, make_budget
 from autoaccum.errors import PlanError
 from autoaccum.probe import conditions, equivalence
 from autoaccum.probe.evaluation import Evaluation, measure_evaluation
-from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject
+from autoaccum.probe.process_copy import CopyDied, CopyHung, CopyRaised, can_copy, in_copy
+from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject, after_death
 from autoaccum.probe.trial import gradient_bytes, measure
-from autoaccum.window import Interrupts, Job, PhaseCallback, Snapshot, as_jobs, batch_norms, fingerprint, per_token, preserved
+from autoaccum.window import Interrupts, Job, PhaseCallback, Snapshot, as_jobs, batch_norms, fingerprint, is_compiled, per_token, preserved
 
 
 class Rehearsal:
@@ -53,6 +55,9 @@ class Rehearsal:
         # False if nothing stops a trial that is too big. Then only sizes that are predicted to fit may run.
         self.enforces = enforce and device.enforces
         self._evaluation = evaluation or Evaluation()
+        # On a CPU the memory limit is one of the process, in which libraries may die.
+        self._copies = self.enforces and device.facts.kind == "cpu" and all(tensor.device.type == "cpu" for job in jobs for tensor in job.trained())
+        self._hung = False
 
     def subject(self) -> Subject:
         """The job under trial and its device."""
@@ -66,6 +71,8 @@ class Rehearsal:
             remarks.append("autocast to float16 without a GradScaler: small gradients vanish, and an inf goes into the weights; give scaler=, or use bfloat16")
         if not self._device.exact_peak:
             remarks.append("the peak is sampled on this system, not exact: leave some headroom")
+        if self._hung:
+            remarks.append("a copy of this process hung, probably on a lock that another thread held: trials ran in this process, where running out may end it")
         return Subject(
             self._device.facts,
             gradient_bytes(self._jobs),
@@ -88,39 +95,59 @@ class Rehearsal:
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
         """Runs one trial and restores the job's state."""
-        try:
-            with self._interrupts.allowed():
-                return measure(
-                    self._jobs,
-                    self._device,
-                    micro_batches,
-                    allowed=self.budget(limited=limited),
-                    full=full,
-                    windows=windows,
-                    enforce=self.enforces,
-                    aside_bytes=self._aside_bytes,
-                    timeout_s=self._limits.timeout_of(len(micro_batches), full=full, windows=windows),
-                    on_phase=self._on_phase,
-                )
-        finally:
-            self._snapshot.rewind()
+
+        def trial(on_phase: PhaseCallback | None) -> Reading:
+            return measure(
+                self._jobs,
+                self._device,
+                micro_batches,
+                allowed=self.budget(limited=limited),
+                full=full,
+                windows=windows,
+                enforce=self.enforces,
+                aside_bytes=self._aside_bytes,
+                timeout_s=self._limits.timeout_of(len(micro_batches), full=full, windows=windows),
+                on_phase=on_phase,
+            )
+
+        # A copy would compile for itself alone, and training again.
+        return self._ran(trial, micro_batches[0], len(micro_batches), full=full, in_place=full and is_compiled(self._jobs))
 
     def evaluate(self, samples: int, trained: int) -> Reading:
         """Runs one trial of an evaluation: `samples` samples forward, after a step of `trained`. Restores the job's state."""
+
+        def trial(on_phase: PhaseCallback | None) -> Reading:
+            return measure_evaluation(
+                self._jobs,
+                self._device,
+                self._evaluation,
+                samples,
+                trained,
+                allowed=self.budget(),
+                enforce=self.enforces,
+                aside_bytes=self._aside_bytes,
+                timeout_s=self._limits.timeout_s,
+                on_phase=on_phase,
+            )
+
+        return self._ran(trial, samples, 1)
+
+    def _ran(self, trial: Callable[[PhaseCallback | None], Reading], size: int, steps: int, *, full: bool = False, in_place: bool = False) -> Reading:
+        """Runs a trial in a copy of this process if there may be one, else here, and restores the job's state."""
+        started = time.perf_counter()
         try:
             with self._interrupts.allowed():
-                return measure_evaluation(
-                    self._jobs,
-                    self._device,
-                    self._evaluation,
-                    samples,
-                    trained,
-                    allowed=self.budget(),
-                    enforce=self.enforces,
-                    aside_bytes=self._aside_bytes,
-                    timeout_s=self._limits.timeout_s,
-                    on_phase=self._on_phase,
-                )
+                if self._copies and not in_place and can_copy():
+                    try:
+                        return Reading.from_dict(in_copy(lambda on_phase: trial(on_phase).as_dict(), self._on_phase))
+                    except CopyDied as death:
+                        seconds = time.perf_counter() - started
+                        return after_death(Reading(size, steps, "oom", death.phase, None, seconds, full=full), death.code)
+                    except CopyHung:
+                        self._copies, self._hung = False, True
+                    except CopyRaised:
+                        pass  # once more here, for the exception itself
+                return trial(self._on_phase)
         finally:
             self._snapshot.rewind()
 

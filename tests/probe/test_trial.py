@@ -11,6 +11,7 @@ from autoaccum.devices.cpu import Cpu
 from autoaccum.probe.readings import Limits
 from autoaccum.probe.rehearsal import rehearsing
 from tests import jobs
+from tests.seen import Seen
 
 MIB = 2**20
 
@@ -72,7 +73,7 @@ def test_what_is_not_enforced_is_still_over_budget(rehearse):
 
 
 def test_a_confirming_run_is_the_whole_window_twice(rehearse):
-    steps, sizes = [], []
+    steps, sizes = Seen(), Seen()
 
     def loss(model, batch):
         sizes.append(len(batch[0]))
@@ -134,7 +135,7 @@ def test_a_doubtful_failure_is_judged_by_the_peak_not_by_what_is_left_afterwards
 
 def test_the_collector_is_as_it_was_before_and_after(rehearse):
     """Inside, it looks at what trials left alone; who had frozen objects keeps them frozen."""
-    frozen = []
+    frozen = Seen()
 
     def loss(model, batch):
         frozen.append(gc.get_freeze_count())
