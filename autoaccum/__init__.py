@@ -2,21 +2,23 @@
 
 The house, from the ground up. Each room imports only what stands above it, through its `__init__`:
 
-    errors, units, oom   every failure; bytes in words; what counts as an out-of-memory
+    errors, units, oom   every failure; bytes in words; what counts as an out-of-memory; `files` reads and writes what users name
     data                 samples into micro-batches: cutting and joining batches, windows over a loader, samplers, lengths
     simulate             a GPU's memory without the GPU: trace, replay, timeline; the profiles of cards
     devices              one file for each kind of device, its memory and its budget; the table of devices
     distributed          several ranks: torchrun's environment, agreement, DDP and FSDP2, votes on a window, shares
     window               the job, and one window of it: weights, accumulation, optimizer step, state noted and put back
     plan                 the arithmetic of accumulation, the Plan, its words, pictures and formats
-    probe                one trial (in place, in a child, of a command), its reading, the search, cache, equivalence, refusals
+    probe                one trial (in place, in a copy, in a child), its reading, the search, cache, equivalence, refusals
+    command              a script nobody edited: its words, one run of all its processes, what was seen of it
     tuner                from a job to its plan, on one device and on all ranks: what `tune` and the command line call
     loop                 training with a plan: the Accumulator, and the rescue after an out-of-memory
     virtual              jobs on cards that are not here: estimates, fleets, VirtualGpu
     integrations         Transformers, Lightning, Accelerate: one file each
     cli                  commands, options, reports, pictures, the demo
 
-Above all rooms stand the programs: `__main__` (the command line), `worker` (what a child process runs) and `capped_process` (which runs a command).
+Above all rooms stand the programs: `__main__` (the command line), `worker` (what a child process runs), `capped_process` (which runs a
+command) and `startup_hook` (which notes inside the command's processes what training did).
 """
 
 from __future__ import annotations

@@ -1,6 +1,10 @@
 """`python -m autoaccum`."""
 
-from autoaccum.cli import main
+import sys
 
 if __name__ == "__main__":
+    sys.path.append(sys.path.pop(0))  # the current folder comes last: a json.py of the user's is not ours to run
+
+    from autoaccum.cli import main
+
     main()

@@ -28,6 +28,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+_MOST_CHARACTERS = 40_000
+
+
+def without_middle(text: str, most: int = _MOST_CHARACTERS) -> str:
+    """A text without its middle if it is very long: some messages hold a whole dataset."""
+    return text if len(text) <= most else f"{text[: most // 2]}\n... {len(text) - most} characters ...\n{text[-most // 2 :]}"
+
+
+def in_brief(value: object, most: int = 200) -> str:
+    """`repr` of a value from the user, cut if it is long."""
+    text = repr(os.fspath(value) if isinstance(value, os.PathLike) else value)
+    return text if len(text) <= most else f"{text[: most // 2]}...{text[-20:]} ({len(text)} characters)"
+
 
 def signal_name(number: int) -> str:
     """The name of a signal, such as SIGSEGV; of a real-time signal, its number."""
@@ -162,7 +175,7 @@ def as_document(error: Exception) -> dict[str, Any]:
     return {
         "type": type(error).__name__,
         "ours": isinstance(error, AutoaccumError),
-        "message": "\n".join([str(error), *notes]) if not isinstance(error, AutoaccumError) else str(error),
+        "message": without_middle("\n".join([str(error), *notes]) if not isinstance(error, AutoaccumError) else str(error)),
         "short": in_short(error),
-        "whole": "".join(traceback.format_exception(error)),
+        "whole": without_middle("".join(traceback.format_exception(error))),
     }

@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterator
 from typing import Literal
 
+from autoaccum.errors import without_middle
+
 Verdict = Literal["oom", "ask-device", "not"]
 
 # Types by name, so that no library is imported to recognise its exceptions.
@@ -155,7 +157,7 @@ def _alone(error: BaseException) -> Verdict:
     if not isinstance(error, Exception):  # KeyboardInterrupt, SystemExit
         return "not"
     # Not str(error): with two arguments, that is the text of a tuple.
-    text = str(error.args[0]) if error.args else str(error)
+    text = without_middle(str(error.args[0]) if error.args else str(error))
     verdicts = [_of_text(base.__name__, text) for base in type(error).__mro__]
     return next((word for word in ("oom", "ask-device") if word in verdicts), "not")
 

@@ -28,6 +28,8 @@ def parse_size(text: str | int) -> int:
         if not match or match[2] not in _UNITS:
             raise UsageError(f"{text!r} is not a size: write bytes, or a number with a unit such as 512MiB, 2GiB, 1.5GB")
         bytes_ = int(float(match[1]) * _UNITS[match[2]])
+    if bytes_ >= 2**63:
+        raise UsageError(f"a size of {str(text)[:40]} is more than any machine has: did you mean another unit?")
     if bytes_ <= 0:
         raise UsageError(f"a size must be more than nothing, not {text!r}")
     return bytes_
@@ -38,6 +40,10 @@ def parse_headroom(text: str | int, of_bytes: int) -> int:
 
     Raises `UsageError` for any other text, for 100 % and more, and for a size not below `of_bytes`.
     """
+    if isinstance(text, float) or re.fullmatch(r"\s*0?\.\d+\s*", str(text)):
+        raise UsageError(
+            f'headroom of {text} is neither a percentage nor a size: write "{float(text):.3g}" as "{100 * float(text):.3g}%", or a size such as 512MiB'
+        )
     percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", str(text))
     if percent:
         if float(percent[1]) >= 100:

@@ -5,6 +5,7 @@ Each parses its options, calls one function, and prints the answer on stdout. Al
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback as traces
@@ -17,8 +18,8 @@ import click
 
 from autoaccum import oom
 from autoaccum.cli import report
-from autoaccum.cli.options import CallOptions, writable, write_nothing, write_stderr
-from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short
+from autoaccum.cli.options import CallOptions, writable, write_file, write_nothing, write_stderr
+from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short, without_middle
 from autoaccum.plan import framework_arguments
 from autoaccum.probe import Request, cache
 from autoaccum.simulate import profiles
@@ -120,7 +121,7 @@ def tune(rest: list[str] | None, /, **given: Any) -> None:
 @cli.command(epilog=_EPILOG)
 @_shared
 @click.option("-m", "--micro-batch", type=int, help="The size to rehearse.")
-@click.option("--windows", type=click.IntRange(min=2), default=2, show_default=True, help="Run so many windows; memory that grows is told.")
+@click.option("--windows", type=click.IntRange(min=2, max=1_000_000), default=2, show_default=True, help="Run so many windows; memory that grows is told.")
 @click.option(
     "--equivalence", is_flag=True, help="Compare a split batch's gradient with the whole one's; needs neither -b nor -m, and exits with 0 whatever it finds."
 )
@@ -225,7 +226,7 @@ def estimate(
     )
     click.echo(report.as_json(estimates.as_dict()) if as_json else estimates.explain())
     if output is not None:
-        output.write_text(report.as_json(estimates.as_dict()) + "\n")
+        write_file(output, report.as_json(estimates.as_dict()) + "\n")
     if timeline is not None:
         timeline_picture.draw(estimates, timeline)
         if not quiet:
@@ -323,7 +324,7 @@ def record(device: str, output: Path | None) -> None:
         click.echo(text, nl=False)
     else:
         writable(output)
-        output.write_text(text)
+        write_file(output, text)
 
 
 @cli.group(name="cache")
@@ -346,6 +347,7 @@ def clear() -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one command and ends the process with its exit code."""
+    _open_streams()
     warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # a warning of torch; autoaccum needs no NumPy
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     words = list(sys.argv[1:] if arguments is None else arguments)
@@ -355,8 +357,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sys.exit(_run(own, rest, wants_json, "--traceback" in own))
 
 
+def _here() -> None:
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder was deleted: go to one that is there (cd ~), and start again") from None
+
+
+def _open_streams() -> None:
+    """Makes stdin, stdout and stderr usable where they are closed or cannot show every letter."""
+    for descriptor, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number, which a pipe would get otherwise
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(descriptor, "r" if descriptor == 0 else "w", closefd=False))  # noqa: SIM115 # open as long as the process runs
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
 def _run(own: list[str], rest: list[str] | None, wants_json: bool, full_traceback: bool) -> int:
     try:
+        _here()
         code = cli.main(args=own, prog_name="autoaccum", obj=rest, standalone_mode=False)
         sys.stdout.flush()
         return code if isinstance(code, int) else 0
@@ -364,7 +388,7 @@ def _run(own: list[str], rest: list[str] | None, wants_json: bool, full_tracebac
         click.echo(error.format_message(), err=True)
         return 2
     except click.ClickException as error:
-        return _failed(UsageError(error.format_message()), wants_json, full_traceback)
+        return _failed(UsageError(_in_a_line(error.format_message())), wants_json, full_traceback)
     except AutoaccumError as error:
         return _failed(error, wants_json, full_traceback)
     except (KeyboardInterrupt, click.Abort):
@@ -381,11 +405,16 @@ def _run(own: list[str], rest: list[str] | None, wants_json: bool, full_tracebac
         return _failed(JobFailed(str(error), kind=type(error).__name__, text=in_short(error), whole=traces.format_exc()), wants_json, full_traceback)
 
 
+def _in_a_line(text: str) -> str:
+    """A message of the parser, without the middle of what was typed if that is very long."""
+    return text if len(text) <= 1000 else f"{text[:400]}...{text[-100:]}"
+
+
 def _failed(error: AutoaccumError, wants_json: bool, full_traceback: bool) -> int:
     if wants_json:
         click.echo(report.as_json(report.error(error)))
     if isinstance(error, JobFailed) and error.text:
-        click.echo((error.whole if full_traceback else error.text).rstrip(), err=True)
+        click.echo(without_middle((error.whole if full_traceback else error.text).rstrip()), err=True)
     kind = f"{error.kind}: " if isinstance(error, JobFailed) and error.kind else ""
-    click.echo(f"autoaccum: {kind}{error}", err=True)
+    click.echo(without_middle(f"autoaccum: {kind}{error}"), err=True)
     return error.exit_code

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from autoaccum import tuner
+from autoaccum import files, tuner
 from autoaccum.cli import report
 from autoaccum.command import copies_of
 from autoaccum.distributed import launched
-from autoaccum.errors import UsageError
+from autoaccum.errors import UsageError, in_brief
 from autoaccum.plan import Plan, chart, framework_arguments
 from autoaccum.probe import Equivalence, Request
 from autoaccum.simulate import profiles
@@ -72,7 +71,7 @@ class CallOptions:
             memory_limit,
             headroom,
             max_micro_batch,
-            equal or form in framework_arguments.FORMATS or form == "env",  # which have room for two numbers
+            equal or form in framework_arguments.FORMATS or (form == "env" and target_tokens is None),  # which have room for two numbers
             largest,
             timeout,
             objective=objective,
@@ -211,14 +210,16 @@ class CallOptions:
 
 def writable(output: Path, option: str = "--output") -> None:
     """Raises `UsageError` if the file cannot be written."""
-    folder = output.resolve().parent
-    if not folder.is_dir():
-        raise UsageError(f"{option} {str(output)!r}: there is no folder {str(folder)!r}")
+    if why := files.why_not_writable(output):
+        raise UsageError(f"{option} {in_brief(output)} cannot be written: {why}")
+
+
+def write_file(output: Path, text: str, option: str = "--output") -> None:
+    """Writes what a command answered into a file too. Raises `UsageError` if it cannot be written; then nothing of it is left."""
     try:
-        with tempfile.TemporaryFile(dir=folder):
-            pass
+        files.write_text(output, text)
     except OSError as error:
-        raise UsageError(f"{option} {str(output)!r} cannot be written: {error.strerror}") from None
+        raise UsageError(f"{option} {in_brief(output)} cannot be written: {error.strerror or error}; nothing was left there") from error
 
 
 def write_stderr(text: str) -> None:

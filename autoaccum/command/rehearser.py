@@ -225,7 +225,9 @@ def _device(label: str) -> tuple[Facts, Memory]:
         memory = cpu.memory()
         # The command is another process: none of its memory is held by this one.
         return cpu.facts, Memory(memory.total_bytes, memory.free_bytes, 0, 0, memory.others, memory.binding_limit)
-    listing = subprocess.run([sys.executable, "-m", "autoaccum", "devices", "--json"], capture_output=True, text=True, check=False)
+    # Without the current folder on its path, in which a json.py of the user's may lie.
+    ask = "import sys; sys.path[:] = [entry for entry in sys.path if entry] + sys.argv[1:2]; from autoaccum.cli import main; main(['devices', '--json'])"
+    listing = subprocess.run([sys.executable, "-c", ask, str(Path(__file__).parent.parent.parent)], capture_output=True, text=True, check=False)
     if listing.returncode != 0:
         raise DeviceError(f"the devices could not be asked: {listing.stderr.strip() or listing.stdout.strip()}")
     rows = json.loads(listing.stdout)["devices"]

@@ -75,10 +75,14 @@ def budget_terms(budget: Budget) -> tuple[tuple[int, str], ...]:
     )
 
 
-def drift(before: Budget, after: Budget) -> tuple[str, ...]:
-    """A warning if the budget shrank by more than the headroom between `before` and `after`: other processes took the memory."""
+def drift(before: Budget, after: Budget, peak_bytes: int | None = None) -> tuple[str, ...]:
+    """A warning if the budget shrank by more than the headroom between `before` and `after`: other processes took the memory.
+
+    peak_bytes: of the plan, if it is known. A loss that is small beside what is spare is not worth a warning.
+    """
     lost_bytes = before.budget_bytes - after.budget_bytes
-    if lost_bytes <= after.headroom_bytes:
+    spare_bytes = 0 if peak_bytes is None else after.budget_bytes - peak_bytes
+    if lost_bytes <= after.headroom_bytes or lost_bytes * 10 < spare_bytes:
         return ()
     bytes_before = {process.pid: process.bytes or 0 for process in before.memory.others}
     growth = sorted(((process.bytes or 0) - bytes_before.get(process.pid, 0), process.name, process.pid) for process in after.memory.others)

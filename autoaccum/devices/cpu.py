@@ -41,7 +41,7 @@ def fill_thread_pools() -> None:
     """
     import torch
 
-    with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+    with torch.enable_grad(), torch.device("cpu"), torch.random.fork_rng(devices=[]):
         weight = torch.ones(128, 1024, requires_grad=True)
         (torch.ones(1024, 1024) @ weight.T).relu().sum().backward()
 
@@ -122,6 +122,22 @@ class _DataLimit:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._setrlimit(self._data, self._before)
+
+
+@contextmanager
+def kept_data_limit() -> Iterator[None]:
+    """Context after which RLIMIT_DATA is what it was before, also if an interrupt came just as a cap was set."""
+    if not LINUX:
+        yield
+        return
+    import resource
+
+    before = resource.getrlimit(resource.RLIMIT_DATA)
+    try:
+        yield
+    finally:
+        if resource.getrlimit(resource.RLIMIT_DATA) != before:
+            resource.setrlimit(resource.RLIMIT_DATA, before)
 
 
 class _Peak:

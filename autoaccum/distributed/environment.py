@@ -26,4 +26,8 @@ def launched() -> Launched | None:
         launch = Launched(int(variables["RANK"]), int(variables["WORLD_SIZE"]), int(variables["LOCAL_RANK"] or 0))
     except ValueError:
         raise UsageError(f"the environment has {', '.join(f'{name}={value!r}' for name, value in variables.items())}: these must be whole numbers") from None
+    if launch.world_size > 1 and not 0 <= launch.rank < launch.world_size:
+        raise UsageError(
+            f"the environment has RANK={launch.rank} and WORLD_SIZE={launch.world_size}: ranks are counted from 0; unset both, or start with torchrun"
+        )
     return launch if launch.world_size > 1 else None

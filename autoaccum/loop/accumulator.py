@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any, Literal
 
@@ -11,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from autoaccum import devices, oom
-from autoaccum.data import Cut, TokenGauge, Window, counted
+from autoaccum.data import Cut, TokenGauge, Window, batches, counted
+from autoaccum.devices import malloc_for_training
 from autoaccum.distributed import Engine, RankTeam, VoidWindow, WindowAnnouncement, WindowVote, engines, ranks
 from autoaccum.errors import PlanError, UsageError, noted
 from autoaccum.loop.first_windows import FirstWindows
@@ -145,9 +148,7 @@ class Accumulator:
         self._warn_of_differences()
         device = devices.get(str(self._jobs[0].device))
         if device.facts.kind == "cpu":
-            from autoaccum.devices import steady_malloc
-
-            steady_malloc()
+            malloc_for_training(self._plan.peak_bytes, self._plan.budget_bytes)
         self._stats = [RunningStats(job.model) if correct_running_stats else None for job in self._jobs]
         self._engines, self._team = self._ranks(on_oom, careful_windows, rank_timeout_s)
         self._rescuer = Rescuer(self._jobs, device, self._plan, enabled=on_oom == "rescue", grow_after=grow_after, together=self._team is not None)
@@ -155,6 +156,7 @@ class Accumulator:
         if self._tokens is not None:
             self._jobs = tuple(job if job.loss is _no_loss else per_token(job) for job in self._jobs)
         self._short, self._begun = 0, False
+        self._turn = threading.Lock()
         self._first = FirstWindows.of(self._plan, self._jobs)
 
     @property
@@ -174,7 +176,14 @@ class Accumulator:
         window = batch if isinstance(batch, Window) else self._window_of(batch)
         if self._tokens is not None and loss is not None and self._jobs[0].count is None and not hasattr(loss, "of_window"):
             loss = PerToken(loss)
-        return self._step(window, loss, self._plan.sizes_of)
+        try:
+            return self._step(window, loss, self._plan.sizes_of)
+        except Exception as error:
+            if _is_list_of_batches(batch):
+                noted(
+                    error, f"autoaccum: step got a list of {len(batch)}; if those are batches, give them to loop.step_micro(list), which runs them one by one"
+                )
+            raise
 
     def _window_of(self, batch: Any) -> Window:
         job = self._jobs[0]
@@ -191,6 +200,14 @@ class Accumulator:
         return self._step(window, loss, lambda part, most: [size for part_size in part.sizes for size in self._plan.sizes(part_size, most)])
 
     def _step(self, window: Window, loss: Loss | None, sizes: Callable[[Window, int], Sequence[int]]) -> Any:
+        if not self._turn.acquire(blocking=False):
+            raise UsageError("two threads call step of one Accumulator at the same time, and its windows run one after the other: let one thread train")
+        try:
+            return self._trained(window, loss, sizes)
+        finally:
+            self._turn.release()
+
+    def _trained(self, window: Window, loss: Loss | None, sizes: Callable[[Window, int], Sequence[int]]) -> Any:
         if self._jobs[0].split is not None:
             window = window.cut_by(self._jobs[0].split)
         if loss is not None and len(self._jobs) > 1:
@@ -206,7 +223,7 @@ class Accumulator:
         results = []
         for index, (job, stats) in enumerate(zip(self._jobs, self._stats)):
             run = partial(accumulation.run, job, loss or job.loss, device=job.device, scaler=job.scaler, stats=stats)
-            attempt = run if self._begun else _watched(run)
+            attempt = run if self._begun else _watched(job, run)
             try:
                 result = self._run_job(index, announcement, window, sizes, attempt)
             except ValueError as error:
@@ -218,7 +235,11 @@ class Accumulator:
                     )
                 raise
             if job.scheduler is not None and not result.skipped:
-                job.scheduler.step()
+                try:
+                    job.scheduler.step()
+                except Exception as error:
+                    noted(error, "autoaccum: raised by the scheduler, after the optimizer step of this window: the weights are updated, and the window is done")
+                    raise
             results.append(result)
         self._begun = True
         if self._team is not None:
@@ -338,9 +359,18 @@ class Accumulator:
             )
 
 
-def _watched(attempt: Callable[..., WindowResult]) -> Callable[..., WindowResult]:
+def _is_list_of_batches(batch: Any) -> bool:
+    """True for a list of several items that all have the same fields, as batches of one loader have."""
+    if type(batch) is not list or len(batch) < 2 or not all(isinstance(item, (tuple, list, dict)) for item in batch):
+        return False
+    with suppress(Exception):  # whatever is in it, the error of the window itself is what is told
+        return len({tuple(batches.shapes(item)) for item in batch}) == 1
+    return False
+
+
+def _watched(job: Job, attempt: Callable[..., WindowResult]) -> Callable[..., WindowResult]:
     def watched(cut: Cut, *, on_phase: PhaseCallback, **settings: Any) -> WindowResult:
-        with optimizer_step.only_we_step(on_phase) as checked_phase:
+        with optimizer_step.only_we_step([job], on_phase) as checked_phase:
             return attempt(cut, on_phase=checked_phase, **settings)
 
     return watched

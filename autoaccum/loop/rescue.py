@@ -18,7 +18,7 @@ from autoaccum import oom
 from autoaccum.data import Cut, Window
 from autoaccum.devices import Device
 from autoaccum.distributed import AGAIN, CANNOT, VoidWindow, WindowVote
-from autoaccum.errors import noted
+from autoaccum.errors import PlanError, noted
 from autoaccum.plan import Plan, arithmetic, window_notation
 from autoaccum.units import MIB
 from autoaccum.window import Job, PhaseCallback, WindowResult, WindowStart, batch_norms, forget
@@ -107,11 +107,17 @@ class Rescuer:
         hold one sample of the window; the state is then the same as before the window.
         """
         before, at_first, left_at_first = window.runs_as(sizes(self.micro_batch)), self.micro_batch, len(self._left)
-        cut = window.cut(sizes(self.micro_batch), most=self.micro_batch)
         outside = sys.exc_info()[1]  # an exception that the caller is handling already; it is not examined
         if self._enabled:
             self._start.note()
         failures: list[tuple[str, int]] = []
+        try:
+            cut = window.cut(sizes(self.micro_batch), most=self.micro_batch)
+        except PlanError:
+            raise
+        except Exception as error:
+            cut = self._cut_again(error, window, sizes, outside, alone=crossing is None)
+            failures.append(("split", 0))
         result, kept_bytes = None, 0
         while result is None:
             self._phase, self._index = "forward", 0
@@ -158,6 +164,19 @@ class Rescuer:
         rescued = Rescued(*failures[0], before, window.runs_as(sizes(self.micro_batch)), len(failures), kept_bytes)
         log.warning("%s", rescued)
         return result, rescued
+
+    def _cut_again(self, error: Exception, window: Window, sizes: Sizes, outside: BaseException | None, *, alone: bool) -> Cut:
+        """The window cut smaller after the user's `split` ran out of memory. Raises `error`, with a note, if it failed for another reason or again."""
+        self._phase, self._index = "split", 0
+        smaller_cut = None
+        if self._enabled and alone and self._is_oom(error, outside):
+            forget(error, self._jobs, outside)
+            self._device.release()
+            smaller_cut = self._smaller(window, sizes)
+        if smaller_cut is None:
+            noted(error, "autoaccum: raised in split=, before the window's first micro-batch: no weight was changed")
+            raise error
+        return smaller_cut
 
     def _agree(self, crossing: WindowVote, own_vote: int | None, void_window: VoidWindow | None) -> None:
         """Sends this rank's vote to the other ranks. Raises `VoidWindow` if any rank cannot hold one sample."""

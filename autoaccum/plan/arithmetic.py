@@ -45,7 +45,8 @@ def candidate_sizes(target: int, *, smallest: int = 1, most: int | None = None, 
     """
     top = min(target, most or target)
     if equal:
-        return [size for size in range(max(smallest, 1), top + 1) if target % size == 0]
+        small = [size for size in range(1, math.isqrt(target) + 1) if target % size == 0]
+        return [size for size in sorted({*small, *(target // size for size in small)}) if max(smallest, 1) <= size <= top]
     if every:
         return [size for size in range(smallest, top + 1) if target // math.ceil(target / size) >= smallest]
     sizes: list[int] = []

@@ -12,8 +12,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from autoaccum import files
 from autoaccum.distributed import launched
-from autoaccum.errors import NoSuchDevice, PlanError
+from autoaccum.errors import NoSuchDevice, PlanError, in_brief
 from autoaccum.plan import arithmetic, explanation, framework_arguments, search_picture
 from autoaccum.plan.micro_batch import MicroBatch
 from autoaccum.plan.notation import window_notation
@@ -344,6 +345,9 @@ class Plan(PlanRecord):
         """The whole report: the plan, why fewer steps do not fit, how the budget is made up, warnings and hints."""
         return "\n".join(explanation.lines(self))
 
+    def __repr__(self) -> str:
+        return f"<Plan {self}>"
+
     def __str__(self) -> str:
         return explanation.headline(self)
 
@@ -351,13 +355,13 @@ class Plan(PlanRecord):
         return explanation.html(self)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the plan as JSON, completely or not at all. Raises `PlanError` if the folder does not exist."""
-        target = Path(path)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        if not target.absolute().parent.is_dir():
-            raise PlanError(f"the plan cannot be written to {str(path)!r}: there is no folder {str(target.parent)!r}")
-        temporary.write_text(json.dumps(self.as_dict(), indent=2) + "\n")
-        temporary.replace(target)
+        """Writes the plan as JSON, completely or not at all. Raises `PlanError` if it cannot be written."""
+        if why := files.why_not_writable(path):
+            raise PlanError(f"the plan cannot be written to {in_brief(path)}: {why}")
+        try:
+            files.write_text(path, json.dumps(self.as_dict(), indent=2) + "\n")
+        except OSError as error:
+            raise PlanError(f"the plan cannot be written to {in_brief(path)}: {error.strerror or error}; nothing was left there") from error
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -368,17 +372,19 @@ class Plan(PlanRecord):
         Raises `PlanError` for a file that is not a plan, and for a plan for another number of ranks.
         """
         try:
-            document = json.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise PlanError(f"there is no plan {str(path)!r}: write one with `autoaccum tune ... --output FILE.json`, or plan.save(path)") from None
-        except ValueError as error:
-            raise PlanError(f"{str(path)!r} is not a plan: {error}") from None
+            document = json.loads(files.read_text(path))
+        except files.Unreadable as error:
+            raise PlanError(
+                f"there is no plan {in_brief(path)} ({error}): write one with `autoaccum tune ... --output FILE.json`, or plan.save(path)"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"{in_brief(path)} is not a plan: {error}") from None
         if not isinstance(document, dict) or document.get("schema") != SCHEMA:
             raise PlanError(f"{str(path)!r} is not a plan: its schema is {document.get('schema') if isinstance(document, dict) else None!r}, not {SCHEMA!r}")
         try:
             plan = cls.from_dict(document)
-        except (KeyError, TypeError) as error:
-            raise PlanError(f"{str(path)!r} is not a whole plan: {error}") from None
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"{in_brief(path)} is not a whole plan: {error}") from None
         if sum(plan.micro_batches) != plan.share or max(plan.micro_batches, default=0) != plan.micro_batch or sum(plan.shares) != plan.target_batch:
             raise PlanError(f"{str(path)!r} does not agree with itself: {window_notation(plan.micro_batches)} is not a window of {plan.share} samples")
         if plan.fleet is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import time
 import warnings
 from collections.abc import Iterable, Sequence
@@ -18,6 +19,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autoaccum import files
+from autoaccum.errors import in_brief
 from autoaccum.probe.readings import Conditions, Reading
 from autoaccum.units import MIB, number, unit_for
 
@@ -123,10 +126,10 @@ class ReadingCache:
 
     def _read(self) -> list[_StoredReading]:
         try:
-            document = json.loads(self._path.read_text())
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError, RecursionError) as error:
+            if not self._path.exists():
+                return []
+            document = json.loads(files.read_text(self._path))
+        except (files.Unreadable, OSError, ValueError, RecursionError) as error:
             return self._ignored(str(error))
         try:
             if document["schema"] != SCHEMA or document["key"] != self._key:
@@ -147,20 +150,26 @@ class ReadingCache:
             "key": self._key,
             "kept": [asdict(reading) for reading in stored],
         }
-        # The name is unique, also in a folder that several machines share.
-        temporary = self._path.with_name(f"{_TEMPORARY_PREFIX}{self._path.stem}.{os.uname().nodename}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+        place = self._path.parent
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(temporary, "w") as file:
-                json.dump(document, file)
-                file.flush()
-                os.fsync(file.fileno())  # without it, the rename may reach the disk before the content
-            os.replace(temporary, self._path)
-            _sweep(self._path.parent)
+            place.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if why := _not_safe(place) or _not_safe(self._path):
+                raise OSError(0, why)
+            files.write_text(self._path, json.dumps(document), mode=0o600)
+            _sweep(place)
         except OSError as error:
-            warnings.warn(f"readings cannot be remembered in {str(self._path.parent)!r}: {error.strerror}; set {FOLDER}, or --no-cache", stacklevel=2)
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
+            warnings.warn(f"readings cannot be remembered in {in_brief(place)}: {error.strerror or error}; set {FOLDER}, or --no-cache", stacklevel=2)
+
+
+def _not_safe(path: Path) -> str:
+    """Why nothing is kept there: a link may lead anywhere, and what everybody may write, others may replace."""
+    if path.is_symlink():
+        return "it is a link, and links are not followed here"
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return ""
+    return "everybody may write there" if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX else ""
 
 
 def _checked(fields: dict[str, Any]) -> _StoredReading:
@@ -187,9 +196,9 @@ def documents() -> list[dict[str, Any]]:
     """The jobs in the cache. For each job: its file, name, device, time of writing, and readings. Files of other programs are skipped."""
     jobs = []
     for path in sorted(folder().glob("*.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-            document = json.loads(path.read_text())
-            if document["schema"] == SCHEMA:
+        with suppress(files.Unreadable, OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            document = json.loads(files.read_text(path))
+            if document["schema"] == SCHEMA and all(isinstance(text, str) for text in (document["job"], document["key"]["device"], document["written"])):
                 readings = [
                     {name: stored["reading"][name] for name in ("micro_batch", "accumulation_steps", "outcome", "peak_bytes")} for stored in document["kept"]
                 ]
@@ -217,6 +226,7 @@ def listed() -> str:
         largest = max(measured, key=lambda reading: reading["micro_batch"], default=None)
         unit = unit_for(largest["peak_bytes"]) if largest else ""
         cell = f"{largest['micro_batch']} at {number(largest['peak_bytes'], unit)} {unit}" if largest else ""
-        rows.append(f"{job['written'][:16].replace('T', ' ')}  {len(job['readings']):>8}  {cell:22}{job['device']:28}{job['job']}")
+        row = f"{job['written'][:16].replace('T', ' ')}  {len(job['readings']):>8}  {cell:22}{job['device']:28}{job['job']}"
+        rows.append("".join(letter if letter.isprintable() else "?" for letter in row))  # a file of somebody else may hold control characters
     head = f"{'written':16}  {'readings':>8}  {'largest':22}{'device':28}job"
     return "\n".join([head, *rows]) if rows else f"nothing is remembered in {folder()}"

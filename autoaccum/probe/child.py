@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -27,6 +28,14 @@ from autoaccum.devices import Budget, Memory
 from autoaccum.errors import from_document
 from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject, after_death
 from autoaccum.window import PhaseCallback, Source
+
+_START_SECONDS = 5.0  # of Python and torch, which are not the job's
+_FOLDER = str(Path(__file__).parent.parent.parent)
+# Without the current folder on its path, in which a json.py of the user's may lie, until the job itself is loaded.
+WORKER = (
+    "import sys; folder = sys.argv.pop(1); sys.path[:] = [entry for entry in sys.path if entry]; folder in sys.path or sys.path.append(folder); "
+    "from autoaccum.worker import main; main(*map(int, sys.argv[1:4]))"
+)
 
 
 class _Died(Exception):
@@ -157,7 +166,7 @@ class Child:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "autoaccum.worker", str(theirs_in), str(theirs_out), str(os.getpid())],
+            [sys.executable, "-c", WORKER, _FOLDER, str(theirs_in), str(theirs_out), str(os.getpid())],
             pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -174,7 +183,13 @@ class Child:
         self._phase = "build"
         try:
             answer = self._ask(
-                "open", source=asdict(self._source), device=self._device, limits=asdict(self._limits), path=sys.path, approximate=self._approximate
+                "open",
+                timeout_s=None if self._limits.timeout_s is None else self._limits.timeout_s + _START_SECONDS,
+                source=asdict(self._source),
+                device=self._device,
+                limits=asdict(self._limits),
+                path=sys.path,
+                approximate=self._approximate,
             )
         except BaseException as error:
             self._end()
@@ -186,6 +201,11 @@ class Child:
                 self._approximate = f"this torch ended the process when CUDA tensors were faked (exit code {death.code})"
                 self._start()
                 return
+            if death.code is None:
+                raise errors.JobFailed(
+                    f"importing and building the job took more than --timeout {self._limits.timeout_s:g} s: raise it, or look for a hang there",
+                    text=self._tail.strip(),
+                ) from None
             if death.code == -signal.SIGKILL or oom.in_output(self._tail):
                 raise errors.NothingFits("the job ran out of memory while it was built, before any sample: give it more memory, or a smaller model") from None
             raise errors.JobFailed(f"the job ended the process while it was built (exit code {death.code})", text=self._tail.strip()) from None

@@ -200,7 +200,8 @@ def _mapped_pages() -> list[tuple[int, int]]:
                 if not entries:
                     continue
                 held = torch.frombuffer(entries, dtype=torch.int64) < 0
-                edges = torch.diff(held.to(torch.int8), prepend=torch.zeros(1, dtype=torch.int8), append=torch.zeros(1, dtype=torch.int8)).nonzero().flatten()
+                outside = torch.zeros(1, dtype=torch.int8, device="cpu")
+                edges = torch.diff(held.to(torch.int8), prepend=outside, append=outside).nonzero().flatten()
                 found += [(start + first * _PAGE_BYTES, (last - first) * _PAGE_BYTES) for first, last in edges.view(-1, 2).tolist()]
     except OSError:
         return []  # no /proc: then peaks in copies are some megabytes too low

@@ -150,7 +150,7 @@ class Subject:
 
     gradient_bytes: the bytes of all gradients. batch_norms: the names of the BatchNorm layers in training mode.
     snapshot_bytes: the host memory of the copies of the training state. allocator: the allocator's settings, in words.
-    predicted: True if trials are simulated.
+    predicted: True if trials are simulated. half: True if the job computes in half precision already.
     """
 
     device: Facts
@@ -161,6 +161,7 @@ class Subject:
     allocator: str
     remarks: tuple[str, ...]
     predicted: bool = False
+    half: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -35,10 +35,11 @@ def nothing_allowed(target: int, most: int | None, batch_norms: Sequence[str]) -
     )
 
 
-def nothing_fits(micro_batch: int, tried: Sequence[Reading], unlimited: Reading | None, budget: Budget) -> NothingFits:
+def nothing_fits(micro_batch: int, tried: Sequence[Reading], unlimited: Reading | None, budget: Budget, *, half: bool = False) -> NothingFits:
     """The error if `micro_batch`, the smallest size, does not fit.
 
     tried: the readings so far. unlimited: the reading of the same size without the user's limit, if it was safe to run.
+    half: True if the job computes in half precision already.
     """
     unit = "one sample" if micro_batch == 1 else f"a micro-batch of {micro_batch}"
     refused = next((reading for reading in tried if reading.micro_batch == micro_batch and not reading.fits), None)
@@ -51,9 +52,10 @@ def nothing_fits(micro_batch: int, tried: Sequence[Reading], unlimited: Reading 
     wide = f"raise --memory-limit (now {in_words(budget.cap_bytes)})" if budget.cap_bytes else "free memory, or use a larger device"
     if needs is not None and needs <= budget.budget_bytes + budget.headroom_bytes:
         wide = f"lower --headroom (now {in_words(budget.headroom_bytes)}), {wide}"
+    ended = f" ({refused.remarks[0]})" if refused is not None and refused.remarks and refused.outcome == "oom" else ""
     return NothingFits(
-        f"{unit} {how}{where}: it needs {words} and the budget is {in_words(budget.budget_bytes)}{_held_by_others(budget)}. "
-        f"What would help: {wide}, autocast to bfloat16, activation checkpointing, an optimizer with less state, shorter samples",
+        f"{unit} {how}{where}{ended}: it needs {words} and the budget is {in_words(budget.budget_bytes)}{_held_by_others(budget)}. "
+        f"What would help: {wide}, {'' if half else 'autocast to bfloat16, '}activation checkpointing, an optimizer with less state, shorter samples",
         budget_bytes=budget.budget_bytes,
         trials=tried,
     )

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 
 from autoaccum.data import batches, tokens
-from autoaccum.devices import RLIMIT, SHARED, Budget, Device, make_budget
+from autoaccum.devices import RLIMIT, SHARED, Budget, Device, kept_data_limit, make_budget
 from autoaccum.errors import PlanError
 from autoaccum.probe import conditions, equivalence
 from autoaccum.probe.evaluation import Evaluation, measure_evaluation
@@ -19,6 +19,8 @@ from autoaccum.probe.process_copy import CopyDied, CopyHung, CopyRaised, can_cop
 from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject, after_death
 from autoaccum.probe.trial import gradient_bytes, measure
 from autoaccum.window import Interrupts, Job, PhaseCallback, Snapshot, as_jobs, batch_norms, fingerprint, is_compiled, per_token, preserved
+
+_HALVES = (torch.float16, torch.bfloat16)
 
 
 class Rehearsal:
@@ -41,10 +43,8 @@ class Rehearsal:
     ) -> None:
         self._jobs, self._device, self._snapshot, self._interrupts, self._limits, self._on_phase = jobs, device, snapshot, interrupts, limits, on_phase
         if limits.per_token:
-            try:
-                self._jobs = tuple(map(_end_to_end, jobs))
-            finally:
-                snapshot.rewind()
+            self._jobs = tuple(map(_end_to_end, jobs))
+        snapshot.rewind()
         # Memory that only the trials need: the earlier gradients, and the copies if they lie in the measured memory.
         self._aside_bytes = snapshot.gradient_bytes + (snapshot.host_bytes if device.shared_with_host else 0)
         self._floor_bytes = device.held_bytes() - self._aside_bytes
@@ -81,6 +81,7 @@ class Rehearsal:
             self._snapshot.host_bytes,
             self._device.allocator,
             tuple(remarks),
+            half=all(job.autocast in _HALVES or all(parameter.dtype in _HALVES for parameter in job.trained()) for job in self._jobs),
         )
 
     def budget(self, *, limited: bool = True) -> Budget:
@@ -135,44 +136,58 @@ class Rehearsal:
     def _ran(self, trial: Callable[[PhaseCallback | None], Reading], size: int, steps: int, *, full: bool = False, in_place: bool = False) -> Reading:
         """Runs a trial in a copy of this process if there may be one, else here, and restores the job's state."""
         started = time.perf_counter()
+        if self._copies and not in_place and can_copy():
+            with self._interrupts.allowed():
+                try:
+                    return Reading.from_dict(in_copy(lambda on_phase: trial(on_phase).as_dict(), self._on_phase))
+                except CopyDied as death:
+                    seconds = time.perf_counter() - started
+                    return after_death(Reading(size, steps, "oom", death.phase, None, seconds, full=full), death.code)
+                except CopyHung:
+                    self._copies, self._hung = False, True
+                except CopyRaised:
+                    pass  # once more here, for the exception itself
+        with self._here():
+            return trial(self._on_phase)
+
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        """Context in which the job's code runs in this process; its state is restored at the end."""
+        self._snapshot.used()
         try:
             with self._interrupts.allowed():
-                if self._copies and not in_place and can_copy():
-                    try:
-                        return Reading.from_dict(in_copy(lambda on_phase: trial(on_phase).as_dict(), self._on_phase))
-                    except CopyDied as death:
-                        seconds = time.perf_counter() - started
-                        return after_death(Reading(size, steps, "oom", death.phase, None, seconds, full=full), death.code)
-                    except CopyHung:
-                        self._copies, self._hung = False, True
-                    except CopyRaised:
-                        pass  # once more here, for the exception itself
-                return trial(self._on_phase)
+                yield
         finally:
             self._snapshot.rewind()
 
     def sample_tokens(self) -> int:
         """The tokens of one of the job's samples, padding included. Restores the job's state, because it makes a batch."""
-        try:
+        with self._here():
             return tokens.per_sample(self._jobs[0].batch_of(2), 2)
-        finally:
-            self._snapshot.rewind()
 
-    def compare(self, samples: int) -> Equivalence:
+    def compare(self, samples: int) -> Equivalence | None:
         """Compares split and whole gradient on a few of the job's own samples, and restores the job's state."""
-        try:
-            with self._interrupts.allowed(), self._device.capped(self.budget().budget_bytes + self._aside_bytes) if self.enforces else nullcontext():
+
+        def compared() -> Equivalence:
+            with self._device.capped(self.budget().budget_bytes + self._aside_bytes) if self.enforces else nullcontext():
                 return equivalence.compare(self._jobs, samples)
-        finally:
-            self._snapshot.rewind()
+
+        if self._copies and can_copy():
+            with self._interrupts.allowed():
+                try:
+                    return Equivalence.from_dict(in_copy(lambda _: compared().as_dict(), None))
+                except (CopyDied, CopyHung):
+                    return None
+                except CopyRaised:
+                    pass
+        with self._here():
+            return compared()
 
     def conditions(self) -> Conditions:
         """Everything that readings depend on. Restores the job's state, because it makes a batch."""
-        try:
+        with self._here():
             counts_samples = self._device.shared_with_host and self._jobs[0].split is None
             return Conditions(conditions.of(self._jobs), self._floor_bytes, conditions.sample_bytes(self._jobs[0]) if counts_samples else 0)
-        finally:
-            self._snapshot.rewind()
 
     def fresh(self) -> None:
         """Does nothing: trials run in this process, so there is no new process to start."""
@@ -210,7 +225,7 @@ def rehearsing(
     on_phase: called with each phase of a trial. evaluation: what evaluation runs; None for the losses of the jobs.
     """
     device.prepare()
-    with _earlier_objects_frozen():
+    with _earlier_objects_frozen(), kept_data_limit():
         try:
             jobs = tuple(map(per_token, as_jobs(jobs))) if limits.per_token else as_jobs(jobs)
             with preserved(jobs, parameters=parameters) as (snapshot, interrupts):

@@ -7,10 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from autoaccum.errors import UsageError
+from autoaccum.errors import UsageError, in_brief
 from autoaccum.probe.readings import Limits
 from autoaccum.units import MIB, in_words, parse_headroom, parse_size
 
+_MOST_SAMPLES = 2**31 - 1
+_MOST_OF_LARGEST = 1_000_000
 Objective = Literal["fewest-steps", "throughput"]
 
 
@@ -47,10 +49,16 @@ class Request:
         if self.target_tokens is not None and self.target_batch is not None and not self.sample_tokens:
             raise UsageError(f"target_batch={self.target_batch} and target_tokens={self.target_tokens} both say how much one step sees: give one")
         if self.target_tokens is not None and (isinstance(self.target_tokens, bool) or not isinstance(self.target_tokens, int) or self.target_tokens < 1):
-            raise UsageError(f"target_tokens must be a whole number of tokens, at least 1, not {self.target_tokens!r}")
+            raise UsageError(f"target_tokens must be a whole number of tokens, at least 1, not {in_brief(self.target_tokens)}")
+        if self.target_tokens is not None and self.target_tokens >= 2**63:
+            raise UsageError(f"target_tokens of {in_brief(self.target_tokens)} is more than anyone trains on in one step: give less than 2**63")
         for name, value in (("target_batch", self.target_batch), ("max_micro_batch", self.max_micro_batch)):
             if (value is not None) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise UsageError(f"{name} must be a whole number of samples, at least 1, not {value!r}")
+                raise UsageError(f"{name} must be a whole number of samples, at least 1, not {in_brief(value)}")
+            if value is not None and value > _MOST_SAMPLES:
+                raise UsageError(f"{name} of {in_brief(value)} is more samples than anyone trains on in one step: give at most {_MOST_SAMPLES}")
+        if self.largest and min(self.target_batch or 0, self.max_micro_batch or _MOST_SAMPLES) > _MOST_OF_LARGEST:
+            raise UsageError(f"largest looks at every size, up to {self.target_batch} here: give max_micro_batch of at most {_MOST_OF_LARGEST}")
         if self.timeout_s is not None and not self.timeout_s > 0:
             raise UsageError(f"timeout_s must be more than 0 seconds, not {self.timeout_s!r}")
         if self.trial_s is not None and not self.trial_s > 0:

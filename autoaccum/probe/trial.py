@@ -215,7 +215,7 @@ def _window(
     """Runs one window of every job. Returns the results and the seconds, with the device idle before and after."""
     device.synchronize()
     started = time.perf_counter()
-    with optimizer_step.only_we_step(listener) as on_phase:
+    with optimizer_step.only_we_step(jobs, listener) as on_phase:
         results = [
             accumulation.run(
                 job,

@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from autoaccum.errors import ProfileError, UsageError
+from autoaccum import files
+from autoaccum.errors import ProfileError, UsageError, in_brief
 from autoaccum.units import MIB, in_words, parse_size
 
 if sys.version_info >= (3, 11):
@@ -116,13 +117,13 @@ def load(label: str) -> Profile:
     """
     wanted = label.strip().lower().replace(" ", "-").replace("_", "-")
     file = folder() / f"{wanted}.toml"
-    if re.fullmatch(r"[\w.-]+", wanted) and file.is_file():
+    if len(wanted) < 100 and re.fullmatch(r"[\w.-]+", wanted) and file.is_file():
         return read(file)
     if re.fullmatch(r"\d+(\.\d+)?-?(b|[kmgt](i?b)?)|\d{8,}", wanted) and not re.fullmatch(
         r"\d{1,7}", wanted
     ):  # a number of up to seven digits is the name of a card, not bytes
         return of_size(parse_size(label), label.strip())
-    spellings = _spellings()
+    spellings = _spellings() if len(wanted) < 100 else {}
     labels = spellings.get(wanted, ())
     if len(labels) == 1:
         return read(folder() / f"{labels[0]}.toml")
@@ -134,7 +135,7 @@ def load(label: str) -> Profile:
         near = [name for name in (f"rtx-{wanted}", f"rtx-{wanted}-ti", *near) if name in spellings]
     nearest = list(dict.fromkeys(card for name in near for card in spellings[name]))[:5]
     hint = f"the nearest {'is' if len(nearest) == 1 else 'are'} {', '.join(nearest)}" if nearest else "`autoaccum profiles list` shows all"
-    raise UsageError(f"there is no GPU data file for {label!r}: {hint}; or give a size such as 24GiB")
+    raise UsageError(f"there is no GPU data file for {in_brief(label)}: {hint}; or give a size such as 24GiB")
 
 
 def of_size(nbytes: int, label: str = "") -> Profile:
@@ -175,10 +176,10 @@ def read(path: Path) -> Profile:
         return ProfileError(f"{path.name}: {name} is {value!r}: {why}")
 
     try:
-        data = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ProfileError(f"{path} cannot be read: {error.strerror}") from None
-    except tomllib.TOMLDecodeError as error:
+        data = tomllib.loads(files.read_text(path))
+    except files.Unreadable as error:
+        raise ProfileError(f"{in_brief(path)} cannot be read: {error}") from None
+    except (ValueError, RecursionError) as error:
         raise ProfileError(f"{path.name} is not TOML: {error}") from None
     for name in data:
         if name not in (*_NUMBERS, "name", "aliases", "backend", "architecture", "flops_per_second"):

@@ -12,7 +12,7 @@ from autoaccum.devices import ASSUMED_OUTSIDE, Budget, budget_terms
 from autoaccum.errors import DeviceError, JobError, JobFailed
 from autoaccum.plan import Plan, PlannedDevice, TrialRecord, window_led_by
 from autoaccum.probe import COMPARED_SAMPLES, Reading, Rehearser, Request, search
-from autoaccum.tuner.hints import hints
+from autoaccum.tuner.hints import cost_of_equal, hints
 from autoaccum.tuner.trial_log import TrialLog
 from autoaccum.units import in_words
 from autoaccum.version import __version__
@@ -42,6 +42,10 @@ def assemble_plan(
     subject = rehearsal.subject()
     memory = budget.memory
     most = max(sizes, default=0)
+    smallest, for_command, equal_is = 2 if subject.batch_norms else 1, isinstance(rehearsal, Command), "equal=True" if label == "in place" else "--equal"
+    if searched and request.equal and request.target_tokens is None:
+        costs = cost_of_equal(found, sizes, most_allowed=request.max_micro_batch, smallest=smallest, for_command=for_command, equal_is=equal_is)
+        remarked = (*remarked, *costs)
     return Plan(
         target_batch=request.samples,
         micro_batch=most,
@@ -91,10 +95,9 @@ def assemble_plan(
                 found,
                 sizes,
                 equal=request.equal,
-                most_allowed=request.max_micro_batch,
-                smallest=2 if subject.batch_norms else 1,
-                for_command=isinstance(rehearsal, Command),
-                equal_is="equal=True" if label == "in place" else "--equal",
+                smallest=smallest,
+                for_command=for_command,
+                equal_is=equal_is,
                 steady=subject.allocator == "steady malloc",
             )
             if searched and request.target_tokens is None  # hints are about counts of samples
@@ -117,10 +120,25 @@ def _warnings(rehearsal: Rehearser, request: Request, trials: TrialLog, sizes: t
             messages.append(
                 "an odd last window leaves one sample alone, which BatchNorm may refuse: plan.windows(loader, drop_last=True) leaves that window out"
             )
-    messages += split_warnings
+    messages += [*split_warnings, *_contradiction(trials)]
     if budget.memory.outside_bytes is None and budget.cap_bytes is not None:
         messages.append(f"nobody said what the driver's context takes of the limit: {in_words(ASSUMED_OUTSIDE)} were assumed")
     return tuple(messages)
+
+
+def _contradiction(trials: TrialLog) -> list[str]:
+    """A sentence if a size was refused for memory although a larger one fitted with as much resident."""
+    fitted = [reading for reading in trials.readings if reading.fits and reading.accumulation_steps > 1]
+    for refused in trials.readings:
+        if refused.outcome not in ("oom", "killed") or refused.full or refused.accumulation_steps == 1:
+            continue
+        larger = next((reading for reading in fitted if reading.micro_batch > refused.micro_batch), None)
+        if larger is not None:
+            return [
+                f"{refused.micro_batch} ran out of memory in {refused.phase}, and {larger.micro_batch}, which is larger, fitted: the memory was not the same, "
+                "or a library failed for another reason; tune again if something else ran"
+            ]
+    return []
 
 
 def _rate(reading: Reading, target: int) -> float | None:

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 from autoaccum import devices
+from autoaccum.devices import malloc_for_training
 from autoaccum.distributed import engines, ranks
 from autoaccum.errors import NoSuchDevice, UsageError
 from autoaccum.plan import Plan
@@ -136,6 +137,8 @@ def tune(
         limits, shared = all_ranks.shared_limits(request, others, (facts.kind, facts.uuid, facts.index), buckets=single_rank_jobs[0].model is jobs[0].model)
         with rehearsing(single_rank_jobs, where, limits, enforce=enforce, on_phase=trials.phase, evaluation=evaluation) as rehearsal:
             plan = all_ranks.tune_all_ranks(rehearsal, request, trials, "in place", others, (*idle, *shared))
+    if where.facts.kind == "cpu":
+        malloc_for_training(plan.peak_bytes, plan.budget_bytes)
     reported = [] if others is None else others.gathered(plan.warnings, "warning")[: others.rank]
     for message in plan.warnings:
         if not any(message in each for each in reported):  # the first rank with this warning issues it

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 
 from autoaccum import devices
 from autoaccum.distributed import launched
@@ -16,6 +17,8 @@ from autoaccum.tuner.assembly import assemble_plan
 from autoaccum.tuner.one_device import reading_cache, refuse_throughput_over_ranks, tune_one_device, unlimited
 from autoaccum.tuner.trial_log import TrialLog
 from autoaccum.window import Source, parse_source
+
+_RANKS_SECONDS = 60
 
 
 def tune_source(
@@ -50,7 +53,13 @@ def _tune_all_ranks(where: Source | str | None, request: Request, device: str, p
     assert launch is not None
     if device.startswith("virtual:"):
         raise UsageError("torchrun started several ranks, and a simulated card has none: for cards that are not here use autoaccum fleet")
-    dist.init_process_group("gloo")
+    try:
+        dist.init_process_group("gloo", timeout=timedelta(seconds=_RANKS_SECONDS))
+    except (ValueError, RuntimeError) as error:
+        raise UsageError(
+            f"the environment has RANK={launch.rank} and WORLD_SIZE={launch.world_size}, and the other ranks did not come within {_RANKS_SECONDS} s "
+            f"({str(error).splitlines()[0][:200]}): unset RANK and WORLD_SIZE for one process, or start all with torchrun"
+        ) from error
     others = ranks.here()
     assert others is not None  # torchrun started several ranks
     labels = devices.here()

@@ -55,7 +55,7 @@ def tune_one_device(
     finally:
         if shelf is not None:
             shelf.keep(trials.readings, target, budget.budget_bytes)
-    remarked = (*remarked, *drift(first_budget, rehearsal.budget()))
+    remarked = (*remarked, *drift(first_budget, rehearsal.budget(), confirmed.peak_bytes))
     evaluated = largest_evaluation(rehearsal, trials, budget, request.max_eval_batch) if request.evaluate else None
     if request.evaluate and evaluated is None:
         remarked = (*remarked, "evaluation does not fit, not even of one sample, so there is no eval_batch")
@@ -166,7 +166,8 @@ def nothing_fits(rehearsal: Rehearser, trials: TrialLog, micro_batch: int, targe
     """The error for the smallest micro-batch, which does not fit. It names the needed memory if that can be measured safely."""
     sizes = arithmetic.micro_batches(target, math.ceil(target / micro_batch))
     refused = [reading for reading in trials.readings if reading.micro_batch == micro_batch]
-    return refusals.nothing_fits(micro_batch, trials.readings, unlimited(rehearsal, trials, refused[-1], sizes, budget), budget)
+    needs = unlimited(rehearsal, trials, refused[-1], sizes, budget)
+    return refusals.nothing_fits(micro_batch, trials.readings, needs, budget, half=rehearsal.subject().half)
 
 
 def unlimited(rehearsal: Rehearser, trials: TrialLog, refused: Reading, sizes: tuple[int, ...], budget: Budget) -> Reading | None:

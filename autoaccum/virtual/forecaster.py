@@ -142,6 +142,9 @@ def _seconds_of(rest: Sequence[tuple[AffineCurve, int]], target: int, world: int
     return max(curve.seconds(share) for curve, share in zip(curves, shares)) + crossing(world)
 
 
+_MOST_RANKS = 100_000
+
+
 def _parsed(gpus: str | Sequence[str]) -> list[tuple[Profile, int]]:
     """Parses `"2*a100-80gb,4*t4"` into cards and their numbers. Raises `UsageError` for an unknown card or a wrong number."""
     texts = gpus.split(",") if isinstance(gpus, str) else list(gpus)
@@ -150,7 +153,7 @@ def _parsed(gpus: str | Sequence[str]) -> list[tuple[Profile, int]]:
         match = re.fullmatch(r"\s*(?:(-?[\d.]+)\s*[*x×]\s*)?(\S.*?)\s*", text)
         if match is None:
             raise UsageError(f"{text!r} in --gpus names no card: write for instance 2*a100-80gb,4*t4")
-        if match[1] is not None and (not match[1].isdigit() or not int(match[1])):
+        if match[1] is not None and (not match[1].isdigit() or len(match[1]) > 18 or not int(match[1])):
             raise UsageError(f"{text.strip()!r} in --gpus: how many must be a whole number, at least 1")
         try:
             card = profiles.load(match[2])
@@ -159,6 +162,8 @@ def _parsed(gpus: str | Sequence[str]) -> list[tuple[Profile, int]]:
         if card.bandwidth is None:
             raise UsageError(f"nobody says how fast {card.label} is, so it cannot be given a share: name a card (autoaccum profiles list)")
         counted.append((card, int(match[1] or 1)))
+    if (ranks := sum(count for _, count in counted)) > _MOST_RANKS:
+        raise UsageError(f"--gpus names {ranks} cards, each a rank with its own row: give at most {_MOST_RANKS}")
     return counted
 
 

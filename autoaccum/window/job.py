@@ -78,6 +78,8 @@ class Job:
             raise JobError(f"keep must be a list of what is to be put back, not {type(self.keep).__name__}: keep=[...]")
         for name, verbs in (("scheduler", ("step",)), ("scaler", ("scale", "unscale_", "step", "update"))):
             given = getattr(self, name)
+            if isinstance(given, type):
+                raise JobError(f"{name} is the class {given.__name__}: give an instance, {name}={given.__name__}(...)")
             if given is not None and not all(callable(getattr(given, verb, None)) for verb in verbs):
                 raise JobError(f"{name} must be a {'learning rate scheduler' if name == 'scheduler' else 'torch.amp.GradScaler'}, not {given!r}")
         if type(self.scheduler).__name__ == "ReduceLROnPlateau":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -131,10 +131,10 @@ class _EvaluationState:
 
 
 @contextmanager
-def only_we_step(on_phase: PhaseCallback) -> Iterator[PhaseCallback]:
-    """Context that raises `JobError` if an optimizer steps inside backward, where each micro-batch would be a step of its own.
+def only_we_step(jobs: Sequence[Job], on_phase: PhaseCallback) -> Iterator[PhaseCallback]:
+    """Context that raises `JobError` if an optimizer of the jobs' parameters steps inside backward, where each micro-batch would be a step of its own.
 
-    on_phase: as in `run`. Pass the yielded callback to `run` instead: it calls this one.
+    Other optimizers may step, as another thread does that trains something else. on_phase: as in `run`. Pass the yielded callback to `run` instead: it calls this one.
     The context costs 36 microseconds a window, so training uses it for its first window only.
     """
     current_phase = ""
@@ -145,12 +145,13 @@ def only_we_step(on_phase: PhaseCallback) -> Iterator[PhaseCallback]:
         on_phase(phase, index)
 
     def refuse(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        if current_phase == "backward":
+        if current_phase == "backward" and any(id(parameter) in trained_ids for group in optimizer.param_groups for parameter in group["params"]):
             raise JobError(
                 f"{type(optimizer).__name__} steps in a backward hook, so every micro-batch would change the weights: "
                 "gradients cannot be accumulated; step it after the window, or train without accumulation"
             )
 
+    trained_ids = {id(parameter) for job in jobs for parameter in job.trained()}
     hook = register_optimizer_step_pre_hook(refuse)
     try:
         yield noted

@@ -70,7 +70,9 @@ class Snapshot:
         self._grads = [(leaf, leaf.grad) for leaf in self._leaves]
         self.gradient_bytes = sum(_bytes_of(grad) for _, grad in self._grads if grad is not None)
         self._undo += [partial(write_content, storage, content) for storage, content in self._contents]
-        self._undo += [*_modes(), *_rng()]
+        self._undo += _modes()
+        self._undo_draws = _rng()
+        self._may_have_drawn = True
 
     def rewind(self) -> None:
         """Restores everything except gradients. Gradients are set aside, so that trials start without any.
@@ -78,8 +80,16 @@ class Snapshot:
         May be called several times. If one thing cannot be restored, the others still are: `DeviceError` is raised at the end, from
         the first error.
         """
+        self._run([*self._undo, *self._undo_draws])
+        self._may_have_drawn = False
+
+    def used(self) -> None:
+        """Says that the job's code runs now, which may draw random numbers."""
+        self._may_have_drawn = True
+
+    def _run(self, undoes: Sequence[Undo]) -> None:
         errors = []
-        for undo in self._undo:
+        for undo in undoes:
             try:
                 undo()
             except Exception as error:
@@ -93,9 +103,12 @@ class Snapshot:
             ]
 
     def put_back(self) -> None:
-        """Restores everything, gradients included. Warns if a parameter that does not train was changed."""
+        """Restores everything, gradients included. Warns if a parameter that does not train was changed.
+
+        Random numbers are put back only if the job may have drawn some since `rewind`: else another thread did, and would get the same again.
+        """
         try:
-            self.rewind()
+            self._run([*self._undo, *(self._undo_draws if self._may_have_drawn else ())])
         finally:
             for leaf, grad in self._grads:
                 leaf.grad = grad
@@ -174,6 +187,7 @@ def preserved(jobs: Job | Sequence[Job], *, parameters: bool = True) -> Iterator
     with deferred_interrupts() as interrupts:
         try:
             snapshot.rewind()
+            snapshot.used()
             yield snapshot, interrupts
         finally:
             snapshot.put_back()

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import contextmanager
@@ -15,7 +16,7 @@ from pathlib import Path
 from types import ModuleType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from autoaccum.errors import JobError, UsageError
+from autoaccum.errors import JobError, UsageError, in_brief
 from autoaccum.window.job import Job, as_jobs
 
 DEMO = "autoaccum.cli.demo:make_job"
@@ -76,10 +77,10 @@ def parse_source(where: str | None, settings: Iterable[str] = (), argv: Iterable
     if not function.isidentifier():
         raise UsageError(f"{function!r} in JOB {where!r} is not the name of a function: write file.py:make_job")
     if place.endswith(".py"):
-        if not Path(place).is_file():
-            raise UsageError(f"there is no file {place!r}: JOB is file.py:make_job or package.module:make_job")
+        if not os.path.isfile(place):
+            raise UsageError(f"there is no file {in_brief(place)}: JOB is file.py:make_job or package.module:make_job")
     elif "/" in place or not all(part.isidentifier() for part in place.split(".")):
-        raise UsageError(f"JOB {place!r} is neither a .py file nor a module's dotted name: write file.py:make_job or package.module:make_job")
+        raise UsageError(f"JOB {in_brief(place)} is neither a .py file nor a module's dotted name: write file.py:make_job or package.module:make_job")
     return source
 
 
@@ -206,7 +207,7 @@ def _imported(place: str, origin: Source) -> ModuleType:
             return module
     except ModuleNotFoundError as error:
         if error.name and (place == error.name or place.startswith(error.name + ".")):
-            raise UsageError(f"there is no module {error.name!r} here: JOB is file.py:make_job or package.module:make_job") from error
+            raise UsageError(f"there is no module {in_brief(error.name)} here: JOB is file.py:make_job or package.module:make_job") from error
         raise
     except SystemExit as ended:
         raise JobError(

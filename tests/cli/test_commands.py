@@ -37,10 +37,10 @@ def test_json_is_one_document_and_output_the_same_one(tmp_path):
 
 
 def test_env_prints_what_a_shell_can_read():
-    script = f'p=$("{sys.executable}" -m autoaccum tune demo -b 127 --max-micro-batch 40 --format env -q) || exit; eval "$p"; '
+    script = f'p=$("{sys.executable}" -m autoaccum tune demo -b 120 --max-micro-batch 40 --format env -q) || exit; eval "$p"; '
     script += 'echo "$AUTOACCUM_TARGET_BATCH $AUTOACCUM_MICRO_BATCH $AUTOACCUM_ACCUMULATION_STEPS [$AUTOACCUM_MICRO_BATCHES] $MALLOC_TRIM_THRESHOLD_"'
     finished = subprocess.run(["sh", "-c", script], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert finished.stdout.strip() == "127 32 4 [32 32 32 31] 65536"
+    assert finished.stdout.strip() == "120 40 3 [40 40 40] 65536"
 
 
 def test_train_reproduces_the_tutorial_and_splitting_changes_no_loss():

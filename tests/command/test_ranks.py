@@ -82,12 +82,27 @@ def test_ranks_that_no_launcher_names_are_seen_when_it_runs(script):
     assert (plan["world_size"], plan["share"], plan["shares"], plan["micro_batches"]) == (2, 12, [12, 12], [6, 6]) and plan["effective_batch"] == 24
     assert seen(finished)[-1] == 24
 
-    wrong = run("tune", "-b", 24, "--max-micro-batch", 6, "-d", "cpu", "--world", 3, "--", *words)
+
+# As every launcher does: ranks are told in their environment. Nothing of torch is in it.
+TOLD = """
+import os, subprocess, sys
+sleep = [sys.executable, "-c", "import time; time.sleep(1)"]
+ranks = [subprocess.Popen(sleep, env={**os.environ, "RANK": str(rank), "WORLD_SIZE": "2"}) for rank in range(2)]
+sys.exit(max(rank.wait() for rank in ranks))
+"""
+
+
+def test_ranks_are_seen_in_their_environment_and_what_does_not_agree_is_told(tmp_path):
+    (tmp_path / "launch.py").write_text(TOLD)
+    words = ("--", sys.executable, "launch.py", "{micro_batch}")
+    told = run("check", "-b", 24, "-m", 6, "-d", "cpu", "--format", "env", *words, cwd=tmp_path)
+    assert told.returncode == 0 and "AUTOACCUM_WORLD_SIZE=2" in told.stdout and "AUTOACCUM_ACCUMULATION_STEPS=2" in told.stdout
+    wrong = run("check", "-b", 24, "-m", 4, "-d", "cpu", "--world", 3, *words, cwd=tmp_path)
     assert wrong.returncode == 2 and "--world says 3, and the command runs on 2 ranks" in wrong.stderr
-    uneven = run("tune", "-b", 25, "-d", "cpu", "--", *words)
+    right = run("check", "-b", 24, "-m", 4, "-d", "cpu", "--world", 2, *words, cwd=tmp_path)
+    assert right.returncode == 0 and right.stdout.startswith("24 = 4 x 3 on each of 2 ranks")
+    uneven = run("tune", "-b", 25, "-d", "cpu", *words, cwd=tmp_path)
     assert uneven.returncode == 2 and "does not divide into 2 equal parts: 24 or 26 does" in uneven.stderr
-    told = run("check", "-b", 24, "-m", 6, "-d", "cpu", "--world", 2, "--format", "env", "--", *words)
-    assert told.returncode == 0 and "AUTOACCUM_WORLD_SIZE=2" in told.stdout and set(seen(told)) == {24}
 
 
 HOLDS = """

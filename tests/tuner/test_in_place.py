@@ -84,7 +84,7 @@ def test_every_target_is_hit_exactly(target):
 def test_equal_micro_batches_and_what_they_cost():
     plan = autoaccum.tune(jobs.small(), target_batch=127, max_micro_batch=40, equal=True)
     assert plan.micro_batches == (1,) * 127
-    assert any("127 is prime" in hint and "128 = 32 x 4" in hint for hint in plan.hints)
+    assert any("127 is prime" in warning and "128 = 32 x 4" in warning for warning in plan.warnings)
 
 
 def test_the_exact_largest_is_found_when_asked_for():
