@@ -95,7 +95,7 @@ class Command:
         written = WrittenFiles(self._template.words) if self._written is None else None
         started = time.monotonic()
         with trial_folder() as folder:
-            words = self._template.filled(size, steps, str(folder / "scratch"), folder / "configs")
+            words = self._template.filled(size, steps, str(folder / "scratch"), folder / "configs", world=self.world)
             found = self._run(words, folder, allowed.budget_bytes)
         seconds = time.monotonic() - started
         if written is not None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from autoaccum.command.config_copies import ConfigCopy
 from autoaccum.errors import UsageError
 
-PLACEHOLDERS = ("micro_batch", "accumulation_steps", "scratch")
+PLACEHOLDERS = ("micro_batch", "accumulation_steps", "accumulation_steps_of_all", "scratch")
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,22 @@ class Template:
 
     @property
     def accumulates(self) -> bool:
-        """True if the command has the placeholder `{accumulation_steps}`."""
-        return any("{accumulation_steps}" in text for text in self._texts())
+        """True if the command is told its accumulation steps."""
+        return any("{accumulation_steps}" in text or "{accumulation_steps_of_all}" in text for text in self._texts())
 
     @property
     def has_scratch(self) -> bool:
         """True if the command has the placeholder `{scratch}`."""
         return any("{scratch}" in text for text in self._texts())
 
-    def filled(self, micro_batch: int, accumulation_steps: int, scratch: str, folder: Path | None = None) -> list[str]:
+    def filled(self, micro_batch: int, accumulation_steps: int, scratch: str, folder: Path | None = None, *, world: int = 1) -> list[str]:
         """The words of the command with these numbers in place of the placeholders. Other braces do not change.
 
-        scratch: the path of the trial's own folder. folder: where copies of configuration files are written.
+        scratch: the path of the trial's own folder. folder: where copies of configuration files are written. world: the ranks, whose steps
+        together some scripts want.
         """
-        fields = {"{micro_batch}": str(micro_batch), "{accumulation_steps}": str(accumulation_steps), "{scratch}": scratch}
+        steps = {"{accumulation_steps}": str(accumulation_steps), "{accumulation_steps_of_all}": str(accumulation_steps * world)}
+        fields = {"{micro_batch}": str(micro_batch), **steps, "{scratch}": scratch}
         words = list(self.words)
         for number, copy in enumerate(self.copies):
             assert folder is not None

@@ -128,6 +128,8 @@ def test_check_says_by_how_much_a_size_does_not_fit(pretend):
 def test_other_braces_stay_as_they_are():
     template = Template(("train", "--config={'a': {x}}", "{micro_batch}x{accumulation_steps}"))
     assert template.filled(40, 3, "/tmp/x") == ["train", "--config={'a': {x}}", "40x3"]
+    several = Template(("train", "{micro_batch}", "{accumulation_steps}", "{accumulation_steps_of_all}"))
+    assert several.filled(8, 3, "/tmp/x", world=2) == ["train", "8", "3", "6"]
     with pytest.raises(autoaccum.UsageError, match="micro_batch"):
         Template(("train", "--accum", "{accumulation_steps}"))
 
