@@ -2,7 +2,7 @@
 
     python capped_process.py REPORT_DESCRIPTOR OPTIONS WORD...
 
-OPTIONS is a JSON object: "data_bytes", RLIMIT_DATA of each process, or null; "most_bytes", what all processes together may hold, or null.
+OPTIONS is a JSON object: "data_bytes", RLIMIT_DATA of each process, or null; "most_bytes", what all processes together may hold, or null; "folder", the trial's own, removed here if the parent is gone.
 It writes one JSON object to the report descriptor: "code", the exit code (negative for a signal), null if it was stopped; "over", true
 if the processes held more than they may; "ru_maxrss", the kernel's largest resident size of one process, in its unit;
 "together_bytes", the most that all processes held at one time; "world", the ranks that their environments tell, 0 for none.
@@ -32,6 +32,7 @@ _PAGE_BYTES = resource.getpagesize()
 def main() -> None:
     """Runs the command, and writes its report."""
     report, options, words = int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
+    parent = os.getppid()
     if _LINUX:
         _prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: this process is told when its parent ends
         _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what a command leaves behind becomes our child, and is ended
@@ -51,6 +52,10 @@ def main() -> None:
     }
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
         os.write(report, json.dumps(told).encode())
+    if os.getppid() != parent:  # which can no longer do it
+        import shutil
+
+        shutil.rmtree(options["folder"], ignore_errors=True)
 
 
 def _become(words: list[str], data_bytes: int | None) -> None:

@@ -211,7 +211,7 @@ class CallOptions:
 def writable(output: Path, option: str = "--output") -> None:
     """Raises `UsageError` if the file cannot be written."""
     if why := files.why_not_writable(output):
-        raise UsageError(f"{option} {in_brief(output)} cannot be written: {why}")
+        raise UsageError(f"{option} {in_brief(output)}{'' if why.startswith('there is') else ' cannot be written'}: {why}")
 
 
 def write_file(output: Path, text: str, option: str = "--output") -> None:

@@ -116,8 +116,9 @@ def run(
     pythonpath = os.pathsep.join(filter(None, [str(folder / "hook"), os.environ.get("PYTHONPATH")]))
     own = {"PYTHONPATH": pythonpath, "AUTOACCUM_EVIDENCE": str(folder / "evidence"), "TMPDIR": str(folder / "scratch")}
     report_in, report_out = os.pipe()
+    options = json.dumps({"data_bytes": data_bytes, "most_bytes": most_bytes, "folder": str(folder)})
     process = subprocess.Popen(
-        [sys.executable, "-I", str(_PACKAGE / "capped_process.py"), str(report_out), json.dumps({"data_bytes": data_bytes, "most_bytes": most_bytes}), *words],
+        [sys.executable, "-I", str(_PACKAGE / "capped_process.py"), str(report_out), options, *words],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from autoaccum.devices.budget import ASSUMED_OUTSIDE, LEAST_GPU_HEADROOM, SHARED, Budget, budget_terms, drift, make_budget
     from autoaccum.devices.calibration import calibrate
     from autoaccum.devices.cpu import RLIMIT, Cpu, fill_thread_pools, kept_data_limit
-    from autoaccum.devices.malloc import LINUX, STEADY_MALLOC, malloc_for_training, steady_wanted
+    from autoaccum.devices.malloc import LINUX, STEADY_MALLOC, malloc_for_training, steady_malloc, steady_wanted
     from autoaccum.devices.memory import Facts, Memory
     from autoaccum.devices.nvml import driver_version
     from autoaccum.devices.protocol import Device, Watch
@@ -23,7 +23,7 @@ else:
         budget="ASSUMED_OUTSIDE LEAST_GPU_HEADROOM SHARED Budget budget_terms drift make_budget",
         calibration="calibrate",
         cpu="RLIMIT Cpu fill_thread_pools kept_data_limit",
-        malloc="LINUX STEADY_MALLOC malloc_for_training steady_wanted",
+        malloc="LINUX STEADY_MALLOC malloc_for_training steady_malloc steady_wanted",
         memory="Facts Memory",
         nvml="driver_version",
         protocol="Device Watch",

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from autoaccum import oom
 from autoaccum.data import Cut, Window
-from autoaccum.devices import Device
+from autoaccum.devices import Device, steady_malloc
 from autoaccum.distributed import AGAIN, CANNOT, VoidWindow, WindowVote
 from autoaccum.errors import PlanError, noted
 from autoaccum.plan import Plan, arithmetic, window_notation
@@ -152,6 +152,8 @@ class Rescuer:
             if result is None:
                 # Not inside the handler: there the exception still keeps the failed window's tensors alive.
                 self._start.put_back()
+                if self._device.facts.kind == "cpu":
+                    steady_malloc()  # memory is scarce now, whatever the plan thought
                 self._device.release()
                 kept_bytes = self._device.live_bytes() - self._base_bytes
                 if crossing is not None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
-    from autoaccum.probe import cache, growth, refusals, search
+    from autoaccum.probe import cache, refusals, search, variation
     from autoaccum.probe.cache import ReadingCache
     from autoaccum.probe.child import Child, die_with_parent
     from autoaccum.probe.equivalence import compare_values

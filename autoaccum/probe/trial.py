@@ -22,7 +22,7 @@ from autoaccum import oom
 from autoaccum.data import batches
 from autoaccum.devices import Budget, Device, Watch
 from autoaccum.errors import AutoaccumError, JobError, noted
-from autoaccum.probe import growth
+from autoaccum.probe import variation
 from autoaccum.probe.readings import Outcome, Reading
 from autoaccum.window import Job, PhaseCallback, WindowResult, WindowStart, accumulation, forget, is_compiled, optimizer_step
 
@@ -38,16 +38,24 @@ class PhaseListener:
     Inside one process the time can only be checked between phases. To stop a kernel that hangs, the trial needs a child process.
     """
 
-    def __init__(self, watch: Watch, on_phase: PhaseCallback | None, timeout_s: float | None) -> None:
+    def __init__(self, watch: Watch, live_bytes: Callable[[], int], on_phase: PhaseCallback | None, timeout_s: float | None) -> None:
         self.phase = "batch"
         self.activation_bytes: int | None = None
+        self.taken: list[int] | None = None  # bytes of each micro-batch above what was held before it, while somebody wants to know
+        self._held_bytes, self._most_bytes, self._live_bytes = 0, 0, live_bytes
         self.watch, self._on_phase = watch, on_phase
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
 
     def __call__(self, phase: str, index: int) -> None:
         self.phase = phase
+        if self.taken is not None and phase in ("forward", "clip"):
+            lap_bytes = self.watch.lap_bytes()
+            if index or phase == "clip":
+                self.taken.append(lap_bytes - self._held_bytes)
+            self._most_bytes = max(self._most_bytes if index or phase == "clip" else 0, lap_bytes)
+            self._held_bytes = self._live_bytes()
         if phase == "clip":
-            self.activation_bytes = self.watch.lap_bytes()
+            self.activation_bytes = self.watch.lap_bytes() if self.taken is None else self._most_bytes
         if self._on_phase is not None:
             self._on_phase(phase, index)
         if self._deadline is not None and time.monotonic() > self._deadline:
@@ -82,6 +90,7 @@ def measure(
     remarks: tuple[str, ...] = ()
     stepped = [False] * len(jobs)
     held: list[int] = []  # after each whole window
+    taken: list[int] = []  # by each of the largest micro-batches, but those of the first window, in which libraries begin
 
     def train(listener: PhaseListener) -> None:
         nonlocal base_bytes, shapes, remarks, stepped
@@ -92,6 +101,7 @@ def measure(
         while len(to_run) > len(durations):
             sizes = to_run[len(durations)]
             listener.watch.lap_bytes()
+            listener.taken = [] if full and len(jobs) == 1 else None
             state.note()
             results, seconds = _window(jobs, device, batch, sizes, scalers, listener)
             durations.append(seconds)
@@ -102,9 +112,13 @@ def measure(
             del results
             if full or steps == 1:
                 held.append(device.live_bytes())
-                if len(held) == 2 and len(to_run) == 2 and growth.slope_bytes(held, shared_with_host=device.shared_with_host):
+                if len(held) == 2 and len(to_run) == 2 and variation.slope_bytes(held, shared_with_host=device.shared_with_host):
                     gc.collect()
                     to_run.extend([sizes] * 2)  # two more windows tell growth from noise
+            if listener.taken is not None and len(durations) > 1:
+                taken.extend(bytes_ for bytes_, size in zip(listener.taken, sizes) if size == largest)
+                if variation.is_spread(taken) and len(to_run) < windows + variation.MORE_WINDOWS:
+                    to_run.append(sizes)
         del ballast, history
 
     # A compiled model would be compiled again for every size. So the search runs it in eager mode. Only a confirming
@@ -118,7 +132,8 @@ def measure(
             "could not be measured; give a batch with usual values"
         )
     if ended.outcome == "fits":
-        remarks += growth.remark(held, allowed.budget_bytes - ended.peak_bytes, shared_with_host=device.shared_with_host)
+        remarks += variation.spread_remark(taken, largest, len(durations))
+        remarks += variation.growth_remark(held, allowed.budget_bytes - ended.peak_bytes, shared_with_host=device.shared_with_host)
     return Reading(
         largest,
         steps,
@@ -175,7 +190,7 @@ def attempt(
     doubtful = False
     started = time.perf_counter()
     with device.watch() as watch:
-        listener = PhaseListener(watch, on_phase, timeout_s)
+        listener = PhaseListener(watch, device.live_bytes, on_phase, timeout_s)
         try:
             with device.capped(allowed.budget_bytes + aside_bytes) if enforce else nullcontext():
                 listener("batch", 0)

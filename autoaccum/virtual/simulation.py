@@ -17,7 +17,7 @@ from autoaccum.data import tokens
 from autoaccum.devices import Budget, Facts, Memory, make_budget
 from autoaccum.plan import arithmetic
 from autoaccum.plan import micro_batches as cut
-from autoaccum.probe import Equivalence, Limits, Reading, Subject, growth, refusals
+from autoaccum.probe import Equivalence, Limits, Reading, Subject, refusals, variation
 from autoaccum.simulate import (
     Allocator,
     Card,
@@ -118,7 +118,7 @@ class Simulation:
         """A warning if the two whole windows of a tape end with unlike memory."""
         if replayed.failed_at is not None:
             return ()
-        return growth.remark(replayed.ends_bytes[-2:], allowed - replayed.peak_reserved_bytes, shared_with_host=False)
+        return variation.growth_remark(replayed.ends_bytes[-2:], allowed - replayed.peak_reserved_bytes, shared_with_host=False)
 
     def _margin_remark(self, tape: Tape) -> str:
         return f"simulated, not measured, and without the margin for it that autoaccum estimate keeps: {self._margin(tape).provenance}"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autoaccum.command.run import run, trial_folder
-from tests.command_line import ROOT
+from tests.command_line import ROOT, wait_until
 
 # A child in a session of its own, as launchers start them, and a grandchild that ignores SIGTERM. Both write their process's number.
 LEAVES = """
@@ -63,12 +63,16 @@ def test_children_are_ended_with_the_command(tmp_path, how):
 def test_children_are_ended_when_autoaccum_is(tmp_path, name):
     (tmp_path / "leaves.py").write_text(LEAVES)
     words = [sys.executable, str(tmp_path / "leaves.py"), str(tmp_path), "wait", "{micro_batch}"]
-    tuning = subprocess.Popen([sys.executable, "-m", "autoaccum", "tune", "-b", "8", "-d", "cpu", "--", *words], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    (tmp_path / "temporary").mkdir()
+    environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
+    tune = [sys.executable, "-m", "autoaccum", "tune", "-b", "8", "-d", "cpu", "--", *words]
+    tuning = subprocess.Popen(tune, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
     while "STARTED" not in (line := tuning.stderr.readline()):
         assert line, "the command never started"
     tuning.send_signal(getattr(signal, name))
     assert tuning.wait(20) != 0
     assert gone(tmp_path)
+    wait_until(lambda: not list((tmp_path / "temporary").iterdir()), seconds=10)
 
 
 def test_a_command_that_takes_too_much_is_ended_and_did_not_meet_a_limit_of_its_own(tmp_path):

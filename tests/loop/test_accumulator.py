@@ -104,11 +104,12 @@ def test_arguments_in_the_wrong_place_are_told(job, plan, wrong):
 
 
 def test_freed_memory_goes_back_while_training_as_it_did_while_measuring(job, plan):
-    """The allocator is steady in the loop too: what a window took is gone after it."""
+    """Where a plan needs it, the allocator is steady in the loop too: what a window took is gone after it."""
     from autoaccum.devices.cpu import Cpu
+    from tests.tuner.test_in_place import limit_for
 
     hungry = jobs.hungry(mib=2)
-    loop = autoaccum.Accumulator(hungry, autoaccum.tune(hungry, target_batch=60, max_micro_batch=20))
+    loop = autoaccum.Accumulator(hungry, autoaccum.tune(hungry, target_batch=60, max_micro_batch=20, memory_limit=limit_for(200)))
     loop.step(torch.zeros(60, 1))
     before = Cpu().held_bytes()
     for _ in range(5):

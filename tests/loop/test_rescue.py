@@ -375,7 +375,7 @@ def test_a_real_out_of_memory_in_mid_epoch_is_rescued_and_memory_is_back_to_what
     assert [each.rescued is not None for each in results] == [False] * 4 + [True] + [False] * 3
     assert results[4].rescued.kept_bytes < 8 * MIB
     assert results[4].micro_batches > 3 and results[5].micro_batches == results[4].micro_batches
-    assert abs(cpu.held_bytes() - before) < 8 * MIB
+    assert cpu.held_bytes() < before + 8 * MIB
 
 
 def test_500_windows_leave_nothing_behind():

@@ -130,5 +130,6 @@ def test_ranks_load_the_plan_that_was_written(tmp_path, monkeypatch):
         assert plan.explain().startswith("480 = ")
     assert tuple(parts) == whole.shares
     monkeypatch.setenv("WORLD_SIZE", "6")
+    monkeypatch.setenv("RANK", "5")
     with pytest.raises(autoaccum.PlanError, match="for 7 ranks, and torchrun started 6"):
         Plan.load(path)

@@ -1,4 +1,4 @@
-"""Memory that grows from window to window: outputs or losses that are kept in a list, caches."""
+"""Memory that is not the same from window to window: it grows (outputs that are kept in a list, caches), or it is spread (a loss that draws sizes at random)."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from autoaccum.units import KIB, MIB, in_words
+
+MORE_WINDOWS = 6  # whose draws are seen too, once a spread shows
+_SHARE, _NOISE_BYTES = 0.1, 16 * MIB
 
 
 def slope_bytes(held: Sequence[int], *, shared_with_host: bool) -> int:
@@ -19,7 +22,7 @@ def slope_bytes(held: Sequence[int], *, shared_with_host: bool) -> int:
     return sum(steps) // len(steps)  # resident pages that were free already hide a part of single windows
 
 
-def remark(held: Sequence[int], left_bytes: int, *, shared_with_host: bool) -> tuple[str, ...]:
+def growth_remark(held: Sequence[int], left_bytes: int, *, shared_with_host: bool) -> tuple[str, ...]:
     """A warning if memory grows, with the number of windows after which it runs out. left_bytes: of the budget, at the peak."""
     slope = slope_bytes(held, shared_with_host=shared_with_host)
     if not slope:
@@ -28,4 +31,19 @@ def remark(held: Sequence[int], left_bytes: int, *, shared_with_host: bool) -> t
     return (
         f"memory grows by {in_words(slope)} with every window, so training runs out {when}: something keeps tensors of earlier windows (outputs or losses in a "
         "list, a cache); keep numbers (loss.item()) or detached copies on the host",
+    )
+
+
+def is_spread(taken: Sequence[int]) -> bool:
+    """True if micro-batches of one size took unlike memory, by more than noise. taken: bytes of each, above what was held before it."""
+    return len(taken) > 1 and max(taken) - min(taken) > max(_SHARE * max(taken), _NOISE_BYTES)
+
+
+def spread_remark(taken: Sequence[int], micro_batch: int, windows: int) -> tuple[str, ...]:
+    """A warning with the least and the most. windows: how many were run."""
+    if not is_spread(taken):
+        return ()
+    return (
+        f"micro-batches of {micro_batch} took between {in_words(min(taken))} and {in_words(max(taken))}: the loss or the model draws sizes at random (scales, "
+        f"crops, layers that are left out). The largest of {windows} windows was planned; a larger draw may still come: leave headroom, or give the largest size",
     )

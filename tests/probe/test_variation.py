@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import autoaccum
-from autoaccum.probe import growth
+from autoaccum.probe import variation
 from tests import command_line
 from tests.jobs import MIB, small
 
@@ -55,10 +55,12 @@ def test_what_is_steady_is_not_suspected(keeps):
 
 
 def test_noise_is_no_growth():
-    assert not growth.slope_bytes([100 * MIB, 100 * MIB + 4096, 100 * MIB + 8192], shared_with_host=True)
-    assert not growth.slope_bytes([100 * MIB, 103 * MIB, 103 * MIB], shared_with_host=True)  # once, and then no more
-    assert growth.slope_bytes([100 * MIB, 103 * MIB, 105 * MIB], shared_with_host=True) == 2.5 * MIB
-    assert growth.remark([0, 2 * MIB], 20 * MIB, shared_with_host=True)[0].startswith("memory grows by 2 MiB with every window, so training runs out about 10 ")
+    assert not variation.slope_bytes([100 * MIB, 100 * MIB + 4096, 100 * MIB + 8192], shared_with_host=True)
+    assert not variation.slope_bytes([100 * MIB, 103 * MIB, 103 * MIB], shared_with_host=True)  # once, and then no more
+    assert variation.slope_bytes([100 * MIB, 103 * MIB, 105 * MIB], shared_with_host=True) == 2.5 * MIB
+    assert variation.growth_remark([0, 2 * MIB], 20 * MIB, shared_with_host=True)[0].startswith(
+        "memory grows by 2 MiB with every window, so training runs out about 10 "
+    )
 
 
 JOB = """

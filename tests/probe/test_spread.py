@@ -1,0 +1,47 @@
+"""A loss that draws sizes at random: the worst of several windows is planned, and the spread is told."""
+
+import random
+
+import pytest
+import torch
+from torch import nn
+
+import autoaccum
+from tests import jobs
+from tests.jobs import MIB
+
+
+def scales(model, batch):
+    """Multi-scale training: every call draws a size."""
+    wide = model(batch)[:, :1] * torch.ones(random.choice([MIB // 8, MIB // 4, MIB // 2]))
+    return (wide.exp() * 0).mean() + model(batch).mean()
+
+
+class Deep(nn.Module):
+    """Stochastic depth: layers that keep their output are left out at random."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x):
+        wide = self.weight * torch.ones(len(x), MIB // 8)
+        for _ in range(int(torch.randint(1, 9, ()))):
+            wide = wide.tanh()
+        return wide
+
+
+@pytest.mark.parametrize("kind", ["scales", "depth"])
+def test_the_worst_of_several_windows_is_planned_and_told(kind):
+    torch.manual_seed(0)
+    random.seed(0)
+    model = nn.Linear(4, 2) if kind == "scales" else Deep()
+    loss = scales if kind == "scales" else (lambda model, batch: model(batch).mean())
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), loss, torch.ones(32, 4))
+    with pytest.warns(UserWarning, match=r"micro-batches of 32 took between .* draws sizes at random.*largest of [5-9] windows"):
+        autoaccum.tune(job, target_batch=96, max_micro_batch=32)
+
+
+def test_micro_batches_that_take_the_same_are_not_suspected():
+    plan = autoaccum.tune(jobs.hungry(mib=1), target_batch=60, max_micro_batch=20)
+    assert not any("at random" in warning for warning in plan.warnings)
