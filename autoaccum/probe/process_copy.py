@@ -66,16 +66,19 @@ def in_copy(work: Callable[[PhaseCallback], dict[str, Any]], on_phase: PhaseCall
             stream.flush()  # or the copy would print what waits in the buffer, too
     pages = _mapped_pages()
     receive, send = os.pipe()
+    # What a signal's handler raises while Python forks is lost, and after the fork it would leave the copy behind.
+    unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     pid = os.fork()
     if pid == 0:
         try:
             os.close(receive)
-            _run(work, send, pages)
+            _run(work, send, pages, unblocked)
         finally:
             os._exit(1)
-    os.close(send)
     code: int | None = None
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        os.close(send)
         answer, code, phase = _answer(pid, receive, on_phase)
     finally:
         os.close(receive)
@@ -129,11 +132,12 @@ def _processor_time(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def _run(work: Callable[[PhaseCallback], dict[str, Any]], send: int, pages: list[tuple[int, int]]) -> None:
+def _run(work: Callable[[PhaseCallback], dict[str, Any]], send: int, pages: list[tuple[int, int]], unblocked: set[signal.Signals]) -> None:
     """Runs `work` in the copy, and writes its result."""
     import resource
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the original, which ends the copy
+    signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
     faulthandler.disable()  # a death is an outcome here
