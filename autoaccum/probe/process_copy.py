@@ -75,10 +75,10 @@ def in_copy(work: Callable[[PhaseCallback], dict[str, Any]], on_phase: PhaseCall
             _run(work, send, pages, unblocked)
         finally:
             os._exit(1)
+    os.close(send)
     code: int | None = None
     try:
         signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
-        os.close(send)
         answer, code, phase = _answer(pid, receive, on_phase)
     finally:
         os.close(receive)
@@ -132,7 +132,7 @@ def _processor_time(pid: int) -> int:
     return int(fields[11]) + int(fields[12])
 
 
-def _run(work: Callable[[PhaseCallback], dict[str, Any]], send: int, pages: list[tuple[int, int]], unblocked: set[signal.Signals]) -> None:
+def _run(work: Callable[[PhaseCallback], dict[str, Any]], send: int, pages: list[tuple[int, int]], unblocked: set[Any]) -> None:
     """Runs `work` in the copy, and writes its result."""
     import resource
 
