@@ -114,20 +114,26 @@ def is_oom(error: BaseException, *, left_bytes: int | None = None, taken_bytes: 
     return word == "oom"
 
 
-def in_output(text: str) -> bool:
-    """True if the printed output of a program contains an out-of-memory message.
+_OF_A_CARD = re.compile(r"CUDA|HIP\b|XPU|MPS backend|CUBLAS|CUDNN|CUFFT|NCCL|NVML|GPU|cuda", re.ASCII)
+
+
+def in_output(text: str, *, on_cpu: bool = False) -> str:
+    """The line of a program's output that is an out-of-memory message; "" if there is none.
 
     An exception is judged by the same table as one that was raised here. Where the device would decide, it counts as out of memory,
     because the program ran under a limit.
+    on_cpu: True for a program that trains on a CPU. What it prints of a card's memory is then a text, such as one of its data set.
     """
     for line in map(str.rstrip, text.splitlines()):
         found = _EXCEPTION.search(line)
         kind, words = (found[1], found[2] or "") if found is not None else ("", line)
         if kind and _of_text(kind, words) != "not":
-            return True
-        if _PRINTED.search(line) and not any(word == "not" and re.search(pattern, words) for word, pattern in _TABLE):
-            return True
-    return False
+            is_told = True
+        else:
+            is_told = bool(_PRINTED.search(line)) and not any(word == "not" and re.search(pattern, words) for word, pattern in _TABLE)
+        if is_told and not (on_cpu and _OF_A_CARD.search(line)):
+            return line.strip()
+    return ""
 
 
 def was_killed(code: int, text: str) -> bool:

@@ -82,7 +82,7 @@ class Command:
     def ignored_words(self) -> str:
         """A sentence for a command whose memory does not depend on the micro-batch."""
         low, high = min(self._peaks), max(self._peaks)
-        return f"the command takes as much at a micro-batch of {high} as at {low}: check that it reads the flags given, and that memory depends on them"
+        return f"the command takes as much at a micro-batch of {high} as at {low}: check that it reads the flags given, that memory depends on them, and that it does not make its batch smaller by itself"
 
     def budget(self, *, limited: bool = True) -> Budget:
         limit = self._limits.memory_bytes if limited else None
@@ -120,7 +120,7 @@ class Command:
             return "timeout", ()
         if found.ended_for == "memory":
             return "oom", ()
-        oom_message = oom.in_output(output)
+        oom_message = oom.in_output(output, on_cpu=self._facts.kind == "cpu")
         if code == 127 and not oom_message:
             raise UsageError(f"the command cannot be started: {output.strip().splitlines()[-1] if output.strip() else words[0]}")
         if found.evidence.shrunk:
@@ -129,7 +129,10 @@ class Command:
                 "fitting; it has no reason to at the size planned",
             )
         if oom_message and code not in (-signal.SIGKILL, 137):
-            said = f"the command printed an out-of-memory message at {size} and ended with exit code 0: taken as not fitting"
+            said = (
+                f"the command printed an out-of-memory message at {size} and ended with exit code 0: taken as not fitting ({oom_message[:120]!r}; if that is "
+                "but a text of its data, let it not be printed)"
+            )
             return "oom", (said,) if code == 0 or found.ended_for else ()
         if found.ended_for == "trained":
             return "fits", ()

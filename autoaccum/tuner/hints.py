@@ -45,7 +45,7 @@ def hints(
     equal_is: how the caller writes the option for equal micro-batches.
     """
     target, most = sum(sizes), found.largest_fit
-    if for_command and steady and len(sizes) > 1:
+    if for_command and steady:
         settings = " ".join(f"{name}={value}" for name, value in STEADY_MALLOC.items())
         yield f"measured with {settings} in the environment, which makes freed memory go back at once: set them for training too"
     if not equal and sizes[0] != sizes[-1]:

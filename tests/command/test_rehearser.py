@@ -82,10 +82,20 @@ def test_a_failure_for_another_reason_is_exit_5_with_the_last_lines(pretend):
 
 def test_an_out_of_memory_text_refuses_also_with_exit_code_0(pretend):
     """Some scripts catch it and go on with less, which is not what was asked."""
-    caught = "if size > 30: print('RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB'); sys.exit(0)"
+    caught = "if size > 30: print('RuntimeError: [enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can\\'t allocate memory'); sys.exit(0)"
     plan = tune(pretend(before=caught, mib=1))
     assert plan.micro_batch == 30
     assert any("ended with exit code 0: taken as not fitting" in warning for warning in plan.warnings)
+
+
+def test_a_text_about_a_cards_memory_is_a_text_where_no_card_is(pretend):
+    """A line of a data set neither refuses a size nor hides another failure."""
+    line = "print(\"sample 1: 'RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB' is a common title\")"
+    plan = tune(pretend(before=line, mib=1))
+    assert plan.accumulation_steps == 1 and not any("out-of-memory" in warning for warning in plan.warnings)
+    with pytest.raises(autoaccum.JobFailed, match="exit code 1") as raised:
+        tune(pretend(before=line + "\nraise KeyError('val_loss')", mib=1))
+    assert "KeyError: 'val_loss'" in raised.value.text
 
 
 def test_a_run_that_hangs_is_ended_with_all_its_children(pretend):
