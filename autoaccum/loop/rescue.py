@@ -213,7 +213,9 @@ class Rescuer:
                 continue
             try:
                 cut = window.cut(sizes(most), most=most)
-            except Exception:  # micro-batches that cannot be cut, or the user's splitter failed
+            except Exception as error:  # micro-batches that cannot be cut, or the user's splitter failed
+                if oom.verdict(error) == "oom":
+                    continue
                 return None
             self._left.append(self.micro_batch)
             self.micro_batch = most

@@ -9,7 +9,7 @@ from dataclasses import replace
 import psutil
 import pytest
 
-from autoaccum.devices.budget import make_budget
+from autoaccum.devices.budget import Budget, drift, make_budget
 from autoaccum.devices.memory import Consumer, Facts, Memory
 from autoaccum.devices.sampled_peak import SampledPeak
 from autoaccum.errors import UsageError
@@ -129,3 +129,13 @@ def test_sampling_ends_with_the_block() -> None:
     with SampledPeak(lambda: 1):
         assert "autoaccum-peak" in {thread.name for thread in threading.enumerate()}
     assert "autoaccum-peak" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_a_loss_that_is_small_beside_what_is_spare_is_not_worth_a_warning() -> None:
+    def budget(free: int) -> Budget:
+        return make_budget(replace(MEMORY, total_bytes=32 * GIB, free_bytes=free), kind="cpu", headroom=0)
+
+    before, after = budget(20 * GIB), budget(20 * GIB - 496 * 1024)
+    assert not drift(before, after, peak_bytes=2 * GIB)
+    assert drift(before, after, peak_bytes=after.budget_bytes - 1024)  # hardly anything is spare
+    assert drift(before, budget(10 * GIB), peak_bytes=2 * GIB)

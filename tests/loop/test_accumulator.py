@@ -1,6 +1,7 @@
 """The accumulating loop: one exact optimizer step per window."""
 
 import copy
+import threading
 import warnings
 
 import pytest
@@ -252,3 +253,43 @@ def test_counts_in_half_precision_are_added_up_in_double(dtype):
     (half, counted), (whole, true) = gradient(dtype), gradient(torch.int64)
     assert counted == pytest.approx(true, rel=2e-3) and true == int(mask.sum())
     assert float(half.norm() / whole.norm()) == pytest.approx(1, abs=2e-3)
+
+
+def test_two_threads_in_one_accumulator_are_told():
+    model = nn.Linear(8, 1)
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.1), jobs.mse, jobs.pairs(8))
+    inside, go = threading.Event(), threading.Event()
+
+    def slow(model, batch):
+        inside.set()
+        go.wait(60)
+        return jobs.mse(model, batch)
+
+    loop = autoaccum.Accumulator(job, by_hand(job, 8, 4))
+    thread = threading.Thread(target=loop.step, args=(jobs.pairs(8), slow))
+    thread.start()
+    inside.wait(60)
+    with pytest.raises(autoaccum.UsageError, match="two threads call step of one Accumulator"):
+        loop.step(jobs.pairs(8))
+    go.set()
+    thread.join()
+    assert loop.step(jobs.pairs(8)).samples == 8  # the remedy: one thread trains
+
+
+def test_a_scheduler_that_raises_says_that_the_window_is_done():
+    model = nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+
+    class Broken(torch.optim.lr_scheduler.LambdaLR):
+        def step(self, *given):
+            if hasattr(self, "ready"):
+                raise ValueError("no more epochs")
+            super().step(*given)
+
+    scheduler = Broken(optimizer, lambda epoch: 1.0)
+    scheduler.ready = True
+    job = autoaccum.Job(model, optimizer, jobs.mse, jobs.pairs(8), scheduler=scheduler)
+    before = model.weight.detach().clone()
+    with pytest.raises(ValueError, match="no more epochs") as raised:
+        autoaccum.Accumulator(job, by_hand(job, 8, 4)).step(jobs.pairs(8))
+    assert "the weights are updated, and the window is done" in raised.value.__notes__[0] and not torch.equal(before, model.weight)

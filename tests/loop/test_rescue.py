@@ -5,6 +5,7 @@ import logging
 import math
 import random
 import weakref
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -618,3 +619,34 @@ def test_batches_that_cannot_be_cut_run_out_once():
     with pytest.raises(torch.OutOfMemoryError):
         loop.step_micro([Graph(2) for _ in range(6)], loss, samples=lambda graph: len(graph.inputs))
     assert len(tried) == 1 and loop.micro_batch == 4
+
+
+def split_job(fails):
+    """A job whose own function cuts batches, and fails as it is told."""
+    job = make_job()
+
+    def split(batch, sizes):
+        fails(max(sizes))
+        return list(zip(*(field.split(list(sizes)) for field in batch)))
+
+    return replace(job, split=split)
+
+
+def test_a_split_that_runs_out_of_memory_is_rescued():
+    def fails(largest):
+        if largest > 2:
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory")
+
+    job = split_job(fails)
+    result = autoaccum.Accumulator(job, by_hand(job, 12, 6)).step(jobs.pairs(12, 6))
+    assert result.rescued.phase == "split" and max(result.rescued.after) <= 2 and result.samples == 12
+
+
+def test_a_split_that_fails_for_another_reason_says_so():
+    def fails(largest):
+        raise ValueError("no such field")
+
+    job = split_job(fails)
+    with pytest.raises(ValueError, match="no such field") as raised:
+        autoaccum.Accumulator(job, by_hand(job, 12, 6)).step(jobs.pairs(12, 6))
+    assert "raised in split=, before the window's first micro-batch: no weight was changed" in raised.value.__notes__[0]

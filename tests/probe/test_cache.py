@@ -312,3 +312,38 @@ def test_what_a_notebook_defines_is_known_by_its_code_and_alike_in_every_process
     first, again, other = told(1), told(1), told(2)
     assert first == again and first[0] == first[1]
     assert first[0]["code"] != first[2]["code"] and first[0]["modes"] != first[3]["modes"] and first[0]["code"] != other[0]["code"]
+
+
+def test_the_file_is_the_owners_alone_and_neither_links_nor_open_folders_are_used(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "own"))
+    autoaccum.tune(jobs.small(), target_batch=8, cache=True)
+    (path,) = (tmp_path / "own").glob("*.json")
+    assert path.stat().st_mode & 0o777 == 0o600 and (tmp_path / "own").stat().st_mode & 0o777 == 0o700
+
+    victim = tmp_path / "victim"
+    victim.write_text("mine")
+    path.unlink()
+    path.symlink_to(victim)
+    with pytest.warns(UserWarning):
+        autoaccum.tune(jobs.small(), target_batch=8, cache=True)
+    assert victim.read_text() == "mine"
+
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path / "open"))
+    with pytest.warns(UserWarning, match="everybody may write there"):
+        autoaccum.tune(jobs.small(), target_batch=8, cache=True)
+    assert not list((tmp_path / "open").iterdir())
+
+
+def test_odd_files_in_the_folder_neither_hang_nor_stop_the_list(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.FOLDER, str(tmp_path))
+    autoaccum.tune(jobs.small(), target_batch=8, cache=True)
+    os.mkfifo(tmp_path / "fifo.json")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    (tmp_path / "odd.json").write_text(json.dumps({"schema": cache.SCHEMA, "job": 7, "written": [], "key": {"device": None}, "kept": []}))
+    evil = {"schema": cache.SCHEMA, "job": "\x1b[2Jjob", "written": "2026", "key": {"device": "cpu"}, "kept": []}
+    (tmp_path / "evil.json").write_text(json.dumps(evil))
+    shown = cache.listed()
+    assert "in place" in shown and "\x1b" not in shown and len(shown.splitlines()) == 3
+    assert cache.clear() == 2

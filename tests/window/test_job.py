@@ -1,3 +1,5 @@
+from typing import Literal
+
 import pytest
 import torch
 from torch import nn
@@ -139,3 +141,44 @@ def test_an_optimizer_that_evaluates_again_is_refused_beside_others_and_taken_al
     with pytest.raises(autoaccum.JobError, match=r"Sam evaluates the loss inside step.* give it alone"):
         autoaccum.Job(model, [sam, other], lambda model, batch: model(batch).mean(), torch.randn(4, 4))
     autoaccum.Job(model, sam, lambda model, batch: model(batch).mean(), torch.randn(4, 4))
+
+
+def settings_job(
+    flag: bool = True, layers: int = 2, rate: float = 0.1, name="adam", sizes: tuple = (1,), mode: Literal["a", "b"] = "a", extra: int | None = 3, free=None
+):
+    raise AssertionError((flag, layers, rate, name, sizes, mode, extra, free))
+
+
+@pytest.mark.parametrize(
+    ("text", "position", "value"),
+    [
+        *[(f"flag={word}", 0, False) for word in ("false", "False", "no", "off", "0")],
+        *[(f"flag={word}", 0, True) for word in ("true", "yes", "on", "1")],
+        ("layers=4", 1, 4),
+        ("layers=4.0", 1, 4),
+        ("rate=1", 2, 1.0),
+        ("rate=1e-3", 2, 1e-3),
+        ("name=007", 3, "007"),
+        ("name=true", 3, "true"),
+        ("sizes=[3, 4]", 4, (3, 4)),
+        ("mode=b", 5, "b"),
+        ("extra=none", 6, None),
+        ("extra=5", 6, 5),
+        ("free=false", 7, False),
+        ("free=word", 7, "word"),
+        ("free=none", 7, None),
+    ],
+)
+def test_settings_become_what_the_function_takes(text, position, value):
+    origin = source.parse_source("tests.window.test_job:settings_job", [text])
+    with pytest.raises(AssertionError) as raised:
+        source.load(origin)
+    found = raised.value.args[0][position]
+    assert found == value and type(found) is type(value)
+
+
+@pytest.mark.parametrize(("text", "says"), [("flag=maybe", "flag takes bool.*write true or false"), ("layers=four", "layers takes int"), ("layers=1.5", "layers takes int"),
+                                            ("rate=fast", "rate takes float"), ("sizes=3", "sizes takes tuple"), ("mode=c", "mode takes")])  # fmt: skip
+def test_a_setting_that_cannot_be_converted_is_an_error(text, says):
+    with pytest.raises(autoaccum.UsageError, match=says):
+        source.load(source.parse_source("tests.window.test_job:settings_job", [text]))

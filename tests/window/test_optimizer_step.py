@@ -1,5 +1,7 @@
 """Optimizers that evaluate the loss again inside their step: the window runs again, and only then."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -150,3 +152,34 @@ def test_an_optimizer_that_evaluates_at_most_once_costs_no_further_run(make):
 def test_each_further_evaluation_is_one_run_of_the_window():
     assert calls_of(Ascends) == [4] * 6
     assert calls_of(lambda parameters: torch.optim.LBFGS(parameters, max_iter=3, line_search_fn=None)) == [4] * 9
+
+
+def test_another_threads_optimizer_may_step_while_a_window_runs():
+    """Something else is trained in the same process; its steps change none of the job's weights."""
+    other = nn.Linear(2, 1)
+    theirs = torch.optim.SGD(other.parameters(), lr=0.1)
+
+    def step_theirs():
+        other(torch.ones(1, 2)).sum().backward()
+        theirs.step()
+
+    class Innocent(torch.autograd.Function):
+        """Lets another thread step in the middle of backward."""
+
+        @staticmethod
+        def forward(context, x):
+            return x * 1
+
+        @staticmethod
+        def backward(context, grad):
+            thread = threading.Thread(target=step_theirs)
+            thread.start()
+            thread.join()
+            return grad
+
+    model = nn.Linear(2, 1)
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda model, batch: Innocent.apply(model(batch)).mean(), torch.ones(4, 2))
+    before = other.weight.detach().clone()
+    autoaccum.tune(job, target_batch=4)
+    autoaccum.Accumulator(job, by_hand(job, 4, 2)).step(torch.ones(4, 2))
+    assert not torch.equal(before, other.weight)
