@@ -49,6 +49,32 @@ class TrialRecord:
     samples_per_second: float | None = None
 
 
+_WHOLE = ("target_batch", "micro_batch", "accumulation_steps", "share", "rank", "world_size", "largest_fit", "budget_bytes", "headroom_bytes")
+_WHOLE_OR_NONE = (
+    "smallest_refused", "peak_bytes", "outside_bytes", "predicted_refusal", "target_tokens", "micro_tokens", "eval_batch", "eval_peak_bytes",
+)  # fmt: skip
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    """Raises `TypeError` for a figure of a plan that is no number, and for a word that is no text."""
+    device, trials = values["device"], values["trials"]
+    whole = [(name, values[name]) for name in _WHOLE]
+    whole += [(name, values[name]) for name in _WHOLE_OR_NONE if values.get(name) is not None]
+    whole += [(name, each) for name in ("micro_batches", "shares") for each in values[name]]
+    whole += [("device", device.total_bytes), ("device", device.free_bytes), *(("arithmetic", pair[0]) for pair in values["arithmetic"])]
+    whole += [("trials", number) for trial in trials for number in (trial.micro_batch, trial.accumulation_steps, trial.peak_bytes) if number is not None]
+    for name, value in whole:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} is {str(value)[:40]!r}, not a whole number")
+    numbers = [values["seconds"], values["samples_per_second"], *(trial.seconds for trial in trials), *(trial.samples_per_second for trial in trials)]
+    if not all(value is None or isinstance(value, (int, float)) for value in numbers):
+        raise TypeError("a time is no number")
+    texts = [device.kind, device.name, values.get("job", ""), values.get("allocator", ""), values["job_fingerprint"], *values["warnings"], *values["hints"]]
+    texts += [word for trial in trials for word in (trial.outcome, trial.phase)] + [pair[1] for pair in values["arithmetic"]]
+    if not all(isinstance(text, str) for text in texts):
+        raise TypeError("a text is none")
+
+
 @dataclass(frozen=True)
 class PlanRecord:
     """How one optimizer step over `target_batch` samples runs on one device, or on this rank's device.
@@ -139,6 +165,7 @@ class PlanRecord:
         values["device"] = PlannedDevice(**values["device"])
         values["trials"] = tuple(TrialRecord(**each) for each in values["trials"])
         values["shapes"] = {path: tuple(shape) for path, shape in values["shapes"].items()}
+        _check_types(values)
         values["fleet"] = Fleet.from_dict(values["fleet"]) if values.get("fleet") else None
         values["per_length"] = tuple((length, cls.from_dict(nested)) for length, nested in values.get("per_length", ()))
         values["arithmetic"] = tuple((bytes_, word) for bytes_, word in values["arithmetic"])
