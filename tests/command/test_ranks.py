@@ -25,6 +25,7 @@ def steps(rank, size, accumulation_steps):
     dist.all_reduce(total)
     if rank == 0:
         print(f"SEEN {total.item()}", flush=True)
+    dist.barrier()  # a rank that leaves while the others are still connected may end them
     dist.destroy_process_group()
 """
 
@@ -67,8 +68,8 @@ if __name__ == "__main__":
 
 
 def test_ranks_behind_torchrun_share_the_target(script):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port())]
-    finished = run("tune", "-b", 24, "--max-micro-batch", 6, "-d", "cpu", "--", *torchrun, script(LAUNCHED), "{micro_batch}", "{accumulation_steps}")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    finished = run("check", "-b", 24, "-m", 6, "-d", "cpu", "--", *torchrun, script(LAUNCHED), "{micro_batch}", "{accumulation_steps}")
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.startswith("24 = 6 x 2 on each of 2 ranks") and "runs on 2 ranks: the numbers are those of one rank" in finished.stdout
     assert set(seen(finished)) == {24}
@@ -77,7 +78,7 @@ def test_ranks_behind_torchrun_share_the_target(script):
 def test_ranks_that_no_launcher_names_are_seen_when_it_runs(script):
     """torch.multiprocessing.spawn says nothing in the command's words or in anyone's environment."""
     words = [sys.executable, script(SPAWNED), "{micro_batch}", "{accumulation_steps}", str(free_port())]
-    finished = run("tune", "-b", 24, "--max-micro-batch", 6, "-d", "cpu", "--json", "--", *words)
+    finished = run("check", "-b", 24, "-m", 6, "-d", "cpu", "--json", "--", *words)
     plan = document(finished)
     assert (plan["world_size"], plan["share"], plan["shares"], plan["micro_batches"]) == (2, 12, [12, 12], [6, 6]) and plan["effective_batch"] == 24
     assert seen(finished)[-1] == 24

@@ -203,19 +203,19 @@ def test_a_command_without_an_optimizer_step_is_told(trains):
 FINDS = """
 from {finder} import {name}
 try:
-    if options.size > 4:
+    if options.size > 1:
         raise RuntimeError("CUDA out of memory. Tried to allocate 2 GiB")
 except RuntimeError as error:
     assert {name}(error)
-    options.size = 4
+    options.size = 1
 model(torch.randn(options.size, 8)).mean().backward(); optimizer.step()
 """
 
 
 @pytest.mark.parametrize(("finder", "name"), [("accelerate.utils.memory", "should_reduce_batch_size"), ("lightning.pytorch.utilities.memory", "is_oom_error")])
 def test_a_batch_that_a_library_makes_smaller_does_not_count_as_the_size_asked_for(trains, finder, name):
-    plan = tune(trains(FINDS.format(finder=finder, name=name)), target=8)
-    assert plan.micro_batch == 4 and plan.smallest_refused == 8
+    plan = tune(trains(FINDS.format(finder=finder, name=name)), target=2)
+    assert plan.micro_batch == 1 and plan.smallest_refused == 2
     assert any("went on with a smaller one by itself" in warning for warning in plan.warnings)
 
 
@@ -248,9 +248,9 @@ def test_memory_that_is_less_at_a_larger_size_is_told(trains):
 
 def test_an_endless_script_is_tuned_by_the_seconds_that_it_trained(trains):
     words = trains("while True:\n    held = torch.ones(options.size, 2**18); model(torch.randn(options.size, 8)).mean().backward(); optimizer.step()")
-    finished = run("tune", "-b", 8, "-d", "cpu", "--trial-seconds", 0.5, "--timeout", 60, "--", *words)
-    assert finished.returncode == 0 and finished.stdout.startswith("8 = 8 x 1"), finished.stderr
-    hopeless = run("tune", "-b", 8, "-d", "cpu", "--timeout", 4, "--", *words)
+    finished = run("tune", "-b", 2, "-d", "cpu", "--trial-seconds", 0.5, "--timeout", 60, "--", *words)
+    assert finished.returncode == 0 and finished.stdout.startswith("2 = 2 x 1"), finished.stderr
+    hopeless = run("tune", "-b", 1, "-d", "cpu", "--timeout", 4, "--", *words)
     assert hopeless.returncode == 3 and "--trial-seconds" in hopeless.stderr  # the remedy, which was followed above
 
 
