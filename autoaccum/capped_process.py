@@ -2,12 +2,14 @@
 
     python capped_process.py REPORT_DESCRIPTOR OPTIONS WORD...
 
-OPTIONS is a JSON object: "data_bytes", RLIMIT_DATA of each process, or null; "most_bytes", what all processes together may hold, or null; "folder", the trial's own, removed here if the parent is gone.
+OPTIONS is a JSON object: "data_bytes", RLIMIT_DATA of each process, or null; "most_bytes", what all processes together may hold, or
+null; "parent", the process that waits for the report; "folder", the trial's own.
 It writes one JSON object to the report descriptor: "code", the exit code (negative for a signal), null if it was stopped; "over", true
 if the processes held more than they may; "ru_maxrss", the kernel's largest resident size of one process, in its unit;
 "together_bytes", the most that all processes held at one time; "world", the ranks that their environments tell, 0 for none.
 
-SIGTERM stops the command, and the death of the parent does, too. It is started by its path and imports nothing from autoaccum: a child
+SIGINT stops the command. SIGTERM and the death of the parent stop it too, and remove the trial's folder, which nobody else may be there to do.
+It is started by its path and imports nothing from autoaccum: a child
 inherits the kernel's figure of largest resident bytes from the process that forks it, and a parent that holds torch would pass on its own.
 """
 
@@ -32,17 +34,18 @@ _PAGE_BYTES = resource.getpagesize()
 def main() -> None:
     """Runs the command, and writes its report."""
     report, options, words = int(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
-    parent = os.getppid()
     if _LINUX:
         _prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: this process is told when its parent ends
         _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER: what a command leaves behind becomes our child, and is ended
+        if os.getppid() != options["parent"]:  # it ended before it could be noticed
+            return
     signal.pthread_sigmask(signal.SIG_BLOCK, _WAKING)
     pid = os.fork()
     if pid == 0:
         os.close(report)
         _become(words, options["data_bytes"])
     watch = _Watch(options["most_bytes"])
-    status, figures, over = _waited(pid, watch)
+    status, figures, over, signalled = _waited(pid, watch)
     told = {
         "code": None if status is None else os.waitstatus_to_exitcode(status),
         "over": over,
@@ -52,7 +55,8 @@ def main() -> None:
     }
     with contextlib.suppress(BrokenPipeError):  # the parent is gone
         os.write(report, json.dumps(told).encode())
-    if os.getppid() != parent:  # which can no longer do it
+    # Not asked by who the parent is now: while its threads die one by one, it still is.
+    if signalled not in (None, signal.SIGINT):
         import shutil
 
         shutil.rmtree(options["folder"], ignore_errors=True)
@@ -74,19 +78,20 @@ def _become(words: list[str], data_bytes: int | None) -> None:
         os._exit(127)
 
 
-def _waited(pid: int, watch: "_Watch") -> tuple[int | None, int, bool]:
-    """Waits for the command. Returns its status, None if it was stopped, its largest resident size, and if it was over the limit.
+def _waited(pid: int, watch: "_Watch") -> tuple[int | None, int, bool, int | None]:
+    """Waits for the command. Returns its status, None if it was stopped, its largest resident size, if it was over the limit, and the signal
+    that stopped it.
 
     No process of the command is left afterwards.
     """
-    status, largest, over, stopped = None, 0, False, False
-    while status is None and not over and not stopped:
+    status, largest, over, signalled = None, 0, False, None
+    while status is None and not over and signalled is None:
         woken = _signal_within(_SECONDS)
-        stopped = woken not in (None, signal.SIGCHLD)
+        signalled = None if woken == signal.SIGCHLD else woken
         for ended, ended_status, ended_largest in _reaped():
             if ended == pid:
                 status, largest = ended_status, ended_largest
-        if status is None and not stopped and _LINUX:
+        if status is None and signalled is None and _LINUX:
             over = watch.is_over()
     deadline = time.monotonic() + _LAST_SECONDS
     while time.monotonic() < deadline:
@@ -101,7 +106,7 @@ def _waited(pid: int, watch: "_Watch") -> tuple[int | None, int, bool]:
             largest = usage.ru_maxrss
         if ended == 0:
             _signal_within(_SECONDS)
-    return status, largest, over
+    return status, largest, over, signalled
 
 
 def _signal_within(seconds: float) -> int | None:

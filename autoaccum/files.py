@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import platform
 import stat
 import tempfile
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -46,22 +48,23 @@ def write_text(path: str | os.PathLike[str], text: str, *, mode: int = 0o666) ->
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        umask = os.umask(0)
-        os.umask(umask)
-        permissions = mode & ~umask
+        permissions = None
     else:
         if not stat.S_ISREG(status.st_mode):
             with open(path, "w", encoding="utf-8") as file:
                 file.write(text)
             return
         permissions = stat.S_IMODE(status.st_mode)
-    descriptor, temporary = tempfile.mkstemp(prefix=".autoaccum-", suffix=".tmp", dir=os.path.dirname(target))
+    # The name is unique, also in a folder that several machines share.
+    temporary = os.path.join(os.path.dirname(target), f".autoaccum-{platform.node()}.{os.getpid()}.{time.monotonic_ns()}.tmp")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     try:
         with open(descriptor, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())  # without it, the rename may reach the disk before the content
-        os.chmod(temporary, permissions)
+        if permissions is not None:
+            os.chmod(temporary, permissions)
         os.replace(temporary, target)
     except BaseException:
         with suppress(OSError):

@@ -12,7 +12,6 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from itertools import pairwise
@@ -24,7 +23,7 @@ from autoaccum.command.template import Template
 from autoaccum.command.written_files import WrittenFiles
 from autoaccum.devices import LINUX, STEADY_MALLOC, Budget, Cpu, Facts, Memory, make_budget, steady_wanted
 from autoaccum.errors import DeviceError, JobFailed, NoSuchDevice, UsageError, signal_name
-from autoaccum.probe import Equivalence, Limits, Outcome, Reading, Subject
+from autoaccum.probe import Equivalence, Limits, Outcome, Reading, Subject, own_program
 
 _LESS = 0.97  # a peak below this part of that of a smaller size is no noise
 
@@ -38,7 +37,7 @@ class RanksFound(Exception):
 
 
 class Command:
-    """A `Rehearser` whose trials are runs of a command. A context manager.
+    """A `Rehearser` whose trials are runs of a command. Between two runs nothing is left to put back.
 
     world: the ranks that it runs on, which share the device's memory on a CPU. on_output: called with the text that the command prints.
     Raises `JobFailed` if the command fails for another reason than memory.
@@ -51,12 +50,6 @@ class Command:
         self._steps: dict[int, int] = {}
         self._written: list[str] | None = None
         self.enforces = LINUX or self._facts.kind == "cuda"
-
-    def __enter__(self) -> Command:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Does nothing: every run has ended, and no state needs to be restored."""
 
     def subject(self) -> Subject:
         remarks = []
@@ -79,10 +72,19 @@ class Command:
         fingerprint = hashlib.sha256("\0".join(self._template.words).encode()).hexdigest()[:16]
         return Subject(self._facts, 0, fingerprint, (), 0, allocator, tuple(remarks))
 
+    def runs_on(self, world: int) -> None:
+        """Forgets the runs so far, whose numbers were for another number of ranks."""
+        self.world = world
+        self._peaks.clear()
+        self._steps.clear()
+
     def ignored_words(self) -> str:
         """A sentence for a command whose memory does not depend on the micro-batch."""
         low, high = min(self._peaks), max(self._peaks)
-        return f"the command takes as much at a micro-batch of {high} as at {low}: check that it reads the flags given, that memory depends on them, and that it does not make its batch smaller by itself"
+        return (
+            f"the command takes as much at a micro-batch of {high} as at {low}: check that it reads the flags given, that memory depends on them, "
+            "and that it does not make its batch smaller by itself"
+        )
 
     def budget(self, *, limited: bool = True) -> Budget:
         limit = self._limits.memory_bytes if limited else None
@@ -100,7 +102,7 @@ class Command:
         seconds = time.monotonic() - started
         if written is not None:
             self._written = written.since()
-        if found.world > 1 and found.world != self.world:
+        if found.world and found.world != self.world:
             raise RanksFound(found.world)
         peak = found.peak_bytes if self._facts.kind == "cpu" else None
         outcome, remarks = self._outcome(found, words, size)
@@ -228,9 +230,7 @@ def _device(label: str) -> tuple[Facts, Memory]:
         memory = cpu.memory()
         # The command is another process: none of its memory is held by this one.
         return cpu.facts, Memory(memory.total_bytes, memory.free_bytes, 0, 0, memory.others, memory.binding_limit)
-    # Without the current folder on its path, in which a json.py of the user's may lie.
-    ask = "import sys; sys.path[:] = [entry for entry in sys.path if entry] + sys.argv[1:2]; from autoaccum.cli import main; main(['devices', '--json'])"
-    listing = subprocess.run([sys.executable, "-c", ask, str(Path(__file__).parent.parent.parent)], capture_output=True, text=True, check=False)
+    listing = subprocess.run(own_program("from autoaccum.cli import main; main(['devices', '--json'])"), capture_output=True, text=True, check=False)
     if listing.returncode != 0:
         raise DeviceError(f"the devices could not be asked: {listing.stderr.strip() or listing.stdout.strip()}")
     rows = json.loads(listing.stdout)["devices"]

@@ -116,7 +116,7 @@ def run(
     pythonpath = os.pathsep.join(filter(None, [str(folder / "hook"), os.environ.get("PYTHONPATH")]))
     own = {"PYTHONPATH": pythonpath, "AUTOACCUM_EVIDENCE": str(folder / "evidence"), "TMPDIR": str(folder / "scratch")}
     report_in, report_out = os.pipe()
-    options = json.dumps({"data_bytes": data_bytes, "most_bytes": most_bytes, "folder": str(folder)})
+    options = json.dumps({"data_bytes": data_bytes, "most_bytes": most_bytes, "parent": os.getpid(), "folder": str(folder)})
     process = subprocess.Popen(
         [sys.executable, "-I", str(_PACKAGE / "capped_process.py"), str(report_out), options, *words],
         stdin=subprocess.DEVNULL,
@@ -140,7 +140,7 @@ def run(
                 if began is not None and now - began >= trial_s:
                     ended_for = "trained"
         if ended_for:
-            process.send_signal(signal.SIGTERM)
+            process.send_signal(signal.SIGINT)
         answered = select.select([report_in], [], [], _ENDING_SECONDS)[0]
         answer = os.read(report_in, 4096) if answered else b""
     finally:

@@ -11,7 +11,7 @@ from autoaccum.doors import lazily
 if TYPE_CHECKING:
     from autoaccum.probe import cache, refusals, search, variation
     from autoaccum.probe.cache import ReadingCache
-    from autoaccum.probe.child import Child, die_with_parent
+    from autoaccum.probe.child import Child, die_with_parent, own_program
     from autoaccum.probe.equivalence import compare_values
     from autoaccum.probe.evaluation import Evaluation, in_eval_mode
     from autoaccum.probe.readings import COMPARED_SAMPLES, Equivalence, Limits, Outcome, Progress, Reading, Rehearser, Subject, Trying
@@ -21,7 +21,7 @@ else:
     __getattr__ = lazily(
         __name__,
         cache="ReadingCache",
-        child="Child die_with_parent",
+        child="Child die_with_parent own_program",
         equivalence="compare_values",
         evaluation="Evaluation in_eval_mode",
         readings="COMPARED_SAMPLES Equivalence Limits Outcome Progress Reading Rehearser Subject Trying",

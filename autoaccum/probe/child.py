@@ -30,12 +30,8 @@ from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, S
 from autoaccum.window import PhaseCallback, Source
 
 _START_SECONDS = 5.0  # of Python and torch, which are not the job's
-_FOLDER = str(Path(__file__).parent.parent.parent)
-# Without the current folder on its path, in which a json.py of the user's may lie, until the job itself is loaded.
-WORKER = (
-    "import sys; folder = sys.argv.pop(1); sys.path[:] = [entry for entry in sys.path if entry]; folder in sys.path or sys.path.append(folder); "
-    "from autoaccum.worker import main; main(*map(int, sys.argv[1:4]))"
-)
+_FOLDER = str(Path(__file__).parent.parent.parent)  # in which the package lies
+_OWN = "import sys; folder = sys.argv.pop(1); sys.path[:] = [entry for entry in sys.path if entry]; folder in sys.path or sys.path.append(folder); "
 
 
 class _Died(Exception):
@@ -166,7 +162,7 @@ class Child:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, _FOLDER, str(theirs_in), str(theirs_out), str(os.getpid())],
+            own_program("from autoaccum.worker import main; main(*map(int, sys.argv[1:]))", theirs_in, theirs_out, os.getpid()),
             pass_fds=(theirs_in, theirs_out),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -277,6 +273,14 @@ class Child:
                 text = chunk.decode(errors="replace")
                 self._tail = (self._tail + text)[-4000:]
                 self._on_output(text)
+
+
+def own_program(code: str, *arguments: int) -> list[str]:
+    """The words that run code of ours in a process of its own. `sys` is imported in it, and `arguments` are in `sys.argv[1:]`.
+
+    The current folder is not on its path, in which a json.py of the user's may lie.
+    """
+    return [sys.executable, "-c", _OWN + code, _FOLDER, *map(str, arguments)]
 
 
 def _to_stderr(text: str) -> None:

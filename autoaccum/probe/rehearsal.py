@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -136,19 +137,27 @@ class Rehearsal:
     def _ran(self, trial: Callable[[PhaseCallback | None], Reading], size: int, steps: int, *, full: bool = False, in_place: bool = False) -> Reading:
         """Runs a trial in a copy of this process if there may be one, else here, and restores the job's state."""
         started = time.perf_counter()
-        if self._copies and not in_place and can_copy():
-            with self._interrupts.allowed():
-                try:
-                    return Reading.from_dict(in_copy(lambda on_phase: trial(on_phase).as_dict(), self._on_phase))
-                except CopyDied as death:
-                    seconds = time.perf_counter() - started
-                    return after_death(Reading(size, steps, "oom", death.phase, None, seconds, full=full), death.code)
-                except CopyHung:
-                    self._copies, self._hung = False, True
-                except CopyRaised:
-                    pass  # once more here, for the exception itself
+        try:
+            answer = None if in_place else self._in_copy(lambda on_phase: trial(on_phase).as_dict(), self._on_phase)
+        except CopyDied as death:
+            return after_death(Reading(size, steps, "oom", death.phase, None, time.perf_counter() - started, full=full), death.code)
+        if answer is not None:
+            return Reading.from_dict(answer)
         with self._here():
             return trial(self._on_phase)
+
+    def _in_copy(self, work: Callable[[PhaseCallback], dict[str, Any]], on_phase: PhaseCallback | None) -> dict[str, Any] | None:
+        """What `work` returned in a copy of this process; None if it has to run here. Raises `CopyDied`."""
+        if not self._copies or not can_copy():
+            return None
+        with self._interrupts.allowed():
+            try:
+                return in_copy(work, on_phase)
+            except CopyHung:
+                self._copies, self._hung = False, True
+            except CopyRaised:
+                pass  # once more here, for the exception itself
+        return None
 
     @contextmanager
     def _here(self) -> Iterator[None]:
@@ -172,14 +181,12 @@ class Rehearsal:
             with self._device.capped(self.budget().budget_bytes + self._aside_bytes) if self.enforces else nullcontext():
                 return equivalence.compare(self._jobs, samples)
 
-        if self._copies and can_copy():
-            with self._interrupts.allowed():
-                try:
-                    return Equivalence.from_dict(in_copy(lambda _: compared().as_dict(), None))
-                except (CopyDied, CopyHung):
-                    return None
-                except CopyRaised:
-                    pass
+        try:
+            answer = self._in_copy(lambda _: compared().as_dict(), None)
+        except CopyDied:
+            return None
+        if answer is not None:
+            return Equivalence.from_dict(answer)
         with self._here():
             return compared()
 

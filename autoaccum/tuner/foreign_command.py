@@ -76,7 +76,8 @@ def _over_ranks(
     on_output: Callable[[str], None],
 ) -> Plan:
     """The plan of a command over all its ranks. `planned` plans what one rank does; it runs again if there are other ranks than was assumed."""
-    assumed = world or launched_ranks(template.words) or 1
+    assumed, seen = world or launched_ranks(template.words) or 1, 0
+    command = Command(template, device, request.limits, world=assumed, on_output=on_output)
     while True:
         if request.samples % assumed:
             near = sorted({request.samples // assumed * assumed, -(-request.samples // assumed) * assumed} - {0})
@@ -84,26 +85,27 @@ def _over_ranks(
                 f"the command runs on {assumed} ranks, and a target batch of {request.samples} does not divide into {assumed} equal parts: "
                 f"{' or '.join(map(str, near))} does"
             )
-        of_rank = replace(request, target_batch=request.samples // assumed)
         try:
-            with Command(template, device, request.limits, world=assumed, on_output=on_output) as command:
-                plan = planned(command, of_rank)
+            plan = planned(command, replace(request, target_batch=request.samples // assumed))
             break
         except RanksFound as found:
             if world is not None:
                 raise UsageError(f"--world says {world}, and the command runs on {found.world} ranks: leave --world out, or correct it") from None
-            assumed = found.world
+            if seen:
+                raise UsageError(f"the command ran on {seen} ranks, and then on {found.world}: let it run on the same number in every trial") from None
+            assumed = seen = found.world
+            command.runs_on(assumed)
             trials.readings.clear()  # of steps that are not those of the target
             trials.known.clear()
     if assumed == 1:
         return plan
-    shared = " and their memory is counted together" if plan.device.kind == "cpu" else ""
+    shared = ", and their memory is counted together" if plan.device.kind == "cpu" else ""
     return replace(
         plan,
         target_batch=request.samples,
         shares=(plan.share,) * assumed,
         world_size=assumed,
-        hints=(f"the command runs on {assumed} ranks: the numbers are those of one rank,{shared}", *plan.hints),
+        hints=(f"the command runs on {assumed} ranks: the numbers are those of one rank{shared}", *plan.hints),
     )
 
 

@@ -14,8 +14,8 @@ from autoaccum.errors import JobError
 if TYPE_CHECKING:  # the command line imports this file without the cost of importing torch
     import torch
 
-# What a `fingerprint` identifies.
 _ASCENTS = ("first_step", "perturb_weights", "ascent_step")  # methods of SAM and its kin, which evaluate the loss at moved weights too
+# What a `fingerprint` identifies.
 FINGERPRINTED = ("the model's parameters", "the optimizer", "autocast", "max_grad_norm", "the scaler")
 
 

@@ -134,7 +134,8 @@ class _EvaluationState:
 def only_we_step(jobs: Sequence[Job], on_phase: PhaseCallback) -> Iterator[PhaseCallback]:
     """Context that raises `JobError` if an optimizer of the jobs' parameters steps inside backward, where each micro-batch would be a step of its own.
 
-    Other optimizers may step, as another thread does that trains something else. on_phase: as in `run`. Pass the yielded callback to `run` instead: it calls this one.
+    Other optimizers may step, as another thread does that trains something else.
+    on_phase: as in `run`. Pass the yielded callback to `run` instead: it calls this one.
     The context costs 36 microseconds a window, so training uses it for its first window only.
     """
     current_phase = ""

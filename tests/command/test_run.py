@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -37,13 +36,6 @@ def left_by(folder):
     return [pid for pid in (int((folder / name).read_text()) for name in ("one", "two")) if is_alive(pid)]
 
 
-def gone(folder, seconds=10):
-    deadline = time.monotonic() + seconds
-    while left_by(folder) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    return not left_by(folder)
-
-
 def a_run(words, **given):
     with trial_folder() as folder:
         settings = {"environment": {}, "data_bytes": None, "most_bytes": None, "timeout_s": None, "trial_s": None, "on_output": lambda text: None, **given}
@@ -71,7 +63,7 @@ def test_children_are_ended_when_autoaccum_is(tmp_path, name):
         assert line, "the command never started"
     tuning.send_signal(getattr(signal, name))
     assert tuning.wait(20) != 0
-    assert gone(tmp_path)
+    wait_until(lambda: not left_by(tmp_path), seconds=10)
     wait_until(lambda: not list((tmp_path / "temporary").iterdir()), seconds=10)
 
 

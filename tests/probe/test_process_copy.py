@@ -14,6 +14,7 @@ import autoaccum
 from autoaccum.devices.cpu import Cpu
 from autoaccum.probe import process_copy
 from tests import jobs
+from tests.command_line import wait_until
 from tests.digest import digest
 from tests.seen import Seen
 from tests.tuner.test_in_place import limit_for
@@ -148,8 +149,7 @@ def test_ctrl_c_ends_the_copy_too():
         time.sleep(60)
 
     def interrupt():
-        while not len(pids):
-            time.sleep(0.01)
+        wait_until(lambda: len(pids))
         os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=interrupt)
