@@ -41,7 +41,7 @@ class CopyDied(Exception):
 
 
 class CopyRaised(Exception):
-    """The function raised in the copy. The exception itself cannot be handed over whole."""
+    """The function raised in the copy, or there was none. The exception itself cannot be handed over whole."""
 
 
 class CopyHung(Exception):
@@ -68,7 +68,13 @@ def in_copy(work: Callable[[PhaseCallback], dict[str, Any]], on_phase: PhaseCall
     receive, send = os.pipe()
     # What a signal's handler raises while Python forks is lost, and after the fork it would leave the copy behind.
     unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError as error:  # no memory for its page tables, or no more processes
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+        os.close(receive)
+        os.close(send)
+        raise CopyRaised(f"no copy: {error.strerror}") from None
     if pid == 0:
         try:
             os.close(receive)

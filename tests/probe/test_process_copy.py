@@ -3,6 +3,8 @@
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -14,7 +16,7 @@ import autoaccum
 from autoaccum.devices.cpu import Cpu
 from autoaccum.probe import process_copy
 from tests import jobs
-from tests.command_line import wait_until
+from tests.command_line import ROOT, wait_until
 from tests.digest import digest
 from tests.seen import Seen
 from tests.tuner.test_in_place import limit_for
@@ -187,3 +189,16 @@ def test_a_size_that_failed_does_not_make_smaller_ones_fail():
 def test_bfloat16_under_a_limit_gives_one_answer():
     limit = limit_for(60)
     assert len({autoaccum.tune(conv_job(torch.bfloat16), target_batch=64, memory_limit=limit).micro_batches for _ in range(3)}) == 1
+
+
+def test_where_no_process_can_be_made_the_trials_run_here():
+    """And signals are as they were: a limit of the number of processes, which root does not have, stands for any reason."""
+    code = (
+        "import resource, signal, sys\nfrom autoaccum.probe import process_copy\n"
+        "import os; os.setuid(65534)\nresource.setrlimit(resource.RLIMIT_NPROC, (0, 0))\n"
+        "try: process_copy.in_copy(lambda _: {}, None)\nexcept process_copy.CopyRaised as error: print(error, signal.pthread_sigmask(signal.SIG_BLOCK, []))\n"
+    )
+    if os.getuid():
+        code = code.replace("import os; os.setuid(65534)\n", "")
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert finished.stdout.startswith("no copy: ") and finished.stdout.strip().endswith("set()"), finished.stderr
