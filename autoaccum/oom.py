@@ -185,6 +185,19 @@ def is_of_device(error: BaseException) -> bool:
     return type(error).__name__ == "AcceleratorError" or bool(re.search(r"\b(CUDA|HIP|XPU|MPS|CUBLAS|cuDNN|level_zero)\b.*(error|fail)", str(error), re.I))
 
 
+# A kernel that cannot count so many elements or blocks, however much memory there is. CUDA grids: 65535 blocks in two of three dimensions;
+# indices of 32 bits: https://github.com/pytorch/pytorch/issues/142228, https://github.com/pytorch/pytorch/issues/144824
+_KERNEL_LIMIT = re.compile(
+    r"invalid configuration argument|canUse32BitIndexMath|32.?bit index|INT_MAX|int32_t max|smaller than int32|without overflow|integer out of range"
+    r"|total bytes of NDArray > 2\*\*32|too large for 32",
+)
+
+
+def is_kernel_limit(error: BaseException) -> bool:
+    """True if `error` says that a kernel cannot take so many elements. Smaller sizes run, and the device is well."""
+    return any(type(link).__name__ in _CARRIERS and _KERNEL_LIMIT.search(str(link)) is not None for link in chain(error))
+
+
 # Messages of Gloo and NCCL for a collective that other ranks did not join: gloo/transport/tcp (pair.cc, unbound_buffer.cc), ProcessGroupNCCL.cpp.
 _LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Timed out waiting", "Read error", "NCCL communicator was aborted", "watchdog")
 

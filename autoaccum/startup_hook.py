@@ -3,8 +3,12 @@
 A trial puts a folder with a copy of this file on PYTHONPATH. Lines are appended to the file that AUTOACCUM_EVIDENCE names, at most one of
 each kind in a process: "python" (this file runs), "torch" (an optimizer can be seen to step), "step SECONDS" (the first step, on the monotonic clock), "steps N" (at
 the end), "world N" (a process group of N ranks), "shrunk NAME" (a finder of batch sizes met an out-of-memory and goes on with less),
-"refused N" (allocations that torch's CUDA allocator refused, at the end). It imports nothing from autoaccum, is read by whatever Python the
+"refused N" (allocations that torch's CUDA allocator refused, at the end), "used INDEX UUID PEAK" (a CUDA device on which it reserved memory,
+with its most, at the end), "uncapped INDEX" (one whose cap is not in force). It imports nothing from autoaccum, is read by whatever Python the
 command has, and never fails: what it cannot see is not written.
+
+It also caps what torch may reserve on a CUDA device at AUTOACCUM_CAP_BYTES, where that is set. The environment's PYTORCH_CUDA_ALLOC_CONF says
+the same, and a script may overwrite it.
 """
 
 from __future__ import annotations
@@ -64,6 +68,28 @@ def _watch_ranks(module: Any) -> None:
     module.init_process_group = init_process_group
 
 
+def _cap_cuda(module: Any) -> None:
+    cap_bytes = int(os.environ.get("AUTOACCUM_CAP_BYTES", 0))
+    if not cap_bytes:
+        return
+    set_fraction, set_device = module.set_per_process_memory_fraction, module.set_device
+
+    def set_per_process_memory_fraction(fraction: float, device: Any = None) -> None:
+        index = module._utils._get_device_index(device, optional=True)
+        set_fraction(min(fraction, cap_bytes / module.get_device_properties(index).total_memory), device)
+
+    def cap() -> None:  # the current device alone: a cap makes a context, which takes memory
+        module.set_per_process_memory_fraction(1.0, module.current_device())
+
+    def set_device_and_cap(device: Any) -> None:
+        set_device(device)
+        if module.is_initialized():
+            cap()
+
+    module.set_per_process_memory_fraction, module.set_device = set_per_process_memory_fraction, set_device_and_cap
+    module._lazy_call(cap)  # when CUDA is first used
+
+
 def _watch_finder(name: str, finder: str) -> Callable[[Any], None]:
     """A function `name(error)` that says whether to go on with a smaller batch."""
 
@@ -84,6 +110,7 @@ def _watch_finder(name: str, finder: str) -> Callable[[Any], None]:
 _WATCHED: dict[str, Callable[[Any], None]] = {
     "torch.optim.optimizer": _watch_steps,
     "torch.distributed.distributed_c10d": _watch_ranks,
+    "torch.cuda": _cap_cuda,
     "accelerate.utils.memory": _watch_finder("should_reduce_batch_size", "accelerate's find_executable_batch_size (auto_find_batch_size of Transformers)"),
     "lightning.pytorch.utilities.memory": _watch_finder("is_oom_error", "Lightning's BatchSizeFinder"),
     "pytorch_lightning.utilities.memory": _watch_finder("is_oom_error", "Lightning's BatchSizeFinder"),
@@ -121,6 +148,15 @@ class _Finder:
         return spec
 
 
+def _tell_device(cuda: Any, index: int, peak: int) -> None:
+    properties = cuda.get_device_properties(index)
+    _write(f"used {index} {getattr(properties, 'uuid', '-')} {peak}")
+    cap_bytes = int(os.environ.get("AUTOACCUM_CAP_BYTES", 0))
+    get_fraction = getattr(cuda, "get_per_process_memory_fraction", None)  # torch 2.8 and later
+    if cap_bytes and get_fraction is not None and get_fraction(index) * properties.total_memory > cap_bytes + 2**21:
+        _write(f"uncapped {index}")
+
+
 def _at_the_end() -> None:
     if _steps:
         _write(f"steps {_steps}")
@@ -130,6 +166,9 @@ def _at_the_end() -> None:
             refused = sum(cuda.memory_stats(index).get("num_ooms", 0) for index in range(cuda.device_count()))
             if refused:
                 _write(f"refused {refused}")
+            for index in range(cuda.device_count()):
+                if peak := cuda.max_memory_reserved(index):
+                    _tell_device(cuda, index, peak)
     except Exception:
         pass  # no torch, or a device that is lost
 

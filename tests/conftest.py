@@ -1,3 +1,4 @@
+import gc
 import os
 import signal
 
@@ -22,6 +23,16 @@ settings.load_profile("without a clock")
 def nothing_remembered(tmp_path, monkeypatch):
     """Nothing of the user's is read or written, and every test searches anew."""
     monkeypatch.setenv("AUTOACCUM_CACHE_DIR", str(tmp_path / "readings"))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def earlier_objects_frozen():
+    """What was imported and made before a file's tests is left out of garbage collections, of which every trial makes two: with all
+    libraries loaded a full one takes half a second."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def pytest_collection_modifyitems(items):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,7 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from autoaccum import devices, oom
-from autoaccum.command.run import Run, run, trial_folder
+from autoaccum.command.run import Evidence, Run, UsedDevice, run, trial_folder
 from autoaccum.command.template import Template
 from autoaccum.command.written_files import WrittenFiles
 from autoaccum.devices import LINUX, STEADY_MALLOC, Budget, Cpu, Facts, Memory, make_budget, steady_wanted
@@ -104,16 +105,31 @@ class Command:
             self._written = written.since()
         if found.world and found.world != self.world:
             raise RanksFound(found.world)
-        peak = found.peak_bytes if self._facts.kind == "cpu" else None
+        peak = found.peak_bytes if self._facts.kind == "cpu" else self._peak_on_device(found.evidence)
         outcome, remarks = self._outcome(found, words, size)
+        if self._facts.kind != "cpu" and outcome == "fits":
+            remarks += _on_the_cap(found.evidence)
         if outcome == "fits" and peak is not None and peak > allowed.budget_bytes:
             outcome = "over-budget"
         if outcome in ("fits", "over-budget"):
             self._check_steps(size, found)
-            if peak is not None:
+            if peak is not None and self._facts.kind == "cpu":
                 self._peaks[size] = peak
-        # The peak of a command on a GPU cannot be measured from outside, and that of one that was ended is not whole.
+        # The peak of a command that was ended is not whole.
         return Reading(size, steps, outcome, "command", peak if outcome in ("fits", "over-budget") else None, seconds, remarks=remarks)
+
+    def _peak_on_device(self, evidence: Evidence) -> int | None:
+        """The most that a process reserved on the device. Raises `UsageError` if the command trained on another one."""
+        if not evidence.used:
+            return None
+        here = [each for each in evidence.used if _is(self._facts, each)]
+        if not here and self.world == 1:
+            other = evidence.used[0]
+            raise UsageError(
+                f"the command trained on cuda:{other.index} and the memory that counts is that of {self._facts.label}: take --device cuda:{other.index}, or let the "
+                f"command train on {self._facts.label}"
+            )
+        return max(each.peak_bytes for each in here or evidence.used)
 
     def _outcome(self, found: Run, words: Sequence[str], size: int) -> tuple[Outcome, tuple[str, ...]]:
         """The outcome as far as the run alone tells it, and remarks. Raises `JobFailed` if the command failed for another reason than memory."""
@@ -208,9 +224,7 @@ class Command:
             # each is stopped only where the machine has no more.
             data_bytes, most_bytes = max(self.budget(limited=False).budget_bytes, cap_bytes), cap_bytes
         elif self._facts.kind != "cpu":
-            fraction = min(cap_bytes / self._memory.total_bytes, 1.0)
-            settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF", "")
-            environment["PYTORCH_CUDA_ALLOC_CONF"] = ",".join(filter(None, [settings, f"per_process_memory_fraction:{fraction:.6f}"]))
+            environment |= _capping(cap_bytes, self._memory.total_bytes)
         return run(
             words,
             folder,
@@ -221,6 +235,35 @@ class Command:
             trial_s=self._limits.trial_s,
             on_output=self._on_output,
         )
+
+
+_FRACTION = re.compile(r"per_process_memory_fraction:\s*([0-9.]+)")
+
+
+def _capping(cap_bytes: int, total_bytes: int) -> dict[str, str]:
+    """The environment under which torch reserves no more than the cap: the user's settings of the allocator with ours, under both of its names."""
+    settings = os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or ""
+    fraction = min(cap_bytes / total_bytes, *map(float, _FRACTION.findall(settings)), 1.0)
+    merged = ",".join(
+        [*(word for word in re.split(r",(?![^\[]*\])", settings) if word and not _FRACTION.match(word.strip())), f"per_process_memory_fraction:{fraction:.6f}"]
+    )
+    return {"PYTORCH_CUDA_ALLOC_CONF": merged, "PYTORCH_ALLOC_CONF": merged, "AUTOACCUM_CAP_BYTES": str(int(fraction * total_bytes))}
+
+
+def _on_the_cap(evidence: Evidence) -> tuple[str, ...]:
+    """A remark if it is not certain that the cap held inside the command."""
+    if evidence.uncapped:
+        return ("the command lifted the limit on its CUDA memory while it ran, so that it fits is not certain: let it not set a memory fraction",)
+    if not evidence.used:
+        return (
+            "nothing was seen of CUDA memory inside the command (no Python with torch that ended by itself), so it is not certain that the limit held: leave headroom",
+        )
+    return ()
+
+
+def _is(facts: Facts, used: UsedDevice) -> bool:
+    """True if a process of the command used this device. Numbers differ where it set CUDA_VISIBLE_DEVICES itself."""
+    return used.uuid == facts.uuid if used.uuid is not None and facts.uuid is not None else used.index == facts.index
 
 
 def _device(label: str) -> tuple[Facts, Memory]:

@@ -30,12 +30,27 @@ _ENDING_SECONDS = 10.0  # within which capped_process has ended everything
 
 
 @dataclass(frozen=True)
+class UsedDevice:
+    """A CUDA device that a process used. index: in that process. uuid: None if its torch does not tell it. peak_bytes: the most it reserved."""
+
+    index: int
+    uuid: str | None
+    peak_bytes: int
+
+    @classmethod
+    def read(cls, words: str) -> UsedDevice:
+        index, uuid, peak = words.split()
+        return cls(int(index), None if uuid == "-" else uuid, int(peak))
+
+
+@dataclass(frozen=True)
 class Evidence:
     """What a command's Python processes wrote down (see `startup_hook`).
 
     is_python: True if a process is Python. shows_steps: True if one imported torch, so that steps of an optimizer would be seen. stepped_at: when the first was made, on the
     monotonic clock. steps: the most in one process. world: ranks of a process group. shrunk: what goes on with a smaller batch after an
-    out-of-memory, and did. refused: allocations that torch's CUDA allocator refused.
+    out-of-memory, and did. refused: allocations that torch's CUDA allocator refused. used: the CUDA devices on which memory was reserved.
+    uncapped: True if the cap was not in force at the end on one of them.
     """
 
     is_python: bool = False
@@ -45,6 +60,8 @@ class Evidence:
     world: int = 0
     shrunk: str = ""
     refused: int = 0
+    used: tuple[UsedDevice, ...] = ()
+    uncapped: bool = False
 
     @classmethod
     def read(cls, path: Path) -> Evidence:
@@ -61,6 +78,8 @@ class Evidence:
             max(map(int, found.get("world", ())), default=0),
             next(iter(found.get("shrunk", ())), ""),
             sum(map(int, found.get("refused", ()))),
+            tuple(UsedDevice.read(value) for value in found.get("used", ())),
+            "uncapped" in found,
         )
 
 

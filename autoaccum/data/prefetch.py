@@ -1,18 +1,23 @@
 """`feed`: moves the micro-batches of a window from the host to the device, one at a time.
 
-The effective batch stays on the host. On CUDA, the next micro-batch is copied while the current one computes.
+The effective batch stays on the host. On CUDA, the next micro-batch is copied while the current one computes. When the window's last
+micro-batch has been fed, nothing of the caller's memory is read any more, so it may be written to.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from autoaccum import oom
 from autoaccum.data import batches
 
 Piece = tuple[Any, int]
+_log = logging.getLogger("autoaccum")
+_can_pin = True  # False once no pinned host memory was left
 
 
 def feed(pieces: Iterable[Piece], device: torch.device) -> Iterable[Piece]:
@@ -56,14 +61,40 @@ def _ahead(pieces: Iterable[Piece], device: torch.device) -> Iterator[Piece]:
 
 def _copied_ahead(remaining: Iterator[Piece], device: torch.device, stream: torch.cuda.Stream) -> Iterator[Piece]:
     upcoming = _copied(next(remaining, None), device, stream)
+    borrowed: torch.cuda.Event | None = None  # the copy of what the caller pinned: it is read until then
     while upcoming is not None:
-        moved, samples, arrived = upcoming
+        moved, samples, arrived, is_borrowed = upcoming
+        borrowed = arrived if is_borrowed else borrowed
         # Starts the copy before the current piece's kernels are queued. The copy waits for the kernels that were queued earlier,
         # because it may reuse their memory. Then it runs in parallel with the current piece.
         upcoming = _copied(next(remaining, None), device, stream)
         torch.cuda.current_stream(device).wait_event(arrived)
         yield moved, samples
         del moved  # or this piece would stay allocated until the next one is yielded
+    if borrowed is not None:
+        borrowed.synchronize()
+
+
+def pinned(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor in pinned memory; the tensor itself if no pinned memory is left, which has nothing to do with the device's."""
+    global _can_pin
+    if not _can_pin:
+        return tensor
+    try:
+        return tensor.pin_memory()
+    except RuntimeError as error:
+        if oom.verdict(error) != "oom":
+            raise
+        _can_pin = False
+        _log.warning("no pinned host memory is left (%s): batches are copied to the device from ordinary memory from now on", str(error).splitlines()[0])
+        return tensor
+
+
+class _Moved(NamedTuple):
+    batch: Any
+    samples: int
+    arrived: torch.cuda.Event
+    is_borrowed: bool  # True if the copy reads memory that the caller pinned
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}
@@ -75,13 +106,15 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return _streams[device]
 
 
-def _copied(piece: Piece | None, device: torch.device, stream: torch.cuda.Stream) -> tuple[Any, int, torch.cuda.Event] | None:
+def _copied(piece: Piece | None, device: torch.device, stream: torch.cuda.Stream) -> _Moved | None:
     if piece is None:
         return None
     batch, samples = piece
+    is_borrowed = False
     compute_stream = torch.cuda.current_stream(device)
 
     def copy(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal is_borrowed
         if tensor.device == device:
             return tensor
         if type(tensor) is not torch.Tensor or tensor.device.type != "cpu" or tensor.layout != torch.strided or tensor.requires_grad:
@@ -93,11 +126,15 @@ def _copied(piece: Piece | None, device: torch.device, stream: torch.cuda.Stream
         free.record(compute_stream)
         stream.wait_event(free)
         with torch.cuda.stream(stream):
-            target.copy_(tensor if tensor.is_pinned() else tensor.pin_memory(), non_blocking=True)
+            if tensor.is_pinned():
+                is_borrowed = True
+                target.copy_(tensor, non_blocking=True)
+            else:
+                target.copy_(pinned(tensor), non_blocking=True)
         return target
 
     free = torch.cuda.Event()
     moved = batches.changed(batch, copy)
     arrived = torch.cuda.Event()
     arrived.record(stream)
-    return moved, samples, arrived
+    return _Moved(moved, samples, arrived, is_borrowed)

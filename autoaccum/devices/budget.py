@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from autoaccum.devices.memory import Memory
+from autoaccum.devices.memory import FRACTION, HOST, Memory
 from autoaccum.units import MIB, in_words, parse_headroom
 
 
@@ -24,6 +24,9 @@ class Budget:
 
 
 SHARED = "shared by ranks"  # as a binding limit: other ranks of the job use parts of the free memory of this device
+
+# The name of what is not explained otherwise, by binding limit.
+_REST = {SHARED: "in use or other ranks'", FRACTION: "in use or beyond the memory fraction", HOST: "in use on the host"}
 
 LEAST_GPU_HEADROOM = 256 * MIB
 
@@ -69,7 +72,7 @@ def budget_terms(budget: Budget) -> tuple[tuple[int, str], ...]:
         (memory.total_bytes, first_term),
         *others,
         *context,
-        *(((unexplained, "in use or other ranks'" if memory.binding_limit == SHARED else "in use"),) if unexplained > 0 else ()),
+        *(((unexplained, _REST.get(memory.binding_limit, "in use")),) if unexplained > 0 else ()),
         *buckets,
         headroom,
     )

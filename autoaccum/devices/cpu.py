@@ -144,6 +144,9 @@ class _Peak:
     """The kernel's high-water mark VmHWM, which each lap resets."""
 
     def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
         self._most = 0
         _CLEAR_REFS.write_text("5")  # resets VmHWM to VmRSS
 

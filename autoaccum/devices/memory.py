@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+PHYSICAL, FRACTION, HOST = "physical", "memory fraction", "host memory"  # binding limits
+
 
 @dataclass(frozen=True)
 class Consumer:
@@ -24,7 +26,8 @@ class Memory:
     ours_bytes: memory that this process holds: the allocator's reserved bytes on a GPU, resident bytes on a CPU.
     outside_bytes: memory that this process holds outside of its allocator (context, libraries); None if unknown.
     others: other processes that hold memory of the device, largest first; only the known ones.
-    binding_limit: the limit that sets free_bytes: "physical", a cgroup's path, "cap".
+    binding_limit: the limit that sets free_bytes: "physical", a cgroup's path, "cap", "memory fraction" (that the caller has set),
+        "host memory" (of a device that shares it with the host).
     """
 
     total_bytes: int

@@ -17,6 +17,9 @@ class Watch(Protocol):
     def lap_bytes(self) -> int:
         """The peak of `live_bytes` since the last lap. Starts a new lap."""
 
+    def restart(self) -> None:
+        """Forgets the peaks and the retries so far."""
+
     def retries(self) -> int:
         """How many times the allocator flushed its cache and retried an allocation since the watch started."""
 

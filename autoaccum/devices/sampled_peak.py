@@ -33,6 +33,10 @@ class SampledPeak:
             lap, self._lap = self._lap, 0
         return lap
 
+    def restart(self) -> None:
+        with self._lock:
+            self._most = self._lap = 0
+
     def retries(self) -> int:
         return 0
 

@@ -70,8 +70,12 @@ class Xpu:
 
 class _Peak:
     def __init__(self, index: int) -> None:
-        self._index, self._most = index, 0
-        torch.xpu.reset_peak_memory_stats(index)
+        self._index = index
+        self.restart()
+
+    def restart(self) -> None:
+        self._most = 0
+        torch.xpu.reset_peak_memory_stats(self._index)
 
     def peak_bytes(self) -> int:
         return max(self._most, int(torch.xpu.max_memory_reserved(self._index)))

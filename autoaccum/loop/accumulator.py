@@ -29,10 +29,12 @@ from autoaccum.window import (
     accumulation,
     as_jobs,
     batch_norms,
+    captured,
     differing,
     fingerprint,
     optimizer_step,
     per_token,
+    replays_graphs,
 )
 
 Loss = Callable[[Any, Any], Any]
@@ -156,6 +158,9 @@ class Accumulator:
         if self._tokens is not None:
             self._jobs = tuple(job if job.loss is _no_loss else per_token(job) for job in self._jobs)
         self._short, self._begun = 0, False
+        self._graphs: list[bool] = []
+        self._captured: str | None = None  # what runs one size only
+        self._one_size = 0
         self._turn = threading.Lock()
         self._first = FirstWindows.of(self._plan, self._jobs)
 
@@ -221,8 +226,13 @@ class Accumulator:
                 self._first = None
         self._rescuer.begin()
         results = []
-        for index, (job, stats) in enumerate(zip(self._jobs, self._stats)):
-            run = partial(accumulation.run, job, loss or job.loss, device=job.device, scaler=job.scaler, stats=stats)
+        if not self._begun:
+            self._graphs = [job.device.type == "cuda" and replays_graphs(job.model, loss or job.loss) for job in self._jobs]
+            self._captured = next(filter(None, (captured(job.model, loss or job.loss) for job in self._jobs)), None)
+        if self._captured is not None:
+            sizes = partial(self._of_one_size, sizes)
+        for index, (job, stats, graphs) in enumerate(zip(self._jobs, self._stats, self._graphs)):
+            run = partial(accumulation.run, job, loss or job.loss, device=job.device, scaler=job.scaler, stats=stats, graphs=graphs)
             attempt = run if self._begun else _watched(job, run)
             try:
                 result = self._run_job(index, announcement, window, sizes, attempt)
@@ -245,6 +255,17 @@ class Accumulator:
         if self._team is not None:
             self._team.went_by(any(result.rescued is not None for result in results))
         return results[0] if len(results) == 1 else tuple(results)
+
+    def _of_one_size(self, sizes: Callable[[Window, int], Sequence[int]], window: Window, most: int) -> Sequence[int]:
+        cut = sizes(window, most)
+        self._one_size = self._one_size or cut[0]
+        if set(cut) - {self._one_size}:
+            raise UsageError(
+                f"{self._captured} was captured by torch.cuda.make_graphed_callables and runs one batch size only, here {self._one_size}, and a window of "
+                f"{window.samples} samples would run in micro-batches of {cut[0]} to {cut[-1]}: tune with equal=True before it is captured, and leave a smaller "
+                "last window out with plan.windows(loader, drop_last=True)"
+            )
+        return cut
 
     def _run_job(
         self,

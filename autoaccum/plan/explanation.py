@@ -11,7 +11,13 @@ from autoaccum.plan.notation import runs, window_notation
 from autoaccum.plan.record import PlanRecord, TrialRecord
 from autoaccum.units import duration_in_words, in_words, number, seconds_in_words, unit_for
 
-_OUTCOMES = {"oom": "ran out in {phase}", "over-budget": "took {peak}", "killed": "was killed by the system in {phase}", "timeout": "did not finish in time"}
+_OUTCOMES = {
+    "oom": "ran out in {phase}",
+    "over-budget": "took {peak}",
+    "killed": "was killed by the system in {phase}",
+    "timeout": "did not finish in time",
+    "kernel-limit": "is more than a kernel can take",
+}
 
 
 def lines(plan: PlanRecord) -> Iterator[str]:

@@ -28,7 +28,7 @@ SCHEMA = "autoaccum.readings/1"
 FOLDER = "AUTOACCUM_CACHE_DIR"
 _TEMPORARY_PREFIX = ".autoaccum-"  # of a file that is not yet complete
 _MAX_READINGS = 64  # of one job
-_STORED_OUTCOMES = ("fits", "over-budget", "oom", "killed")  # a timeout says nothing about memory
+_STORED_OUTCOMES = ("fits", "over-budget", "oom", "killed", "kernel-limit")  # a timeout says nothing about memory
 _NOISE_BYTES = 4 * MIB  # on a CPU, the peaks of two processes that do the same differ by up to this much
 _STALE_S = 3600.0  # no process still writes a temporary file of this age
 

@@ -14,7 +14,7 @@ from autoaccum.devices import Budget, Device
 from autoaccum.errors import UsageError
 from autoaccum.probe import trial
 from autoaccum.probe.readings import Reading
-from autoaccum.window import Job, PhaseCallback, is_compiled
+from autoaccum.window import Job, PhaseCallback
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def measure_evaluation(
         forward_bytes = listener.watch.lap_bytes() - aside_bytes
         del held
 
-    with torch.compiler.set_stance("force_eager" if is_compiled(jobs) else "default"):  # it would compile for every size
+    with torch.compiler.set_stance("force_eager" if any(job.is_compiled for job in jobs) else "default"):  # it would compile for every size
         ended = trial.attempt(
             jobs, device, evaluate, samples, allowed=allowed, enforce=enforce, aside_bytes=aside_bytes, timeout_s=timeout_s, on_phase=on_phase
         )

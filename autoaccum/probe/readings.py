@@ -13,7 +13,7 @@ from typing import Any, Literal, Protocol
 from autoaccum.devices import Budget, Facts
 from autoaccum.errors import JobFailed, signal_name
 
-Outcome = Literal["fits", "over-budget", "oom", "killed", "timeout"]
+Outcome = Literal["fits", "over-budget", "oom", "killed", "timeout", "kernel-limit"]
 COMPARED_SAMPLES = 8  # enough to distinguish the causes, few enough to be cheap
 
 
@@ -46,6 +46,7 @@ class Reading:
     """The result of one trial.
 
     micro_batch, accumulation_steps: the size that was tried, and the accumulation steps of its window.
+    outcome: "kernel-limit" is a size that a kernel cannot count, however much memory there is.
     phase: the last phase that was reached: "batch", "forward", "backward", "clip" (unscaling and clipping), "step".
     peak_bytes: the peak of the trial; None if the process ended before it could report it.
     seconds: the time of the whole trial.

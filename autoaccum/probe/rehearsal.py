@@ -13,13 +13,25 @@ import torch
 
 from autoaccum.data import batches, tokens
 from autoaccum.devices import RLIMIT, SHARED, Budget, Device, kept_data_limit, make_budget
-from autoaccum.errors import PlanError
+from autoaccum.errors import JobError, PlanError
 from autoaccum.probe import conditions, equivalence
 from autoaccum.probe.evaluation import Evaluation, measure_evaluation
 from autoaccum.probe.process_copy import CopyDied, CopyHung, CopyRaised, can_copy, in_copy
 from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject, after_death
 from autoaccum.probe.trial import gradient_bytes, measure
-from autoaccum.window import Interrupts, Job, PhaseCallback, Snapshot, as_jobs, batch_norms, fingerprint, is_compiled, per_token, preserved
+from autoaccum.window import (
+    Interrupts,
+    Job,
+    PhaseCallback,
+    Snapshot,
+    as_jobs,
+    batch_norms,
+    captured,
+    fingerprint,
+    per_token,
+    preserved,
+    put_back_after,
+)
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -45,6 +57,12 @@ class Rehearsal:
         self._jobs, self._device, self._snapshot, self._interrupts, self._limits, self._on_phase = jobs, device, snapshot, interrupts, limits, on_phase
         if limits.per_token:
             self._jobs = tuple(map(_end_to_end, jobs))
+        for job in jobs:
+            if (name := captured(job.model, job.loss)) is not None:
+                raise JobError(
+                    f"{name} was captured by torch.cuda.make_graphed_callables and runs one batch size only, so no other can be tried: tune before it is "
+                    "captured, with equal=True, and capture it at plan.micro_batch"
+                )
         snapshot.rewind()
         # Memory that only the trials need: the earlier gradients, and the copies if they lie in the measured memory.
         self._aside_bytes = snapshot.gradient_bytes + (snapshot.host_bytes if device.shared_with_host else 0)
@@ -70,8 +88,18 @@ class Rehearsal:
             remarks.append(f"the parameters are on several devices; only {self._jobs[0].device} was measured")
         if any(job.autocast is torch.float16 and job.scaler is None for job in self._jobs):
             remarks.append("autocast to float16 without a GradScaler: small gradients vanish, and an inf goes into the weights; give scaler=, or use bfloat16")
-        if not self._device.exact_peak:
+        if self._device.facts.kind == "cuda" and not self._device.exact_peak:
+            remarks.append(
+                "the allocator in use keeps no statistics (CUDAPluggableAllocator, RMM): memory is the driver's figure for the whole card, and nothing stops a "
+                "trial that is too big; leave some headroom, or tune with torch's own allocator"
+            )
+        elif not self._device.exact_peak:
             remarks.append("the peak is sampled on this system, not exact: leave some headroom")
+        if self._device.facts.kind == "cuda" and torch.backends.cudnn.benchmark:
+            remarks.append(
+                "cudnn.benchmark is on: each new size is searched for its quickest kernels, which takes what memory is free; that was left out of the peaks, "
+                "and training meets it at every size that is new to it"
+            )
         if self._hung:
             remarks.append("a copy of this process hung, probably on a lock that another thread held: trials ran in this process, where running out may end it")
         return Subject(
@@ -113,7 +141,7 @@ class Rehearsal:
             )
 
         # A copy would compile for itself alone, and training again.
-        return self._ran(trial, micro_batches[0], len(micro_batches), full=full, in_place=full and is_compiled(self._jobs))
+        return self._ran(trial, micro_batches[0], len(micro_batches), full=full, in_place=full and any(job.is_compiled for job in self._jobs))
 
     def evaluate(self, samples: int, trained: int) -> Reading:
         """Runs one trial of an evaluation: `samples` samples forward, after a step of `trained`. Restores the job's state."""
@@ -163,11 +191,8 @@ class Rehearsal:
     def _here(self) -> Iterator[None]:
         """Context in which the job's code runs in this process; its state is restored at the end."""
         self._snapshot.used()
-        try:
-            with self._interrupts.allowed():
-                yield
-        finally:
-            self._snapshot.rewind()
+        with put_back_after(self._snapshot.rewind), self._interrupts.allowed():
+            yield
 
     def sample_tokens(self) -> int:
         """The tokens of one of the job's samples, padding included. Restores the job's state, because it makes a batch."""

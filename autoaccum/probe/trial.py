@@ -24,7 +24,9 @@ from autoaccum.devices import Budget, Device, Watch
 from autoaccum.errors import AutoaccumError, JobError, noted
 from autoaccum.probe import variation
 from autoaccum.probe.readings import Outcome, Reading
-from autoaccum.window import Job, PhaseCallback, WindowResult, WindowStart, accumulation, forget, is_compiled, optimizer_step
+from autoaccum.window import Job, PhaseCallback, WindowResult, WindowStart, accumulation, forget, optimizer_step
+
+_SETTLING = 2  # windows whose retries of the allocator do not count; one that still retries in later ones is slow
 
 
 class _TimedOut(Exception):
@@ -89,6 +91,9 @@ def measure(
     durations: list[float] = []
     remarks: tuple[str, ...] = ()
     stepped = [False] * len(jobs)
+    searches = device.facts.kind == "cuda" and torch.backends.cudnn.benchmark
+    if searches and len(set(micro_batches[:2])) > 1:
+        to_run.append(to_run[-1])  # each size has a search of its own
     held: list[int] = []  # after each whole window
     taken: list[int] = []  # by each of the largest micro-batches, but those of the first window, in which libraries begin
 
@@ -106,6 +111,12 @@ def measure(
             results, seconds = _window(jobs, device, batch, sizes, scalers, listener)
             durations.append(seconds)
             stepped = [before or not result.skipped for before, result in zip(stepped, results)]
+            if len(durations) <= _SETTLING and (listener.watch.retries() or (searches and len(durations) < len(to_run))):
+                # A library's search for kernels takes what is free, once, and may flush the allocator's cache. Training goes on without.
+                if len(durations) == len(to_run):
+                    to_run.append(sizes)
+                device.release()
+                listener.watch.restart()
             if base_bytes is None:
                 base_bytes = device.live_bytes() - aside_bytes + (gradient_bytes(jobs) if steps > 1 else 0)
                 remarks = _remarks(results, largest)
@@ -123,7 +134,7 @@ def measure(
 
     # A compiled model would be compiled again for every size. So the search runs it in eager mode. Only a confirming
     # run and a window in one piece compile. The stance is set before the cap, because compilers inherit a memory limit.
-    eager = is_compiled(jobs) and not full and steps > 1
+    eager = any(job.is_compiled for job in jobs) and not full and steps > 1
     with torch.compiler.set_stance("force_eager" if eager else "default"):
         ended = attempt(jobs, device, train, largest, allowed=allowed, enforce=enforce, aside_bytes=aside_bytes, timeout_s=timeout_s, on_phase=on_phase)
     if ended.outcome in ("fits", "over-budget") and not all(stepped):
@@ -131,6 +142,8 @@ def measure(
             f"the gradients are inf or nan at a micro-batch of {largest}: the scaler skipped every optimizer step, so the optimizer's memory "
             "could not be measured; give a batch with usual values"
         )
+    if ended.remark:
+        remarks += (ended.remark,)
     if ended.outcome == "fits":
         remarks += variation.spread_remark(taken, largest, len(durations))
         remarks += variation.growth_remark(held, allowed.budget_bytes - ended.peak_bytes, shared_with_host=device.shared_with_host)
@@ -154,7 +167,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Ended:
-    """How a trial ended. The fields are those of `Reading`."""
+    """How a trial ended. The fields are those of `Reading`. remark: of a trial that a kernel's limit ended, else ""."""
 
     outcome: Outcome
     phase: str
@@ -162,6 +175,7 @@ class Ended:
     activation_bytes: int | None
     seconds: float
     doubtful: bool
+    remark: str
 
 
 def attempt(
@@ -187,7 +201,7 @@ def attempt(
     device.release()
     held_before = device.live_bytes()
     outcome: Outcome = "fits"
-    doubtful = False
+    doubtful, remark = False, ""
     started = time.perf_counter()
     with device.watch() as watch:
         listener = PhaseListener(watch, device.live_bytes, on_phase, timeout_s)
@@ -201,6 +215,8 @@ def attempt(
             taken_bytes = watch.peak_bytes() - held_before
             if isinstance(error, _TimedOut):
                 outcome = "timeout"
+            elif oom.is_kernel_limit(error):
+                outcome, remark = "kernel-limit", f"a kernel cannot take a micro-batch of {samples}, whatever memory there is ({_first_line(error)})"
             elif oom.is_oom(error, left_bytes=left_bytes, taken_bytes=taken_bytes):
                 outcome, doubtful = "oom", oom.verdict(error) == "ask-device"
             else:
@@ -213,8 +229,12 @@ def attempt(
     device.release()
     if outcome == "fits" and (peak_bytes > allowed.budget_bytes or retried):
         outcome = "over-budget"
-    activation_bytes = None if outcome in ("oom", "timeout") or listener.activation_bytes is None else listener.activation_bytes - aside_bytes
-    return Ended(outcome, listener.phase, peak_bytes, activation_bytes, time.perf_counter() - started, doubtful)
+    activation_bytes = None if outcome in ("oom", "timeout", "kernel-limit") or listener.activation_bytes is None else listener.activation_bytes - aside_bytes
+    return Ended(outcome, listener.phase, peak_bytes, activation_bytes, time.perf_counter() - started, doubtful, remark)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 def step_once(jobs: Sequence[Job], device: Device, samples: int, listener: PhaseListener) -> list[torch.Tensor]:

@@ -36,6 +36,7 @@ def finished(reading: Reading) -> str:
         "over-budget": "fits the device but not the budget",
         "oom": f"ran out of memory in {reading.phase}",
         "killed": f"was killed by the system in {reading.phase}",
+        "kernel-limit": "is more than a kernel can take",
         "timeout": f"did not finish in time, it was in {reading.phase}",
     }[reading.outcome]
     if not reading.limited:

@@ -37,7 +37,7 @@ from autoaccum.virtual.advice import with_advice
 from autoaccum.virtual.estimate import Estimate
 from autoaccum.virtual.phantom import Phantom
 from autoaccum.virtual.tapes import PIECES, JobTapes
-from autoaccum.window import Job, PhaseCallback, batch_norms, fingerprint, is_compiled, per_token
+from autoaccum.window import Job, PhaseCallback, batch_norms, fingerprint, per_token
 
 _SIZES = 1 << 36  # the search ends at this micro-batch
 
@@ -316,7 +316,7 @@ class Simulation:
             )
         if torch.backends.cudnn.benchmark and any(isinstance(module, torch.nn.modules.conv._ConvNd) for job in self._jobs for module in job.model.modules()):
             messages.append("cudnn.benchmark is on: while cuDNN tries out kernels it takes up to all that is free, so the peak of a real card may be any")
-        if is_compiled(self._jobs):
+        if any(job.is_compiled for job in self._jobs):
             messages.append("a compiled model was simulated as it is written: what the compiler fuses may take less, and sometimes more")
         return tuple(messages)
 

@@ -18,8 +18,7 @@ from autoaccum.window import weights
 from autoaccum.window.batch_norm import RunningStats
 from autoaccum.window.job import Job
 from autoaccum.window.optimizer_step import clip, scaled_step, step_with_closure, unmark
-from autoaccum.window.phases import PhaseCallback, silent
-from autoaccum.window.result import WindowGradients, WindowLoss, WindowResult
+from autoaccum.window.result import PhaseCallback, WindowGradients, WindowLoss, WindowResult, silent
 from autoaccum.window.weights import SeparateTerms, scale_gradients
 
 
@@ -33,6 +32,7 @@ def run(
     scaler: Any = None,
     stats: RunningStats | None = None,
     crossing: WindowVote | None = None,
+    graphs: bool | None = None,
     on_phase: PhaseCallback = silent,
 ) -> WindowResult:
     """Runs forward and backward for every micro-batch of a window, then one optimizer step.
@@ -44,6 +44,7 @@ def run(
     scaler: a GradScaler, or None.
     stats: corrects BatchNorm's running statistics; None leaves them uncorrected.
     crossing: the vote of all ranks on this window; None if there is one rank only.
+    graphs: True if CUDA graphs are replayed (see `compiled`); None for what the job's own model and loss do.
     on_phase: called at the start of each phase: forward, backward, sync (gradients are reduced across ranks), clip (everything
         from there to the first optimizer's step), step.
     Raises `JobError` for a loss of the wrong kind. Exceptions from the job's own code pass through unchanged.
@@ -51,7 +52,7 @@ def run(
 
     def evaluated(on_phase: PhaseCallback) -> WindowGradients:
         with stats.corrected() if stats is not None else nullcontext():
-            return gradients(job, loss, pieces, samples=samples, device=device, scaler=scaler, stats=stats, crossing=crossing, on_phase=on_phase)
+            return gradients(job, loss, pieces, samples=samples, device=device, scaler=scaler, stats=stats, crossing=crossing, graphs=graphs, on_phase=on_phase)
 
     try:
         return _stepped(job, evaluated, samples if crossing is None else crossing.samples, scaler, on_phase)
@@ -89,6 +90,7 @@ def gradients(
     scaler: Any = None,
     stats: RunningStats | None = None,
     crossing: WindowVote | None = None,
+    graphs: bool | None = None,
     on_phase: PhaseCallback = silent,
 ) -> WindowGradients:
     """Runs forward and backward for every micro-batch, and reduces gradients and loss across ranks.
@@ -103,6 +105,8 @@ def gradients(
     of_samples, of_count = (float(samples), sum(counted)) if crossing is None else crossing.owed(counted)
     for parameter in _graded(job):  # backward adds to gradients that are left from before
         parameter.grad = None
+    graphs = job.replays_graphs if graphs is None else graphs
+    zeros = _zero_gradients(job) if graphs else []
     if crossing is not None:
         crossing.gather()
     losses: list[torch.Tensor] = []
@@ -117,13 +121,17 @@ def gradients(
             stats.share(size / samples)
         batch = batches.copied(batches.move(piece, device, non_blocking=True))
         with _ALONE if crossing is None else crossing.around(last=index == crosses):
+            if graphs:
+                torch.compiler.cudagraph_mark_step_begin()
             if autocast is None:
                 returned = loss(job.model, batch)
             else:
                 with autocast:
                     returned = loss(job.model, batch)
+            if graphs:
+                returned = _copied(returned)
             if index == 0 and weights.has_terms(returned):
-                apart = SeparateTerms(list(_graded(job)), over_ranks=crossing is not None)
+                apart = SeparateTerms(list(_graded(job)), over_ranks=crossing is not None, graphs=graphs)
             if apart is not None:
                 terms = weights.terms(returned, samples=size, of_samples=of_samples, counted_by_user=bool(counted))
                 on_phase("backward", index)
@@ -149,6 +157,9 @@ def gradients(
                     counts.append(count)
                 del value
         del returned, batch, piece  # frees graph and activations before the next micro-batch
+    for parameter, zero in zeros:
+        if parameter.grad is zero and zero._version == 0:  # backward did not come here, and without a gradient no optimizer steps it
+            parameter.grad = None
     if apart is not None and apart.has_one_denominator:
         counts = apart.counts()
     by_term: dict[str, WindowLoss] = {}
@@ -174,6 +185,20 @@ def gradients(
         # With a scaler the gradients are still scaled; the multiplication keeps that scale.
         scale_gradients([parameter.grad for parameter in _graded(job) if parameter.grad is not None], factor)
     return WindowGradients(window_loss, count_of_all, index + 1, by_term)
+
+
+def _zero_gradients(job: Job) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Gives each tensor that trains a gradient of zeros, to which backward adds: https://github.com/pytorch/pytorch/issues/169545"""
+    zeros = [(parameter, torch.zeros_like(parameter)) for parameter in _graded(job) if parameter.requires_grad]
+    for parameter, zero in zeros:
+        parameter.grad = zero
+    return zeros
+
+
+def _copied(returned: Any) -> Any:
+    """What the loss returned, in memory of its own. The same tensor stays the same: terms of a loss may share their count."""
+    copies: dict[int, torch.Tensor] = {}
+    return batches.changed(returned, lambda tensor: copies.setdefault(id(tensor), tensor.clone()))
 
 
 _ALONE: AbstractContextManager[object] = nullcontext()

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from autoaccum.errors import JobError
+from autoaccum.window import compiled
 
 if TYPE_CHECKING:  # the command line imports this file without the cost of importing torch
     import torch
@@ -191,6 +192,16 @@ class Job:
         stepped_ids = {id(p) for group in self._groups() for p in group["params"]}
         return [p for p in self.model.parameters() if p.requires_grad and id(p) not in stepped_ids]
 
+    @property
+    def is_compiled(self) -> bool:
+        """True if `torch.compile` compiles a part of the model or of the loss."""
+        return compiled.is_compiled(self.model, self.loss)
+
+    @cached_property
+    def replays_graphs(self) -> bool:
+        """True if CUDA graphs are replayed in this job. Found out at first use, as `idle` is."""
+        return self.device.type == "cuda" and compiled.replays_graphs(self.model, self.loss)
+
     def _groups(self) -> list[dict[str, Any]]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
@@ -210,12 +221,6 @@ def as_jobs(jobs: Job | Sequence[Job]) -> tuple[Job, ...]:
     if len({job.device for job in as_tuple}) > 1:
         raise JobError(f"jobs that run in turn must be on one device, not on {' and '.join(str(job.device) for job in as_tuple)}")
     return as_tuple
-
-
-def is_compiled(jobs: Sequence[Job]) -> bool:
-    """True if `torch.compile` wraps a model or a part of it, or if `model.compile()` was called."""
-    modules = [module for job in jobs for module in job.model.modules()]
-    return any(hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None for module in modules)
 
 
 def fingerprint(jobs: Sequence[Job]) -> str:

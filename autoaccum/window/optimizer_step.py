@@ -11,8 +11,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoaccum.errors import JobError
 from autoaccum.window.job import Job
-from autoaccum.window.phases import PhaseCallback, silent
-from autoaccum.window.result import WindowGradients
+from autoaccum.window.result import PhaseCallback, WindowGradients, silent
 
 
 def unmark(job: Job, scaler: Any) -> None:

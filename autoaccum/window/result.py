@@ -1,10 +1,20 @@
-"""The result of a window: its loss, the figures of its gradient, and the outcome of its optimizer step."""
+"""What a window tells: the phases that begin while it runs, and its result, that is its loss, the figures of its gradient, and the outcome of
+its optimizer step."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+
+# Called with the phase that begins ("batch", "forward", "backward", "sync", "clip", "step") and the index of the micro-batch.
+PhaseCallback = Callable[[str, int], None]
+
+
+def silent(phase: str, index: int) -> None:
+    """A `PhaseCallback` that does nothing."""
+
 
 _HALVES = (torch.float16, torch.bfloat16)
 

@@ -21,7 +21,7 @@ import torch
 
 from autoaccum import oom
 from autoaccum.devices import Cpu
-from autoaccum.errors import DeviceError
+from autoaccum.errors import DeviceError, noted
 from autoaccum.units import in_words
 from autoaccum.window.interrupts import Interrupts, deferred_interrupts
 from autoaccum.window.job import Job, as_jobs
@@ -184,13 +184,24 @@ def preserved(jobs: Job | Sequence[Job], *, parameters: bool = True) -> Iterator
     state is restored, because a half-restored model is useless. Outside the main thread no signal arrives.
     """
     snapshot = Snapshot(as_jobs(jobs), parameters=parameters)
-    with deferred_interrupts() as interrupts:
+    with deferred_interrupts() as interrupts, put_back_after(snapshot.put_back):
+        snapshot.rewind()
+        snapshot.used()
+        yield snapshot, interrupts
+
+
+@contextmanager
+def put_back_after(put_back: Callable[[], None]) -> Iterator[None]:
+    """Context that calls `put_back` at the end. If both fail, what was raised inside stays the last exception, with a note of the other."""
+    try:
+        yield
+    except BaseException as error:
         try:
-            snapshot.rewind()
-            snapshot.used()
-            yield snapshot, interrupts
-        finally:
-            snapshot.put_back()
+            put_back()
+        except DeviceError as lost:
+            noted(error, f"autoaccum: {lost}")
+        raise
+    put_back()
 
 
 def _holds_training_state(item: Any) -> bool:
@@ -215,6 +226,17 @@ def same_content(storage: torch.UntypedStorage, content: torch.UntypedStorage) -
     """True if the storage holds these bytes."""
     now = storage if storage.device.type == "cpu" else storage.cpu()
     return torch.equal(*(torch.empty(0, dtype=torch.uint8).set_(content_bytes) for content_bytes in (now, content)))  # type: ignore[call-overload]
+
+
+_ROW = 4096  # elements of a row of the table that `digest` sums
+
+
+def digest(storage: torch.UntypedStorage) -> torch.Tensor:
+    """Sums of a storage's bytes on its own device: of every row and of every column of a table. One tensor, a thousandth of the storage's size."""
+    whole = storage.nbytes() // (4 * _ROW) * _ROW
+    table = torch.empty(0, dtype=torch.int32, device=storage.device).set_(storage, 0, (whole // _ROW, _ROW))  # type: ignore[call-overload]
+    rest = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 4 * whole, (storage.nbytes() - 4 * whole,))  # type: ignore[call-overload]
+    return torch.cat([table.sum(dim=1, dtype=torch.int64), table.sum(dim=0, dtype=torch.int64), rest.long()])
 
 
 def write_content(storage: torch.UntypedStorage, content: torch.UntypedStorage) -> None:

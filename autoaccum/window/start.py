@@ -14,8 +14,9 @@ from collections.abc import Iterable, Sequence
 import torch
 
 from autoaccum import oom
+from autoaccum.devices import Cpu
 from autoaccum.errors import DeviceError
-from autoaccum.units import MIB
+from autoaccum.units import MIB, in_words
 from autoaccum.window import optimizer_step, snapshot
 from autoaccum.window.job import Job
 from autoaccum.window.rng_state import RngState
@@ -122,30 +123,51 @@ class WindowStart:
 
 
 class _Large:
-    """A tensor too large to copy before every window: its memory is copied when its version changed."""
+    """A tensor too large to copy before every window: its memory is copied when its version changed.
+
+    Whether it changed is found out on its own device. Where the host has no memory for the copy, there is none: a window that changes the
+    tensor cannot run again then.
+    """
 
     _PROOFS, _AGAIN = 3, 64
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self._tensor, self._version = tensor.detach(), -1
         self._content: torch.UntypedStorage | None = None
+        self._digest: torch.Tensor | None = None  # of a tensor that is not on the host, and of one without a copy
         self._counted = True  # False once the content changed without a change of the version
         self._notes = 0
 
     def note(self) -> None:
         self._notes += 1
         version = self._tensor._version
-        if self._content is not None and version == self._version and self._counted:
+        if self._version >= 0 and version == self._version and self._counted:
             if self._notes > self._PROOFS and self._notes % self._AGAIN:
                 return
-            self._counted = snapshot.same_content(self._tensor.untyped_storage(), self._content)
+            self._counted = self._is_same()
             if self._counted:
                 return
-        self._content, self._version = snapshot.host_copy(self._tensor.untyped_storage()), version
+        storage = self._tensor.untyped_storage()
+        self._content, self._version = None, version  # the old copy is freed before the new one is made
+        has_room = storage.nbytes() <= Cpu().memory(who=False).free_bytes
+        self._content = snapshot.host_copy(storage) if has_room else None
+        self._digest = snapshot.digest(storage) if storage.device.type != "cpu" or not has_room else None
 
     def put_back(self) -> None:
         if self._content is not None:
             snapshot.write_content(self._tensor.untyped_storage(), self._content)
+        elif self._version >= 0 and not self._is_same():
+            raise DeviceError(
+                f"a window ran out of memory after it had changed a buffer of {in_words(self._tensor.untyped_storage().nbytes())}, which had no copy because the "
+                "host had no memory for one, so it cannot run again: load your last checkpoint, and free host memory or train with on_oom='raise'"
+            )
+
+    def _is_same(self) -> bool:
+        storage = self._tensor.untyped_storage()
+        if self._digest is not None:
+            now = snapshot.digest(storage)
+            return now.shape == self._digest.shape and torch.equal(now, self._digest)
+        return self._content is not None and snapshot.same_content(storage, self._content)
 
 
 class _Unwritable:

@@ -140,11 +140,11 @@ class SeparateTerms:
     terms share one denominator, their gradients are added up in `.grad`, as for one term. Otherwise each denominator has gradients of
     its own, and one backward for each: exact, for the price of one more set of gradients and one more backward per further denominator.
     Pairs share a denominator if their counts are the same tensor.
-    parameters: everything that backward may give a gradient. over_ranks: True if gradients cross ranks.
+    parameters: everything that backward may give a gradient. over_ranks: True if gradients cross ranks. graphs: True if CUDA graphs are replayed.
     """
 
-    def __init__(self, parameters: Sequence[torch.Tensor], *, over_ranks: bool) -> None:
-        self._parameters, self._over_ranks = parameters, over_ranks
+    def __init__(self, parameters: Sequence[torch.Tensor], *, over_ranks: bool, graphs: bool = False) -> None:
+        self._parameters, self._over_ranks, self._graphs = parameters, over_ranks, graphs
         self._names: list[str] = []
 
     def _begin(self, terms: Sequence[Term]) -> None:
@@ -154,6 +154,11 @@ class SeparateTerms:
         self._values: dict[str, list[torch.Tensor]] = {name: [] for name in self._names}
         self._counts: list[list[torch.Tensor | float]] = [[] for _ in self._groups]
         self._gradients: list[list[torch.Tensor | None]] = [[None] * len(parameters) for _ in self._groups]
+        if self._graphs and len(self._groups) > 1:
+            raise JobError(
+                f"CUDA graphs run one backward for each forward, and the terms {', '.join(self._names)} have {len(self._groups)} denominators: return every term "
+                "with the same count tensor, or every term as a mean over samples, or compile without CUDA graphs"
+            )
         if self._over_ranks and len(self._groups) > 1:
             raise JobError(
                 f"over several ranks all terms of a loss need one denominator, and {', '.join(self._names)} have {len(self._groups)}: return every term as "

@@ -84,6 +84,9 @@ class Simulated:
         lap, self._lap = max(self._lap, self.held_bytes()), 0
         return lap
 
+    def restart(self):
+        self._most = self._lap = 0
+
     def retries(self):
         return 0
 

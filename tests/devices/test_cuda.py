@@ -5,6 +5,7 @@ Cards are given in torch's order, which is not NVML's: CUDA_VISIBLE_DEVICES reor
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from autoaccum.devices import budget_terms, cuda, make_budget, nvml
 from autoaccum.devices.cuda import Cuda
 from autoaccum.devices.memory import Consumer
 from autoaccum.errors import MemoryUnknown
@@ -35,9 +37,12 @@ class Card:
     most_reserved: int = 0
     most_allocated: int = 0
     retries: int = 0
+    integrated: bool = False
+    has_context: bool = True
+    pluggable: bool = False
 
     def properties(self) -> SimpleNamespace:
-        known = SimpleNamespace(name=self.name, total_memory=self.total)
+        known = SimpleNamespace(name=self.name, total_memory=self.total, is_integrated=int(self.integrated))
         if self.uuid:
             known.uuid = self.uuid
         if self.pci:
@@ -48,6 +53,11 @@ class Card:
         if self.refuses:
             raise self.refuses
         return self.free, self.total
+
+    def held(self) -> int:
+        if self.pluggable:
+            raise RuntimeError("CUDAPluggableAllocator does not yet support getDeviceStats. If you need it, please file an issue describing your use case.")
+        return self.reserved
 
     def set_fraction(self, fraction: float) -> None:
         self.fraction = fraction
@@ -65,7 +75,7 @@ def show(monkeypatch: pytest.MonkeyPatch, *cards: Card) -> None:
     functions = {
         "get_device_properties": lambda index: cards[index].properties(),
         "mem_get_info": lambda index: cards[index].mem_get_info(),
-        "memory_reserved": lambda index: cards[index].reserved,
+        "memory_reserved": lambda index: cards[index].held(),
         "memory_allocated": lambda index: cards[index].allocated,
         "max_memory_reserved": lambda index: cards[index].most_reserved,
         "max_memory_allocated": lambda index: cards[index].most_allocated,
@@ -76,6 +86,9 @@ def show(monkeypatch: pytest.MonkeyPatch, *cards: Card) -> None:
     }
     for name, function in functions.items():
         monkeypatch.setattr(torch.cuda, name, function, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_hasPrimaryContext", lambda index: cards[index].has_context, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: any(card.has_context for card in cards))
+    monkeypatch.setattr(cuda, "_contexts", {})
 
 
 def t4(**more: Any) -> Card:
@@ -197,6 +210,107 @@ def test_a_cap_is_the_allocators_and_ends_with_the_block(monkeypatch: pytest.Mon
     with Cuda(1).capped(3 * GIB):
         assert card.fraction * card.total == 3 * GIB
     assert card.fraction == 0.75
+
+
+def test_the_callers_own_memory_fraction_is_a_limit_and_stays_one_inside_a_cap(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a shared card one may take half of it: 7.5 GiB, of which 2 are reserved."""
+    card = t4(fraction=0.5, reserved=2 * GIB)
+    show(monkeypatch, card)
+    memory = Cuda(0).memory()
+    assert (memory.free_bytes, memory.ours_bytes, memory.binding_limit) == (int(5.5 * GIB), 2 * GIB, "memory fraction")
+    assert any(name == "in use or beyond the memory fraction" for _, name in budget_terms(make_budget(memory, kind="cuda")))
+    with Cuda(0).capped(12 * GIB):
+        assert card.fraction == 0.5
+    with Cuda(0).capped(3 * GIB):
+        assert card.fraction * card.total == 3 * GIB
+    assert card.fraction == 0.5
+
+
+def test_a_fraction_in_the_environment_is_known_to_a_torch_that_cannot_tell_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = t4()
+    show(monkeypatch, card)
+    monkeypatch.delattr(torch.cuda, "get_per_process_memory_fraction")
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True,per_process_memory_fraction:0.25")
+    assert Cuda(0).memory().free_bytes == int(0.25 * 15 * GIB)
+    with Cuda(0).capped(3 * GIB):
+        assert card.fraction < 0.25
+    assert card.fraction == 0.25
+
+
+def test_a_card_that_shares_the_hosts_memory_has_no_more_than_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """GB10: the driver counts 100 GiB as free, and the host has less available."""
+    show(monkeypatch, Card("NVIDIA GB10", 2**50, 2**49, integrated=True))
+    memory = Cuda(0).memory()
+    assert memory.free_bytes < 2**49 and memory.binding_limit == "host memory"
+
+
+def test_the_context_is_measured_around_its_creation_where_nvml_hides_our_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a container the card's use is told, and not whose it is."""
+    card = t4(has_context=False)
+    show(monkeypatch, card)
+    answers = iter([3000 * MIB, 3000 * MIB + 480 * MIB + 2 * MIB])
+    monkeypatch.setattr(Cuda, "_driver", lambda self: nvml.DriverAnswer(total_bytes=15 * GIB, used_bytes=next(answers, 5000 * MIB)))
+    device = Cuda(0)
+    assert device.memory().outside_bytes is None
+    monkeypatch.setattr(torch.cuda, "device", lambda index: nullcontext())
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: torch.zeros(2, 2))
+    answers = iter([3482 * MIB])
+    card.hold(2 * MIB, 2 * MIB)
+    device.prepare()
+    assert device.memory().outside_bytes == 480 * MIB
+    card.has_context = True
+    assert Cuda(0).memory().outside_bytes == 480 * MIB  # the context is there once in a process
+
+
+def test_an_allocator_without_statistics_gets_the_drivers_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDAPluggableAllocator, as RMM sets it: no peak, no cap, and no end."""
+    card = t4(pluggable=True)
+    show(monkeypatch, card)
+    device = Cuda(0)
+    assert (device.exact_peak, device.enforces) == (False, False) and "pluggable" in device.allocator
+    memory = device.memory()
+    assert (memory.free_bytes, memory.ours_bytes, memory.outside_bytes) == (11 * GIB, 4 * GIB, 0)
+    assert device.held_bytes() == device.live_bytes() == 4 * GIB
+    with device.capped(3 * GIB), device.watch() as peak:
+        card.free -= GIB
+        assert peak.peak_bytes() == 5 * GIB
+        card.free += GIB
+        peak.restart()
+        assert peak.peak_bytes() == 4 * GIB
+    assert card.fraction == 1
+
+
+def test_another_error_of_the_statistics_is_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    show(monkeypatch, t4())
+
+    def lost(index: int) -> int:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lost)
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        Cuda(0)
+
+
+def test_a_peak_that_is_restarted_forgets_what_was_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = t4()
+    show(monkeypatch, card)
+    with Cuda(0).watch() as peak:
+        card.hold(allocated=9 * GIB, reserved=10 * GIB)
+        peak.lap_bytes()
+        card.hold(allocated=1 * GIB, reserved=1 * GIB)
+        card.retries += 3
+        peak.restart()
+        card.hold(allocated=2 * GIB, reserved=3 * GIB)
+        assert (peak.peak_bytes(), peak.lap_bytes(), peak.retries()) == (3 * GIB, 2 * GIB, 0)
+
+
+def test_pinned_memory_that_is_cached_on_the_host_goes_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    show(monkeypatch, t4())
+    emptied: list[str] = []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: emptied.append("card"))
+    monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: emptied.append("host"), raising=False)
+    Cuda(0).release()
+    assert emptied == ["card", "host"]
 
 
 def test_a_cap_ends_also_when_the_block_raises(monkeypatch: pytest.MonkeyPatch) -> None:

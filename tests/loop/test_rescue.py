@@ -6,8 +6,10 @@ import math
 import random
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -16,6 +18,7 @@ from torch import nn
 
 import autoaccum
 from autoaccum.devices.cpu import Cpu
+from autoaccum.errors import DeviceError
 from autoaccum.loop.rescue import Rescued
 from tests import jobs
 from tests.digest import digest
@@ -282,6 +285,33 @@ def test_buffers_of_every_kind_and_what_is_kept_come_back():
     assert same_training(job, straight) and torch.equal(kept.weight, theirs.weight)
     a, b = dict(job.model.named_buffers()), dict(straight.model.named_buffers())
     assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("changes", [False, True])
+def test_where_the_host_has_no_memory_for_copies_only_a_window_that_changed_a_large_buffer_ends(monkeypatch, changes):
+    """Quantised weights never change; a queue does."""
+
+    class Holding(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("packed", torch.zeros(600_000, dtype=torch.int32))
+
+        def forward(self, inputs):
+            if changes:
+                self.packed.data[0] += 1
+            return inputs
+
+    torch.manual_seed(9)
+    model = nn.Sequential(Holding(), *network())
+    job = autoaccum.Job(model, torch.optim.Adam(model.parameters()), noisy_loss, ())
+    host = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=host.total, available=MIB, percent=99.0))
+    data, traps = [jobs.pairs(24, 6) for _ in range(3)], {1: [("backward", 1)]}
+    if changes:
+        with pytest.raises(DeviceError, match=r"a buffer of 2 MiB, which had no copy .*load your last checkpoint"):
+            run(job, by_hand(job, 24, 8), data, traps)
+    else:
+        assert [each.rescued is not None for each in run(job, by_hand(job, 24, 8), data, traps)] == [False, True, False]
 
 
 def test_of_two_jobs_the_second_is_rescued_alone():

@@ -1,6 +1,9 @@
 """One rehearsal, measured, undone."""
 
 import gc
+import time
+import warnings
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -8,8 +11,10 @@ import torch
 import autoaccum
 from autoaccum import oom
 from autoaccum.devices.cpu import Cpu
+from autoaccum.errors import JobFailed
 from autoaccum.probe.readings import Limits
 from autoaccum.probe.rehearsal import rehearsing
+from autoaccum.window import snapshot
 from tests import jobs
 from tests.seen import Seen
 
@@ -135,6 +140,7 @@ def test_a_doubtful_failure_is_judged_by_the_peak_not_by_what_is_left_afterwards
 
 def test_the_collector_is_as_it_was_before_and_after(rehearse):
     """Inside, it looks at what trials left alone; who had frozen objects keeps them frozen."""
+    gc.unfreeze()  # conftest has frozen what was there before
     frozen = Seen()
 
     def loss(model, batch):
@@ -150,3 +156,131 @@ def test_the_collector_is_as_it_was_before_and_after(rehearse):
         assert gc.get_freeze_count() > 0.9 * theirs  # some were freed
     finally:
         gc.unfreeze()
+
+
+class Searching(Cpu):
+    """A device on whose first `searches` windows a library's search takes 2 GiB and has the allocator flush its cache."""
+
+    def __init__(self, searches, always=False):
+        super().__init__()
+        self._searches, self._always = searches, always
+        self.windows = self.released = 0
+
+    @contextmanager
+    def watch(self):
+        with super().watch() as inner:
+            yield _Counted(self, inner)
+
+    def release(self):
+        self.released += 1
+        super().release()
+
+    def synchronize(self):
+        self.windows += 0.5  # before and after each
+
+    @property
+    def flushes(self):
+        return self.windows if self._always else min(self.windows, self._searches)
+
+
+class _Counted:
+    def __init__(self, device, inner):
+        self._device, self._inner = device, inner
+        self.restart()
+
+    def restart(self):
+        self._before = self._device.flushes
+        self._inner.restart()
+
+    def peak_bytes(self):
+        return self._inner.peak_bytes() + (2048 * MIB if self.retries() else 0)
+
+    def lap_bytes(self):
+        return self._inner.lap_bytes()
+
+    def retries(self):
+        return self._device.flushes - self._before
+
+
+@pytest.mark.parametrize("windows", [(4,), (4, 4), (4, 3)])
+@pytest.mark.parametrize("searches", [0, 1, 2])
+def test_a_search_for_kernels_that_flushes_the_cache_once_condemns_no_size(windows, searches):
+    device = Searching(searches)
+    with rehearsing(jobs.small(), device, Limits(Cpu().held_bytes() + 1024 * MIB)) as rehearsal:
+        for full in (False, True):
+            device.windows = 0
+            reading = measure_here(rehearsal, windows, full)
+            assert reading.fits and reading.peak_bytes < 2048 * MIB
+
+
+def measure_here(rehearsal, windows, full):
+    rehearsal._copies = False  # the device counts in this process
+    return rehearsal.measure(windows, full=full)
+
+
+def test_a_size_that_flushes_the_cache_in_every_window_stays_refused():
+    with rehearsing(jobs.small(), Searching(0, always=True), Limits()) as rehearsal:
+        reading = measure_here(rehearsal, (4, 4), False)
+    assert reading.outcome == "over-budget"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "CUDA error: invalid configuration argument\nCUDA kernel errors might be asynchronously reported",
+        "Expected canUse32BitIndexMath(input) && canUse32BitIndexMath(output) to be true, but got false.",
+        "nonzero is not supported for tensors with more than INT_MAX elements, See https://github.com/pytorch/pytorch/issues/51871",
+        "value cannot be converted to type int without overflow",
+    ],
+)
+def test_a_kernels_limit_is_an_upper_bound_for_the_search_and_is_told(text):
+    def loss(model, batch):
+        if len(batch[0]) > 20:
+            raise RuntimeError(text)
+        return jobs.mse(model, batch)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan = autoaccum.tune(jobs.small(loss), target_batch=60)
+    assert (plan.micro_batch, plan.smallest_refused) == (20, 30)
+    assert any("a kernel cannot take a micro-batch of 30" in str(each.message) and text.splitlines()[0][:40] in str(each.message) for each in caught)
+    assert "more than a kernel can take" in plan.explain()
+
+
+def test_where_a_kernel_takes_no_size_the_search_ends_with_its_words():
+    def loss(model, batch):
+        raise RuntimeError("CUDA error: invalid configuration argument")
+
+    with pytest.raises(JobFailed, match=r"not even one sample runs: a kernel cannot take a micro-batch of 1, .*invalid configuration argument"):
+        autoaccum.tune(jobs.small(loss), target_batch=60)
+
+
+def test_a_lost_context_ends_the_search_and_the_jobs_own_exception_comes_last(monkeypatch):
+    def loss(model, batch):
+        monkeypatch.setattr(snapshot, "same_content", lost)
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    def lost(*_):
+        raise RuntimeError("CUDA error: device-side assert triggered")
+
+    with pytest.raises(RuntimeError, match="device-side assert") as raised:
+        autoaccum.tune(jobs.small(loss), target_batch=60)
+    notes = "\n".join(raised.value.__notes__)
+    assert "raised in forward, at a micro-batch of" in notes and "load your last checkpoint" in notes
+
+
+def test_a_size_whose_samples_take_much_longer_is_over_budget():
+    """Where memory pages instead of running out (WSL2, Windows, swap), time is what runs out. Here from 40 samples on."""
+
+    def loss(model, batch):
+        samples = len(batch[0])
+        spent = time.perf_counter() + (0.001 if samples < 40 else 0.01) * samples
+        while time.perf_counter() < spent:
+            pass
+        return jobs.mse(model, batch)
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        plan = autoaccum.tune(jobs.small(loss), target_batch=60)
+    assert (plan.micro_batch, plan.smallest_refused) == (30, 60)
+    assert any("a sample takes" in str(each.message) and "taken as over budget" in str(each.message) for each in caught)

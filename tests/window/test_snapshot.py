@@ -471,3 +471,19 @@ def test_what_cannot_be_put_back_blames_the_device_only_for_its_own_errors():
 
     assert oom.is_of_device(RuntimeError("CUDA error: an illegal memory access was encountered"))
     assert not oom.is_of_device(RuntimeError("size does not match, self was 32 bytes but src was 4 bytes"))
+
+
+@pytest.mark.parametrize("nbytes", [0, 1, 4 * 4096, 3 * 4 * 4096 + 5, 2**20 + 3])
+def test_a_digest_tells_any_change_of_a_storages_bytes(nbytes):
+    torch.manual_seed(0)
+    content = torch.randint(0, 256, (nbytes,), dtype=torch.uint8)
+    storage = content.untyped_storage()
+    before = snapshot.digest(storage)
+    assert before.numel() <= 3 * 4096 * 4 + 2 * nbytes // (4 * 4096) and torch.equal(before, snapshot.digest(content.clone().untyped_storage()))
+    for at in {0, nbytes // 2, nbytes - 1} if nbytes else ():
+        content[at] ^= 1
+        assert not torch.equal(before, snapshot.digest(storage))
+        content[at] ^= 1
+    if nbytes > 1:
+        content[:2] = content[:2].flip(0)  # bytes that change places
+        assert torch.equal(before, snapshot.digest(storage)) == bool(content[0] == content[1])
