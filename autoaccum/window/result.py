@@ -4,9 +4,10 @@ its optimizer step."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import torch
+if TYPE_CHECKING:  # the command line imports this file without the cost of importing torch
+    import torch
 
 # Called with the phase that begins ("batch", "forward", "backward", "sync", "clip", "step") and the index of the micro-batch.
 PhaseCallback = Callable[[str, int], None]
@@ -14,9 +15,6 @@ PhaseCallback = Callable[[str, int], None]
 
 def silent(phase: str, index: int) -> None:
     """A `PhaseCallback` that does nothing."""
-
-
-_HALVES = (torch.float16, torch.bfloat16)
 
 
 class WindowLoss:
@@ -33,7 +31,9 @@ class WindowLoss:
 
     def sum(self) -> torch.Tensor:
         """The sum of the terms, 0-d, in single precision at least."""
-        wide = [term.float() for term in self._terms] if self._terms[0].dtype in _HALVES else self._terms
+        import torch
+
+        wide = [term.float() for term in self._terms] if self._terms[0].itemsize == 2 else self._terms
         total = torch.stack(wide).sum()
         return total if self._factor is None else total * self._factor
 
