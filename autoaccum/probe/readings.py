@@ -59,7 +59,7 @@ class Reading:
     remembers the failure and may refuse the same size again in this process, even if there is enough memory.
     limited: False for a run without the user's limit, to measure how much the size needs.
     least_bytes: the peak of the requested bytes, without an allocator; known only if the trial was simulated.
-    budget_bytes: the budget of the trial.
+    budget_bytes: the budget of the trial. compiled_graphs: the graphs that `torch.compile` compiled in it.
     """
 
     micro_batch: int
@@ -79,6 +79,7 @@ class Reading:
     remarks: tuple[str, ...] = ()
     least_bytes: int | None = None
     budget_bytes: int | None = None
+    compiled_graphs: int = 0
 
     @property
     def fits(self) -> bool:
@@ -151,7 +152,8 @@ class Subject:
 
     gradient_bytes: the bytes of all gradients. batch_norms: the names of the BatchNorm layers in training mode.
     snapshot_bytes: the host memory of the copies of the training state. allocator: the allocator's settings, in words.
-    predicted: True if trials are simulated. half: True if the job computes in half precision already.
+    predicted: True if trials are simulated. half: True if the job computes in half precision already. compiled: True if
+    `torch.compile` compiles a part of it.
     """
 
     device: Facts
@@ -163,6 +165,7 @@ class Subject:
     remarks: tuple[str, ...]
     predicted: bool = False
     half: bool = False
+    compiled: bool = False
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

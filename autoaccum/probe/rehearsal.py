@@ -110,6 +110,7 @@ class Rehearsal:
             self._snapshot.host_bytes,
             self._device.allocator,
             tuple(remarks),
+            compiled=any(job.is_compiled for job in self._jobs),
             half=all(job.autocast in _HALVES or all(parameter.dtype in _HALVES for parameter in job.trained()) for job in self._jobs),
         )
 

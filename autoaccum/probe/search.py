@@ -52,7 +52,7 @@ class SearchResult:
     predicted_largest: int | None = None
 
 
-class _Line:
+class Line:
     """The peaks of forward and backward so far, and the line through them that predicts the peak of other sizes."""
 
     def __init__(self, gradient_bytes: int) -> None:
@@ -141,7 +141,7 @@ def largest(
     """
     if not candidates:
         raise PlanError(f"no micro-batch is allowed for a target batch of {target}")
-    line = _Line(gradient_bytes)
+    line = Line(gradient_bytes)
     one_piece = candidates[-1] == target  # the candidates contain the window in one piece
     tried: dict[int, PeakReading] = {}
     for reading in known:
@@ -215,7 +215,7 @@ def _settled(size: int, target: int, known: Sequence[PeakReading]) -> bool | Non
 _REACH = 32
 
 
-def _next(candidates: Sequence[int], low: int, high: int, line: _Line, budget: float, target: int, misses: int, start: int) -> int:
+def _next(candidates: Sequence[int], low: int, high: int, line: Line, budget: float, target: int, misses: int, start: int) -> int:
     """The index of the size to try next, strictly between `low` and `high`. misses: consecutive predictions that did not fit."""
 
     def at_most(size: float) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import gc
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -134,7 +135,7 @@ def measure(
 
     # A compiled model would be compiled again for every size. So the search runs it in eager mode. Only a confirming
     # run and a window in one piece compile. The stance is set before the cap, because compilers inherit a memory limit.
-    eager = any(job.is_compiled for job in jobs) and not full and steps > 1
+    eager, graphs_before = any(job.is_compiled for job in jobs) and not full and steps > 1, _compiled_graphs()
     with torch.compiler.set_stance("force_eager" if eager else "default"):
         ended = attempt(jobs, device, train, largest, allowed=allowed, enforce=enforce, aside_bytes=aside_bytes, timeout_s=timeout_s, on_phase=on_phase)
     if ended.outcome in ("fits", "over-budget") and not all(stepped):
@@ -162,6 +163,7 @@ def measure(
         shapes=shapes,
         remarks=remarks,
         budget_bytes=allowed.budget_bytes,
+        compiled_graphs=_compiled_graphs() - graphs_before,
     )
 
 
@@ -231,6 +233,12 @@ def attempt(
         outcome = "over-budget"
     activation_bytes = None if outcome in ("oom", "timeout", "kernel-limit") or listener.activation_bytes is None else listener.activation_bytes - aside_bytes
     return Ended(outcome, listener.phase, peak_bytes, activation_bytes, time.perf_counter() - started, doubtful, remark)
+
+
+def _compiled_graphs() -> int:
+    """The graphs that this process has compiled so far."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    return 0 if dynamo is None else int(dynamo.counters["stats"]["unique_graphs"])
 
 
 def _first_line(error: BaseException) -> str:

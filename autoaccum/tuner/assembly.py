@@ -89,7 +89,7 @@ def assemble_plan(
         predicted=subject.predicted,
         predicted_refusal=found.predicted_refusal,
         arithmetic=budget_terms(budget),
-        warnings=_warnings(rehearsal, request, trials, sizes, budget, remarked),
+        warnings=_warnings(rehearsal, request, trials, confirmed, sizes, budget, remarked),
         hints=tuple(
             hints(
                 found,
@@ -106,7 +106,9 @@ def assemble_plan(
     )
 
 
-def _warnings(rehearsal: Rehearser, request: Request, trials: TrialLog, sizes: tuple[int, ...], budget: Budget, remarked: tuple[str, ...]) -> tuple[str, ...]:
+def _warnings(
+    rehearsal: Rehearser, request: Request, trials: TrialLog, confirmed: Reading | None, sizes: tuple[int, ...], budget: Budget, remarked: tuple[str, ...]
+) -> tuple[str, ...]:
     subject = rehearsal.subject()
     split_warnings = compared(rehearsal, max(sizes)) if sizes else ()
     remarks = dict.fromkeys(remark for reading in trials.readings for remark in reading.remarks)
@@ -120,15 +122,20 @@ def _warnings(rehearsal: Rehearser, request: Request, trials: TrialLog, sizes: t
             messages.append(
                 "an odd last window leaves one sample alone, which BatchNorm may refuse: plan.windows(loader, drop_last=True) leaves that window out"
             )
-    messages += [*split_warnings, *_contradiction(trials)]
+    messages += [*split_warnings, *_contradiction(trials, compiled=subject.compiled)]
+    if confirmed is not None and confirmed.compiled_graphs and len(set(sizes)) > 1:
+        messages.append(
+            f"torch.compile compiled {confirmed.compiled_graphs} graphs for the micro-batches of {sizes[0]} and {sizes[-1]}: equal=True trains in micro-batches of "
+            "one size, which compile once"
+        )
     if budget.memory.outside_bytes is None and budget.cap_bytes is not None:
         messages.append(f"nobody said what the driver's context takes of the limit: {in_words(ASSUMED_OUTSIDE)} were assumed")
     return tuple(messages)
 
 
-def _contradiction(trials: TrialLog) -> list[str]:
-    """A sentence if a size was refused for memory although a larger one fitted with as much resident."""
-    fitted = [reading for reading in trials.readings if reading.fits and reading.accumulation_steps > 1]
+def _contradiction(trials: TrialLog, *, compiled: bool) -> list[str]:
+    """A sentence if a size was refused for memory although a larger one fitted with as much resident. compiled: whole windows run compiled, others do not."""
+    fitted = [reading for reading in trials.readings if reading.fits and reading.accumulation_steps > 1 and not (compiled and reading.full)]
     for refused in trials.readings:
         if refused.outcome not in ("oom", "killed") or refused.full or refused.accumulation_steps == 1:
             continue

@@ -17,7 +17,7 @@ from autoaccum.devices import Budget, drift, driver_version
 from autoaccum.errors import UsageError
 from autoaccum.plan import Plan, arithmetic, window_led_by
 from autoaccum.probe import Reading, ReadingCache, Rehearser, Request, Subject, refusals, search
-from autoaccum.tuner import throughput
+from autoaccum.tuner import compiled_sizes, throughput
 from autoaccum.tuner.assembly import assemble_plan, versions
 from autoaccum.tuner.eval_batch import largest_evaluation
 from autoaccum.tuner.trial_log import TrialLog
@@ -124,6 +124,18 @@ def _search(
         candidates = [size for size in candidates if size < sizes[0] or (size == target and (target, False) not in trials.known)]
         if not candidates:
             raise nothing_fits(rehearsal, trials, sizes[0], target, budget)
+    if subject.compiled and not subject.predicted and not timed:
+        confirmed = compiled_sizes.larger(
+            lambda window: trials.measure(rehearsal, window, full=True),
+            confirmed,
+            allowed,
+            target,
+            readings=trials.readings,
+            gradient_bytes=subject.gradient_bytes,
+            budget_bytes=budget.budget_bytes,
+        )
+        sizes = arithmetic.micro_batches(target, confirmed.accumulation_steps)
+        result = replace(result, micro_batch=sizes[0], accumulation_steps=len(sizes), largest_fit=max(result.largest_fit, sizes[0]))
     if request.objective == "throughput":
         if subject.predicted:
             raise UsageError('objective "throughput" needs a device that is here: a simulated card has no clock')
