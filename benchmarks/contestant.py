@@ -49,7 +49,7 @@ def outcome(run: Any, system: str, work: Any) -> dict[str, Any]:
     return {
         "micro_batch": answer or max(sizes, default=0), "sizes": sizes if len(sizes) < 50 else [sizes[0], "...", sizes[-1]], "steps": len(sizes), "effective": sum(sizes),
         "survives": error is None and work.stepped == work.windows, "exact": error is None and work.whole_windows == work.windows, "error": error,
-        "handed_over": work.handed_over, "samples_per_second": rate(work), "seconds": work.seconds, "state_unchanged": work.state_unchanged, "random_unchanged": work.random_unchanged,
+        "handed_over": work.handed_over, "fed": work.fed, "samples_per_second": rate(work), "seconds": work.seconds, "state_unchanged": work.state_unchanged, "random_unchanged": work.random_unchanged,
     }  # fmt: skip
 
 

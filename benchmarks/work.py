@@ -33,6 +33,12 @@ class Samples(Dataset):
         return self.make(len(indices))
 
 
+def resident(samples: Samples, most: int, place: str) -> Samples:
+    """The samples as slices of one batch of `most` that lies on the device."""
+    whole = {name: each.to(place) for name, each in samples.make(most).items()}
+    return Samples(len(samples), lambda n: {name: each[:n] if n <= most else each[torch.arange(n, device=place) % most] for name, each in whole.items()})
+
+
 def as_it_is(batch: Any) -> Any:
     """The collator: what `Samples` reads is a batch already."""
     return batch
@@ -44,12 +50,24 @@ class Work:
     target: the effective batch, in samples; who searches downwards begins there. windows: optimizer steps to train.
     build: makes the model, drawing from torch's generator. A batch is a dict of tensors, and the model returns its loss
     (mean over the samples) for one. limit_bytes: what the process may hold, enforced. device: the simulated one, None for real memory.
-    place: "cpu" or "cuda".
+    place: "cpu" or "cuda". On a card the samples lie there already, for every system, so that what is compared is not how they are fed;
+    `fed` says so. from_host: leave them on the host, to see what feeding takes.
     """
 
     def __init__(
-        self, target: int, windows: int, samples: Samples, build: Callable[[], torch.nn.Module], *, limit_bytes: int = 0, device: Any = None, place: str = "cpu"
+        self,
+        target: int,
+        windows: int,
+        samples: Samples,
+        build: Callable[[], torch.nn.Module],
+        *,
+        limit_bytes: int = 0,
+        device: Any = None,
+        place: str = "cpu",
+        from_host: bool = False,
     ) -> None:
+        self.fed = "from the host" if from_host or place == "cpu" else "on the device"
+        samples = samples if self.fed == "from the host" else resident(samples, target, place)
         self.target, self.windows, self.samples, self.limit_bytes, self.device, self.place = target, windows, samples, limit_bytes, device, place
         self._build = build
         self.sizes: tuple[int, ...] = ()
@@ -95,7 +113,7 @@ class Work:
         """The worst case of so many samples; here all are alike."""
         return {name: each.to(self.place) for name, each in self.samples.__getitems__(range(samples)).items()}
 
-    def on_host(self, samples: int) -> dict[str, torch.Tensor]:
+    def as_loaded(self, samples: int) -> dict[str, torch.Tensor]:
         """The same, where a loader leaves it."""
         return self.samples.__getitems__(range(samples))
 

@@ -51,7 +51,7 @@ MIB = 2**20
 CAP, TARGET = 8 * GIB, 512
 WAYS = ("fp32", "bf16", "fp16", "checkpointed", "compiled")
 PEERS = (
-    ("autoaccum", "autoaccum"), ("autoaccum", "autoaccum, largest=True, headroom=0"), ("textbook", "textbook"), ("toma", "toma"), ("torch_max_mem", "torch-max-mem"),
+    ("autoaccum", "autoaccum"), ("autoaccum", "autoaccum, from the host"), ("autoaccum", "autoaccum, largest=True, headroom=0"), ("textbook", "textbook"), ("toma", "toma"), ("torch_max_mem", "torch-max-mem"),
     ("accelerate", "Accelerate"), ("lightning", "Lightning, power"), ("lightning", "Lightning, binsearch"), ("transformers", "HF Trainer"),
 )  # fmt: skip
 LAST_PEERS = (("koila", "koila"), ("composer", "Composer"), ("ludwig", "Ludwig"))
@@ -292,7 +292,7 @@ def oracle(network: str) -> dict[str, Any]:
 
     def trains(size: int) -> bool:
         torch.cuda.empty_cache()
-        work = Work(2 * size, 2, samples, build, place="cuda")
+        work = Work(TARGET, 2, samples, build, place="cuda")
         try:
             work.train((size, size))
         except torch.OutOfMemoryError:
@@ -328,7 +328,9 @@ def peer(name: str, system: str, network: str, tiny: bool, device: str, sites: s
 
         outside = devices.get(device).memory().outside_bytes
         limit += ASSUMED_OUTSIDE if outside is None else outside
-    work = Work(target, 2 if tiny else 10, samples, build, limit_bytes=limit or contestant.held("VmRSS") + GIB, place=device)
+    work = Work(
+        target, 2 if tiny else 10, samples, build, limit_bytes=limit or contestant.held("VmRSS") + GIB, place=device, from_host="from the host" in system
+    )
     row = contestant.outcome(adapter.run, system, work)
     return {"missing": row["error"]} if (row["error"] or "").startswith(("ModuleNotFoundError", "ImportError", "PackageNotFoundError")) else row
 

@@ -31,8 +31,8 @@ def peaks(document: dict[str, Any]) -> str:
         "{} networks, predicted before any card was seen": of(first, workloads.LEARNT),
         "{} others, predicted with what those had shown": of(before, workloads.JUDGED),
         "of these all but T5": {key: each for key, each in of(before, workloads.JUDGED).items() if not key.startswith("t5")},
-        "all {}, with what all have shown": of(now, workloads.BATCHES),
-        "cuDNN's benchmark mode, likewise": of(now, workloads.BATCHES, elastic=True),
+        "all {}, with rules chosen on these very rows": of(now, workloads.BATCHES),
+        "cuDNN's benchmark mode, likewise chosen on them": of(now, workloads.BATCHES, elastic=True),
     }
     lines = ["| | jobs | requested: median error | 90th percentile | reserved: median | 90th percentile | worst | too low |", "| --- |" + " --- |" * 7]
     for name, rows in groups.items():
@@ -72,13 +72,23 @@ def boundaries(document: dict[str, Any]) -> str:
         caps = ", ".join(each[0].removesuffix("GiB") for each in found)
         lines.append(f"| {name}{judged} | {caps} | {' | '.join(columns)} |")
     every = [each for found in rows.values() for each in found]
+    ran = [
+        next((probe for probe in document["rows"][f"E {key}"]["probes"] if probe[0] == each["largest"]), None)
+        for key, each in before.items()
+        if each["largest"] and "largest" in document["rows"].get(f"E {key}", {})
+    ]
+    never = [key for key in before if "largest" not in document["rows"].get(f"E {key}", {})]
+    alone, flushed, out = (
+        sum(probe is not None and (probe[1], bool(probe[2])) == verdict for probe in ran) for verdict in ((True, False), (True, True), (False, False))
+    )
     off = [abs(hard - real) / max(real, 1) for _, real, hard, _ in every]
     exact = sum(real == hard for _, real, hard, _ in every)
     lines += [
         "",
         f"{len(every)} boundaries of {len(before)} that were predicted, each seen twice in fresh processes: {exact} predicted to the sample, "
-        f"{sum(each <= 0.02 for each in off)} within 2%, the worst {max(off):.0%} off; the size that is recommended, which leaves the cache alone, is no larger than "
-        f"what trained in {sum(soft <= real for _, real, _, soft in every)}.",
+        f"{sum(each <= 0.02 for each in off)} within 2%, the worst {max(off):.0%} off. The size that is recommended is predicted to leave the allocator's cache alone: "
+        f"{alone + flushed + out} of them ran, {alone} did leave it alone, {flushed} flushed it, {out} ran out of memory; in {sum(soft <= real for _, real, _, soft in every)} "
+        f"of {len(every)} it is no larger than what trained. Predicted and never run: {', '.join(f'{key.split()[0]} under {key.split()[-1]} GiB' for key in never)}.",
     ]
     return "\n".join(lines)
 
@@ -95,28 +105,44 @@ def plans(document: dict[str, Any]) -> str:
         plan = row["plan"]
         trained = f"{row['windows']}" + (", rescued" if row.get("rescued") else "")
         lines.append(
-            f"| {name.removeprefix('tune ')} | {plan['micro_batch']} x {plan['accumulation_steps']} | {row['peak_bytes'] / plan['budget_bytes']:.2f} | {row['oracle_steps'] or ''} "
+            f"| {name.removeprefix('tune ').replace(' checkpointed', ', ' + _CHECKPOINTED[name.split()[1]])} | {plan['micro_batch']} x {plan['accumulation_steps']} | {row['peak_bytes'] / plan['budget_bytes']:.2f} | {row['oracle_steps'] or ''} "
             f"| {row['tuning_seconds']:.1f} | {len(plan['trials'])} | {trained} | {row['samples_per_second']:,.0f} |"
         )
     return "\n".join([*lines, "", _where(document)])
 
 
+# What `everything.make` checkpoints in its two jobs.
+_CHECKPOINTED = {"gpt": "each block checkpointed", "conv": "checkpointed as a whole"}
+
+
 def peers(document: dict[str, Any]) -> str:
-    """The systems under the same cap."""
+    """The systems under the same cap. Samples a second are told only where every system was fed in the same way.
+
+    Raises `SystemExit` if the rows say that they were not.
+    """
+    told = {name: row.get("fed") for name, row in document["rows"].items() if name.startswith("peers ") and row.get("sizes") and "from the host" not in name}
+    fed = set(told.values())
+    if len(fed) > 1:
+        raise SystemExit(f"no table of peers is made: they were fed differently ({', '.join(f'{name}: {how}' for name, how in told.items())})")
+    is_fed_alike = fed not in ({None}, set())
     largest = {name.removeprefix("oracle "): row["largest"] for name, row in document["rows"].items() if name.startswith("oracle ")}
-    heads = [f"{network}, {most} fit by bisection: window | seconds | 10 windows | samples a second" for network, most in largest.items()]
-    lines = [f"| 512 samples, 8 GiB | {' | '.join(heads)} | model unchanged | random numbers unchanged |", "| --- |" + " --- |" * (4 * len(largest) + 2)]
+    columns = ["window", "seconds", "10 windows", *(["samples a second"] if is_fed_alike else [])]
+    heads = [f"{network}, {most} fit by bisection: {' | '.join(columns)}" for network, most in largest.items()]
+    lines = [
+        f"| 512 samples, 8 GiB | {' | '.join(heads)} | model unchanged | random numbers unchanged |",
+        "| --- |" + " --- |" * (len(columns) * len(largest) + 2),
+    ]
     systems = dict.fromkeys(name.removeprefix("peers ").rsplit(", ", 1)[0] for name in document["rows"] if name.startswith("peers "))
     for system in sorted(systems, key=lambda each: (not each.startswith("autoaccum"), each.lower())):
         cells, ran = [], []
         for network in largest:
             row = document["rows"].get(f"peers {system}, {network}", {})
             if not row.get("sizes"):
-                cells += [row.get("missing") or "not measured", "", "", ""]
+                cells += [row.get("missing") or "not measured", *[""] * (len(columns) - 1)]
                 continue
             window = f"{row['sizes'][0]} x {row['steps']}" + ("" if row["effective"] == document["target"] else f" = {row['effective']}")
             rate = f"{row['samples_per_second']:,.0f}" if row["samples_per_second"] else ""
-            cells += [window, f"{row['seconds']:.1f}", "yes" if row["survives"] else "out of memory", rate]
+            cells += [window, f"{row['seconds']:.1f}", "yes" if row["survives"] else "out of memory", *([rate] if is_fed_alike else [])]
             ran.append(row)
         cells += ["yes" if all(row[what] for row in ran) else "no" for what in ("state_unchanged", "random_unchanged")]
         lines.append(f"| {system} | {' | '.join(cells)} |")

@@ -4,7 +4,7 @@ kept aside, for the plain loop to train with."""
 from contextlib import contextmanager
 
 PACKAGES = ()  # this checkout, in its own environment
-SYSTEMS = ("autoaccum", "autoaccum, largest=True, headroom=0")
+SYSTEMS = ("autoaccum", "autoaccum, largest=True, headroom=0")  # and "autoaccum, from the host" on a card
 
 
 def run(system, work):
@@ -35,7 +35,7 @@ def run(system, work):
     work.found(plan.micro_batches)
     loop, sizes = autoaccum.Accumulator(work.model, optimizer, plan), plan.micro_batches
     for _ in range(work.windows):
-        result = loop.step(work.on_host(work.target), loss)
+        result = loop.step(work.as_loaded(work.target), loss)
         if result.rescued:
             sizes = micro_batches(work.target, result.micro_batches)
             work.found(sizes, goes_on=True)
