@@ -290,6 +290,35 @@ def fleet(
         forecast.plan().save(output)
 
 
+@cli.command(epilog=_EPILOG)
+@click.option("-d", "--device", default="cuda:0", show_default=True, help="cuda or cuda:INDEX.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(dir_okay=False, path_type=Path),
+    default=Path("autoaccum-selfcheck.json"),
+    show_default=True,
+    metavar="FILE.json",
+    help="All figures. A run that was cut short goes on from it.",
+)
+@click.option("--minutes", type=float, metavar="N", help="Begin no measurement later than that.")
+@click.option("--json", "as_json", is_flag=True, help="Print the document.")
+@click.option("--tried-out", is_flag=True, hidden=True, help="Small jobs on any device, for tests.")
+def selfcheck(device: str, output: Path, minutes: float | None, as_json: bool, tried_out: bool) -> int:
+    """Compare the card that is here with what autoaccum says of it, in about five minutes.
+
+    Exits with 0 if all is as it should be, with 3 if something is off, with 4 if there is no CUDA card.
+    """
+    if minutes is not None and not minutes > 0:
+        raise UsageError(f"--minutes must be more than 0, not {minutes}")
+    writable(output)
+    from autoaccum.selfcheck import run_selfcheck
+
+    found = run_selfcheck(device, output, tiny=tried_out, minutes=minutes, on_measured=lambda name, _: write_stderr(f"measured: {name}\n"))
+    click.echo(report.as_json(found.as_dict()) if as_json else found.explain())
+    return 0 if found.is_good else 3
+
+
 @cli.group(name="profiles")
 def profiles_() -> None:
     """GPU data files: what is known of cards that are not here."""

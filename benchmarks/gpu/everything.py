@@ -1,14 +1,17 @@
 """On a CUDA card, without a network: all that is to be known there, in under ten minutes, as one JSON.
 
-    python benchmarks/gpu/everything.py --output benchmarks/results/gpu.json [--minutes 9] [--parts memory,tests,tune,peers,loop,frameworks]
+    python benchmarks/gpu/everything.py --output benchmarks/results/gpu.json [--minutes 9] [--parts tests,unmeasured,peers,loop,frameworks,selfcheck,memory,tune]
 
 Every measurement is a case of its own, in a process of its own, written as soon as it is there; a run that was cut short, or that ran out of
 its minutes, goes on where it stopped. What takes memory runs beside others, what takes time runs alone. Records the card, the driver and the
 versions. Recordings of the allocator and of operators are long; they go into files beside the output.
 
+tests   `pytest -m gpu`, its log kept in pytest.txt beside the output.
+unmeasured  what nobody has measured yet (`unmeasured.py`): retries of refused sizes, CUDA graphs, benchmark mode, a compiled GPT, throughput
+        against fewest steps, 200 windows with a neighbour, with a preset fraction, with expandable segments, and a billion parameters.
+selfcheck  `autoaccum selfcheck`, which anyone can run.
 memory  the virtual GPU beside this one: parts A to E of `virtual.py`, for the networks that were predicted, and `published`: some rows of other
         people's measurements, run here.
-tests   `pytest -m gpu`.
 loop    overhead of the loop, copies ahead, a rescue, a snapshot (`loop.py`).
 tune    plans under a cap of 8 GiB for a conv net and a GPT (fp32, bf16, fp16 with a scaler, checkpointed, compiled), beside an oracle
         that runs every larger size that would save a step; 30 windows trained at the plan; samples per second.
@@ -40,6 +43,7 @@ from typing import Any
 
 import click
 import forks
+import unmeasured
 import virtual
 from forks import GIB, Case
 
@@ -56,7 +60,7 @@ PEERS = (
 )  # fmt: skip
 LAST_PEERS = (("koila", "koila"), ("composer", "Composer"), ("ludwig", "Ludwig"))
 FRAMEWORKS = ("autoaccum", "by hand, 64", "autoaccum, throughput", "HF, auto_find_batch_size")
-PARTS = ("memory", "tests", "loop", "tune", "peers", "frameworks")
+PARTS = ("tests", "unmeasured", "peers", "loop", "frameworks", "selfcheck", "memory", "tune")
 PREDICTIONS = HERE.parent / "results" / "gpu_virtual_predictions.json"
 _LONG = ("recording", "calls")  # what of a row goes into files of its own
 _FILE_BYTES = 14 * MIB
@@ -65,18 +69,11 @@ _SURROUNDED = {"PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1", "TO
 
 
 def cases(parts: list[str], predicted: dict[str, Any], wanted: Callable[[str], bool]) -> list[Case]:
-    """What is run, in order: what takes memory, then what must be alone; of several kinds one each in turn, so that a run that is cut short has of everything."""
-    found: list[Case] = []
-    if "memory" in parts:
-        found += [Case(f"C {name}", ("virtual", name), alone=True, timeout_s=40) for name in ("constants", "profile")]
-    if "tests" in parts:
-        found.append(Case("tests", ("tests",), 20 * GIB, timeout_s=220))
-    if "memory" in parts:
-        found += list(filter(lambda case: wanted(case.name), _of_memory(predicted)))
-    tune = [Case(f"tune {model} {way}", ("tune", model, way), alone=True, timeout_s=100) for way in WAYS if way != "compiled" for model in ("conv net", "gpt")]
-    # Compilers take longer than all the rest: beside others, so that what these two train in a second says nothing.
-    compiled = [Case(f"tune {model} compiled", ("tune", model, "compiled"), CAP, timeout_s=150) for model in ("conv net", "gpt")]
-    found += compiled if "tune" in parts else []
+    """What is run, in order: what nobody has measured yet comes first, then the self-check, then what a card has told before."""
+    open_questions = {
+        name: Case(f"unmeasured {name}", ("unmeasured", name), alone=True, timeout_s=200 if name in ("compiled", "graphs", "a billion") else 100)
+        for name in unmeasured.QUESTIONS
+    }
     oracles = [Case(f"oracle {network}", ("oracle", network), alone=True, timeout_s=60) for network in ("conv net", "transformer")]
     peers, last = (
         [
@@ -85,12 +82,22 @@ def cases(parts: list[str], predicted: dict[str, Any], wanted: Callable[[str], b
         ]
         for group in (PEERS, LAST_PEERS)
     )  # fmt: skip
-    found += _in_turn(tune if "tune" in parts else [], [*oracles, *peers] if "peers" in parts else [])
-    if "loop" in parts:
-        found.append(Case("loop", ("loop",), alone=True, timeout_s=120))
-    found += last if "peers" in parts else []
+    tests = [Case("tests", ("tests",), 20 * GIB, timeout_s=220)] if "tests" in parts else []
+    retries, *rest = open_questions.values() if "unmeasured" in parts else [None]
+    loop = [Case("loop", ("loop",), alone=True, timeout_s=120)] if "loop" in parts else []
+    found = [*tests, *filter(None, [retries]), *([*oracles, *peers] if "peers" in parts else []), *rest[:3], *loop, *rest[3:]]
     if "frameworks" in parts:
         found += [Case(f"frameworks {way}", ("frameworks", way), alone=True, timeout_s=120) for way in FRAMEWORKS]
+    if "selfcheck" in parts:
+        found.append(Case("selfcheck", ("selfcheck",), alone=True, timeout_s=400))
+    if "memory" in parts:
+        found += [Case(f"C {name}", ("virtual", name), alone=True, timeout_s=40) for name in ("constants", "profile")]
+        found += list(filter(lambda case: wanted(case.name), _of_memory(predicted)))
+    tune = [Case(f"tune {model} {way}", ("tune", model, way), alone=True, timeout_s=100) for way in WAYS if way != "compiled" for model in ("conv net", "gpt")]
+    # Compilers take longer than all the rest: beside others, so that what these two train in a second says nothing.
+    compiled = [Case(f"tune {model} compiled", ("tune", model, "compiled"), CAP, timeout_s=150) for model in ("conv net", "gpt")]
+    found += [*compiled, *tune] if "tune" in parts else []
+    found += last if "peers" in parts else []
     return found
 
 
@@ -162,6 +169,10 @@ def do(words: tuple[str, ...], *, tiny: bool = False, device: str = "cuda", site
         return virtual.part(tuple(rest))
     if kind == "tests":
         return tests(beside)
+    if kind == "unmeasured":
+        return unmeasured.QUESTIONS[rest[0]](tiny, device)
+    if kind == "selfcheck":
+        return selfcheck(beside)
     if kind == "tune":
         return tuned(rest[0], rest[1], tiny, device)
     if kind == "peer":
@@ -190,6 +201,14 @@ def tests(beside: Path) -> dict[str, Any]:
     with (beside / "pytest.txt").open("w") as file:
         done = subprocess.run(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, check=False)
     return {"code": done.returncode, "said": (beside / "pytest.txt").read_text().splitlines()[-25:]}
+
+
+def selfcheck(beside: Path) -> dict[str, Any]:
+    """The document of `autoaccum selfcheck`, which goes on from its own file."""
+    output = beside / "selfcheck.json"
+    command = [sys.executable, "-m", "autoaccum", "selfcheck", "--output", str(output), "--minutes", "5"]
+    done = subprocess.run(command, cwd=ROOT, check=False, capture_output=True, text=True)
+    return json.loads(output.read_text()) if output.exists() else {"failed": [done.stderr[-500:]]}
 
 
 def make(model: str, way: str, tiny: bool, device: str) -> Any:
@@ -404,7 +423,7 @@ def main(output: Path, minutes: float, parts: str, only: str, predictions: Path,
         if case.name not in document["rows"] or "failed" in document["rows"][case.name]
     ]  # fmt: skip
     if device == "cpu":
-        asked = [case for case in asked if case.words[0] in ("tune", "peer", "frameworks")]
+        asked = [case for case in asked if case.words[0] in ("tune", "peer", "frameworks", "unmeasured")]
 
     written = 0.0
 
