@@ -20,6 +20,7 @@ from autoaccum.tuner import all_ranks
 from autoaccum.tuner.one_device import reading_cache, refuse_throughput_over_ranks, tune_one_device
 from autoaccum.tuner.progress import plain
 from autoaccum.tuner.trial_log import TrialLog
+from autoaccum.units import MIB
 from autoaccum.window import Job, as_jobs
 
 if TYPE_CHECKING:
@@ -203,14 +204,20 @@ def _group(jobs: Sequence[Job]) -> Any:
     return engines.group_of(jobs[0].model)
 
 
+_BUCKET_BYTES = 25 * MIB  # of DistributedDataParallel, unless it is told otherwise
+
+
 def _warm_up_nccl(job: Job) -> None:
-    """Runs one all-reduce on the GPUs of a CUDA job. NCCL allocates its buffers then, so that memory readings include them."""
+    """Runs one all-reduce on the GPUs of a CUDA job, of a bucket's size, so that memory readings include NCCL's buffers.
+
+    It makes them when they are first needed, and which ones depends on the size: https://docs.nvidia.com/deeplearning/nccl/user-guide/docs/
+    """
     import torch
     import torch.distributed as dist
 
     if job.device.type == "cuda":
         with suppress(RuntimeError):  # a process group without CUDA has no buffers on the GPUs
-            dist.all_reduce(torch.zeros(1, device=job.device), group=_group([job]))
+            dist.all_reduce(torch.zeros(min(_BUCKET_BYTES, job.gradient_bytes()), dtype=torch.uint8, device=job.device), group=_group([job]))
 
 
 def _without_engine(job: Job) -> Job:

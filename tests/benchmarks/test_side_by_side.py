@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from tests.command_line import ROOT
 
@@ -77,3 +78,38 @@ def test_a_table_is_put_into_its_own_place_alone():
     for name in ("one", "two", "one"):
         text = report.put(text, name, f"| {name} |")
     assert text == "<!-- table: one -->\n| one |\n<!-- end of table -->\nkept\n<!-- table: two -->\n| two |\n<!-- end of table -->\n"
+
+
+def test_a_table_of_peers_that_were_fed_differently_is_refused(monkeypatch):
+    """What is compared would be how they are fed."""
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks" / "gpu"))
+    import tables
+
+    def document(*fed):
+        row = {
+            "sizes": [4],
+            "steps": 1,
+            "effective": 4,
+            "seconds": 1.0,
+            "survives": True,
+            "samples_per_second": 1234.5,
+            "state_unchanged": True,
+            "random_unchanged": True,
+        }
+        rows = {f"peers system {number}, net": {**row, **({} if how is None else {"fed": how})} for number, how in enumerate(fed)}
+        return {"target": 4, "machine": {"card": "A card", "driver": "1", "torch": "2"}, "rows": {"oracle net": {"largest": 4}, **rows}}
+
+    assert "1,234" in tables.peers(document("on the device", "on the device"))
+    assert "samples a second" not in tables.peers(document(None, None))  # nobody wrote down how
+    for fed in (("on the device", "from the host"), ("on the device", None)):
+        with pytest.raises(SystemExit, match=r"they were fed differently \(peers system 0, net: on the device"):
+            tables.peers(document(*fed))
+
+
+def test_on_a_card_every_system_gets_samples_that_lie_there():
+    from work import Samples, as_it_is, resident
+
+    samples = resident(Samples(64, lambda n: {"inputs": torch.arange(n).float()}), 6, "meta")
+    loaded = next(iter(DataLoader(samples, batch_size=2, collate_fn=as_it_is)))
+    batches = [samples.make(3), samples.make(10), loaded]
+    assert [each["inputs"].device.type for each in batches] == ["meta"] * 3 and [len(each["inputs"]) for each in batches] == [3, 10, 2]
