@@ -1,13 +1,14 @@
 """What is left of a user's state when something fails: exceptions, signals and out-of-memory anywhere, hostile files, odd options.
 
-    python benchmarks/faults.py [--tunes 6000] [--windows 4000] [--files 2000] [--options 2000] [--output benchmarks/results/faults.json]
+    python benchmarks/faults.py [--tunes 6000] [--windows 4000] [--files 2000] [--options 2000] [--ranks 60] [--output benchmarks/results/faults.json]
 
-Four parts, all from one seed. *Tunes*: something is raised, or a signal arrives, at a random moment of a random phase while a job is tuned
+Five parts, all from one seed. *Tunes*: something is raised, or a signal arrives, at a random moment of a random phase while a job is tuned
 in place; afterwards weights, buffers, optimizer, gradients, modes, random numbers and RLIMIT_DATA are compared, bit by bit, and the exception
 that arrives must be the one that was raised. *Windows*: memory runs out at random micro-steps of training, once to three times a window;
-the parameters afterwards must be those of an undisturbed run to 1e-12. *Files*: plans, profiles and remembered readings that are cut,
-bent, nested or not text at all: read or refused with one of our own errors. *Options*: random combinations of the options of the command line with
-hostile values: exit code 0, 2, 3 or 4 and at most one line of error. Nothing may take longer than its timeout of 20 seconds.
+the parameters afterwards must be those of an undisturbed run to 1e-12. *Ranks*: one of two is ended by a signal at a random moment; the
+other must end with our own error, and with the weights of its last whole window. *Files*: plans, profiles and remembered readings that are
+cut, bent, nested or not text at all: read or refused with one of our own errors. *Options*: random combinations of the options of the command
+line with hostile values: exit code 0, 2, 3 or 4 and at most one line of error. Nothing may take longer than its timeout of 20 seconds.
 A violation is printed with the seed of its case and counted; the exit code is 1 if there is one.
 """
 
@@ -43,6 +44,7 @@ from autoaccum.probe import cache
 from autoaccum.simulate import profiles
 from tests.digest import digest
 from tests.plans import by_hand
+from tests.ranked import in_ranks
 
 SECONDS = 20
 
@@ -332,6 +334,19 @@ def _is_json(text):
         return False
 
 
+def ranks_case(seed):
+    """A rank of two is ended by a signal at a random moment of training: the other ends with our error, with the weights of its last whole window."""
+    drawn = random.Random(seed)
+    victim, seconds, careful = drawn.randrange(2), drawn.uniform(0.001, 0.6), drawn.choice([None, 3, 0])
+    told = in_ranks("killed_after", victim, seconds, careful, world=2)[1 - victim]
+    if told is None:
+        return "ended without a word", "the other rank told nothing"
+    INJECTED["ranks"] += 1
+    if told["raised"] != "RanksDisagree":
+        return told["raised"], f"{told['raised']}: {told['message'][:300]}"
+    return "RanksDisagree", "" if told["intact"] else f"the weights are not those of window {told['windows']}"
+
+
 def part(name, cases, case):
     """Runs a part and returns its record."""
     outcomes, violations, slowest, started = Counter(), [], 0.0, time.monotonic()
@@ -364,7 +379,7 @@ def part(name, cases, case):
     return record
 
 
-def run(tunes, windows, hostile_files, options):
+def run(tunes, windows, hostile_files, options, ranks):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     import logging
@@ -372,7 +387,7 @@ def run(tunes, windows, hostile_files, options):
     logging.getLogger("autoaccum").setLevel(logging.ERROR)
     gc.collect()
     gc.freeze()  # every tune and every rescue collects garbage, and what was imported is none
-    found = {"tunes": part("tunes", tunes, tune_case), "windows": part("windows", windows, window_case)}
+    found = {"tunes": part("tunes", tunes, tune_case), "windows": part("windows", windows, window_case), "ranks": part("ranks", ranks, ranks_case)}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         os.environ["AUTOACCUM_CACHE_DIR"] = name
@@ -395,16 +410,17 @@ def main():
     parser.add_argument("--windows", type=int, default=4000)
     parser.add_argument("--files", type=int, default=2000)
     parser.add_argument("--options", type=int, default=2000)
+    parser.add_argument("--ranks", type=int, default=60)
     parser.add_argument("--output", type=Path)
     given = parser.parse_args()
     output = None if given.output is None else given.output.absolute()
-    found = run(given.tunes, given.windows, given.files, given.options)
+    found = run(given.tunes, given.windows, given.files, given.options, given.ranks)
     found["versions"] = {"autoaccum": autoaccum.__version__, "torch": torch.__version__, "python": platform.python_version(), "machine": platform.processor() or platform.machine()}  # fmt: skip
     text = json.dumps(found, indent=1)
     print(text)
     if output is not None:
         output.write_text(text + "\n")
-    sys.exit(1 if any(found[name]["violations"] for name in ("tunes", "windows", "files", "options")) else 0)
+    sys.exit(1 if any(found[name]["violations"] for name in ("tunes", "windows", "files", "options", "ranks")) else 0)
 
 
 if __name__ == "__main__":

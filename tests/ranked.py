@@ -603,6 +603,29 @@ def ends_early(ranks_that_end, how, careful):
     return None
 
 
+def killed_after(victim, seconds, careful):
+    """Rank `victim` is ended by a signal after so many seconds of training. Others tell what was raised, and if the weights are those of their last window."""
+    rank, world = meet(15)
+    data, net = texts(), words()
+    model = wrapped(net, "ddp", world)
+    plan = fleet_plan(rank, world, [35, 25][:world], [20, 17][:world])
+    loop = autoaccum.Accumulator(model, torch.optim.SGD(net.parameters(), lr=0.1), plan, careful_windows=careful, rank_timeout_s=4)
+    batch = next(iter(plan.windows(DataLoader(data, batch_sampler=plan.batch_sampler(data)))))
+    after = [parameter.detach().clone() for parameter in net.parameters()]
+    windows, started = 0, time.monotonic()
+    if rank == victim:
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # SIGALRM ends the process wherever it is
+    try:
+        while time.monotonic() - started < seconds + 10:
+            loop.step(batch, summed)
+            windows += 1
+            after = [parameter.detach().clone() for parameter in net.parameters()]
+    except Exception as error:
+        intact = all(torch.equal(now, then) for now, then in zip(net.parameters(), after))
+        return {"raised": type(error).__name__, "message": str(error), "seconds": time.monotonic() - started, "windows": windows, "intact": intact}
+    return None
+
+
 def in_a_framework(name, target, most, folder, left):
     """Trains two windows and `left` samples through a framework, as torchrun would start it. Per window: the gradient's distance from the whole batch's, and this rank's samples."""
     from tests.integrations import in_ranks
