@@ -220,15 +220,15 @@ class Accumulator:
         if self._team is None:
             self._check(window)
         announcement = None if self._team is None else self._team.announce(window, [job.count for job in self._jobs])
-        if self._first is not None:
+        if not self._begun:
+            self._graphs = [job.device.type == "cuda" and replays_graphs(job.model, loss or job.loss) for job in self._jobs]
+            self._captured = next(filter(None, (captured(job.model, loss or job.loss) for job in self._jobs)), None)
+        if self._first is not None and self._captured is None:  # what was captured cannot run the few samples that are compared
             self._first.look(window, loss, self.micro_batch)
             if self._first.is_over:
                 self._first = None
         self._rescuer.begin()
         results = []
-        if not self._begun:
-            self._graphs = [job.device.type == "cuda" and replays_graphs(job.model, loss or job.loss) for job in self._jobs]
-            self._captured = next(filter(None, (captured(job.model, loss or job.loss) for job in self._jobs)), None)
         if self._captured is not None:
             sizes = partial(self._of_one_size, sizes)
         for index, (job, stats, graphs) in enumerate(zip(self._jobs, self._stats, self._graphs)):

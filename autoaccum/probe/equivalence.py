@@ -71,7 +71,7 @@ def compare_values(job: Job, batch: Any, samples: int | None = None) -> str:
     job = replace(job, autocast=None)  # in half precision loss values are too near each other to tell
     # The whole model in eval mode only if dropout is a function: some models return no loss then.
     for modules in ([*_dropouts(job.model), *batch_norms(job.model).values()], list(job.model.modules())):
-        with torch.no_grad(), _in_eval(modules):
+        with torch.no_grad(), _in_eval(modules), torch.compiler.set_stance("force_eager"):  # as in `compare`
             returned = [_loss(job, piece) for piece in (batch, batch, split[0][0], split[1][0])]
             whole, again, first, second = map(_scalars_of, returned)
             if whole == again and _sums_of(returned[0]) == _sums_of(returned[1]):

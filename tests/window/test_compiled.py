@@ -151,8 +151,10 @@ def captured_model():
     model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 1))
     plain = model[0].forward
 
-    def new_fwd(*given):
-        return plain(*given)
+    def new_fwd(inputs):
+        if len(inputs) != 8:
+            raise RuntimeError(f"The size of tensor a (8) must match the size of tensor b ({len(inputs)})")
+        return plain(inputs)
 
     new_fwd.__qualname__ = "make_graphed_callables.<locals>.make_graphed_forward.<locals>.new_fwd"
     model[0].forward = new_fwd
