@@ -78,8 +78,17 @@ def _cap_cuda(module: Any) -> None:
         index = module._utils._get_device_index(device, optional=True)
         set_fraction(min(fraction, cap_bytes / module.get_device_properties(index).total_memory), device)
 
-    def cap() -> None:  # the current device alone: a cap makes a context, which takes memory
-        module.set_per_process_memory_fraction(1.0, module.current_device())
+    capped: set[int] = set()
+
+    def cap() -> None:
+        # The current device alone, because a cap makes a context, which takes memory; and once, because the script may lower it afterwards.
+        try:
+            index = module.current_device()
+            if index not in capped:
+                capped.add(index)
+                module.set_per_process_memory_fraction(1.0, index)
+        except Exception:
+            pass  # what is not capped is told at the end
 
     def set_device_and_cap(device: Any) -> None:
         set_device(device)

@@ -10,6 +10,7 @@ import gc
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
 
 import torch
 
@@ -122,6 +123,12 @@ class WindowStart:
         self._small = [(live, torch.cat(live)) for live in groups.values()]
 
 
+@cache
+def _host() -> Cpu:
+    """The host's memory. Made once: making it resets the process's high-water mark, which a trial may be reading."""
+    return Cpu()
+
+
 class _Large:
     """A tensor too large to copy before every window: its memory is copied when its version changed.
 
@@ -149,7 +156,7 @@ class _Large:
                 return
         storage = self._tensor.untyped_storage()
         self._content, self._version = None, version  # the old copy is freed before the new one is made
-        has_room = storage.nbytes() <= Cpu().memory(who=False).free_bytes
+        has_room = storage.nbytes() <= _host().memory(who=False).free_bytes
         self._content = snapshot.host_copy(storage) if has_room else None
         self._digest = snapshot.digest(storage) if storage.device.type != "cpu" or not has_room else None
 

@@ -100,7 +100,7 @@ def test_a_script_that_sets_the_allocator_itself_does_not_lose_the_cap(card, lif
 
 
 def test_a_smaller_fraction_of_the_scripts_own_stays(card):
-    script = f"import torch; torch.cuda.set_per_process_memory_fraction(0.25)\n{GIB_A_SAMPLE}"
+    script = f"import torch; torch.cuda.set_per_process_memory_fraction(0.25); torch.cuda.set_device(0)\n{GIB_A_SAMPLE}"
     assert card(script).measure((4, 4)).outcome == "fits" and card(script).measure((5, 5)).outcome == "oom"
 
 
