@@ -188,8 +188,8 @@ def is_of_device(error: BaseException) -> bool:
 # A kernel that cannot count so many elements or blocks, however much memory there is. CUDA grids: 65535 blocks in two of three dimensions;
 # indices of 32 bits: https://github.com/pytorch/pytorch/issues/142228, https://github.com/pytorch/pytorch/issues/144824
 _KERNEL_LIMIT = re.compile(
-    r"invalid configuration argument|canUse32BitIndexMath|32.?bit index|INT_MAX|int32_t max|smaller than int32|without overflow|integer out of range"
-    r"|total bytes of NDArray > 2\*\*32|too large for 32",
+    r"invalid configuration argument|canUse32BitIndexMath|32.?bit index|more than INT_MAX elements|int32_t max|smaller than int32"
+    r"|to type int without overflow|total bytes of NDArray > 2\*\*32|too large for 32",
 )
 
 

@@ -51,6 +51,8 @@ def _watch_steps(module: Any) -> None:
         if not _steps:
             _once("step", f"step {time.monotonic()!r}")
         _steps += 1
+        if _steps in (2, 8):  # a process that is ended does not come to its end
+            _tell_devices()
 
     module.register_optimizer_step_post_hook(stepped)
     _once("torch", "torch")
@@ -157,6 +159,17 @@ class _Finder:
         return spec
 
 
+def _tell_devices() -> None:
+    try:
+        cuda = sys.modules["torch"].cuda
+        if cuda.is_initialized():
+            for index in range(cuda.device_count()):
+                if peak := cuda.max_memory_reserved(index):
+                    _tell_device(cuda, index, peak)
+    except Exception:
+        pass
+
+
 def _tell_device(cuda: Any, index: int, peak: int) -> None:
     properties = cuda.get_device_properties(index)
     _write(f"used {index} {getattr(properties, 'uuid', '-')} {peak}")
@@ -175,9 +188,7 @@ def _at_the_end() -> None:
             refused = sum(cuda.memory_stats(index).get("num_ooms", 0) for index in range(cuda.device_count()))
             if refused:
                 _write(f"refused {refused}")
-            for index in range(cuda.device_count()):
-                if peak := cuda.max_memory_reserved(index):
-                    _tell_device(cuda, index, peak)
+            _tell_devices()
     except Exception:
         pass  # no torch, or a device that is lost
 

@@ -181,7 +181,7 @@ def _fraction(index: int) -> float:
     """The memory fraction that is set now, 1.0 without one. torch before 2.8 cannot read it: there only that of the environment is known."""
     get: Any = getattr(torch.cuda, "get_per_process_memory_fraction", None)
     if get is not None:
-        return float(get(index))
+        return min(float(get(index)), 1.0)  # other backends of the allocator say much more where none is set
     told = _ENVIRONMENTS_FRACTION.search(os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or os.environ.get("PYTORCH_ALLOC_CONF") or "")
     return float(told[1]) if told else 1.0
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from autoaccum.devices import Budget
-from autoaccum.errors import AutoaccumError, JobFailed, NothingFits, OutOfMemory, PlanError
+from autoaccum.errors import AutoaccumError, NothingFits, OutOfMemory, PlanError
 from autoaccum.plan import window_notation
 from autoaccum.probe.readings import Reading
 from autoaccum.units import in_words
@@ -40,15 +40,12 @@ def nothing_fits(micro_batch: int, tried: Sequence[Reading], unlimited: Reading 
 
     tried: the readings so far. unlimited: the reading of the same size without the user's limit, if it was safe to run.
     half: True if the job computes in half precision already.
-    Raises `JobFailed` if a kernel cannot take even that size.
     """
     unit = "one sample" if micro_batch == 1 else f"a micro-batch of {micro_batch}"
     refused = next((reading for reading in tried if reading.micro_batch == micro_batch and not reading.fits), None)
     if refused is not None and refused.outcome == "timeout":
         message = f"{unit} did not finish in time (in {refused.phase}): {_in_time(refused)}"
         return NothingFits(message, budget_bytes=budget.budget_bytes, trials=tried)
-    if refused is not None and refused.outcome == "kernel-limit":
-        raise JobFailed(f"not even {unit} runs: {refused.remarks[-1]}, in {refused.phase}")
     how = "was killed by the system" if refused is not None and refused.outcome == "killed" else "does not fit"
     where = f" (in {refused.phase})" if refused is not None and refused.phase != "command" else ""
     words, needs = _needs(micro_batch, tried, unlimited, budget)
@@ -76,8 +73,6 @@ def too_big(reading: Reading, sizes: Sequence[int], unlimited: Reading | None, b
         return OutOfMemory(f"{window_notation(sizes)} did not finish in time: {_in_time(reading)}", trials=[reading])
     words, needs = _needs(sizes[0], [reading], unlimited, budget)
     over = f", {in_words(needs - budget.budget_bytes)} over" if needs is not None and needs > budget.budget_bytes else ""
-    if reading.outcome == "kernel-limit":
-        return OutOfMemory(f"{window_notation(sizes)} does not run: {reading.remarks[-1]}. `autoaccum tune` finds what runs", trials=[reading])
     how = {"oom": f"ran out in {reading.phase}", "killed": f"was killed by the system in {reading.phase}", "over-budget": "is over budget"}[reading.outcome]
     return OutOfMemory(
         f"{window_notation(sizes)} does not fit: {sizes[0]} {how}; it needs {words} and the budget is {in_words(budget.budget_bytes)}{over}. "

@@ -74,6 +74,7 @@ class Rehearsal:
         # False if nothing stops a trial that is too big. Then only sizes that are predicted to fit may run.
         self.enforces = enforce and device.enforces
         self._evaluation = evaluation or Evaluation()
+        self._least_fit = 2**63  # the smallest size that ran so far
         # On a CPU the memory limit is one of the process, in which libraries may die.
         self._copies = self.enforces and device.facts.kind == "cpu" and all(tensor.device.type == "cpu" for job in jobs for tensor in job.trained())
         self._hung = False
@@ -139,10 +140,14 @@ class Rehearsal:
                 aside_bytes=self._aside_bytes,
                 timeout_s=self._limits.timeout_of(len(micro_batches), full=full, windows=windows),
                 on_phase=on_phase,
+                smaller_fits=self._least_fit < micro_batches[0],
             )
 
         # A copy would compile for itself alone, and training again.
-        return self._ran(trial, micro_batches[0], len(micro_batches), full=full, in_place=full and any(job.is_compiled for job in self._jobs))
+        reading = self._ran(trial, micro_batches[0], len(micro_batches), full=full, in_place=full and any(job.is_compiled for job in self._jobs))
+        if reading.fits:
+            self._least_fit = min(self._least_fit, micro_batches[0])
+        return reading
 
     def evaluate(self, samples: int, trained: int) -> Reading:
         """Runs one trial of an evaluation: `samples` samples forward, after a step of `trained`. Restores the job's state."""

@@ -77,6 +77,7 @@ def measure(
     aside_bytes: int = 0,
     timeout_s: float | None = None,
     on_phase: PhaseCallback | None = None,
+    smaller_fits: bool = False,
 ) -> Reading:
     """Runs one trial of the window `micro_batches` (largest first) and returns its reading.
 
@@ -114,8 +115,8 @@ def measure(
             stepped = [before or not result.skipped for before, result in zip(stepped, results)]
             if len(durations) <= _SETTLING and (listener.watch.retries() or (searches and len(durations) < len(to_run))):
                 # A library's search for kernels takes what is free, once, and may flush the allocator's cache. Training goes on without.
-                if len(durations) == len(to_run):
-                    to_run.append(sizes)
+                while len(to_run) < len(durations) + 2:  # one from an empty cache, one from a cache that was used, as in training
+                    to_run.append(to_run[-1])
                 device.release()
                 listener.watch.restart()
             if base_bytes is None:
@@ -137,7 +138,18 @@ def measure(
     # run and a window in one piece compile. The stance is set before the cap, because compilers inherit a memory limit.
     eager, graphs_before = any(job.is_compiled for job in jobs) and not full and steps > 1, _compiled_graphs()
     with torch.compiler.set_stance("force_eager" if eager else "default"):
-        ended = attempt(jobs, device, train, largest, allowed=allowed, enforce=enforce, aside_bytes=aside_bytes, timeout_s=timeout_s, on_phase=on_phase)
+        ended = attempt(
+            jobs,
+            device,
+            train,
+            largest,
+            allowed=allowed,
+            enforce=enforce,
+            aside_bytes=aside_bytes,
+            timeout_s=timeout_s,
+            on_phase=on_phase,
+            smaller_fits=smaller_fits,
+        )
     if ended.outcome in ("fits", "over-budget") and not all(stepped):
         raise JobError(
             f"the gradients are inf or nan at a micro-batch of {largest}: the scaler skipped every optimizer step, so the optimizer's memory "
@@ -191,6 +203,7 @@ def attempt(
     aside_bytes: int,
     timeout_s: float | None,
     on_phase: PhaseCallback | None,
+    smaller_fits: bool = False,
 ) -> Ended:
     """Runs `work`, which may run out of memory, and returns its peak and how it ended.
 
@@ -198,6 +211,7 @@ def attempt(
     enforce: cap the device's memory at the budget while the trial runs.
     aside_bytes: measured memory that only the trial needs (a snapshot). It is added to the budget and left out of the peak.
     timeout_s: seconds until the trial ends with the outcome "timeout".
+    smaller_fits: a smaller size ran before, so that what a kernel cannot count is a limit of the size; else it is an error of the job.
     Raises what `work` raises, with a note, unless it is an out-of-memory.
     """
     device.release()
@@ -217,7 +231,7 @@ def attempt(
             taken_bytes = watch.peak_bytes() - held_before
             if isinstance(error, _TimedOut):
                 outcome = "timeout"
-            elif oom.is_kernel_limit(error):
+            elif smaller_fits and oom.is_kernel_limit(error):
                 outcome, remark = "kernel-limit", f"a kernel cannot take a micro-batch of {samples}, whatever memory there is ({_first_line(error)})"
             elif oom.is_oom(error, left_bytes=left_bytes, taken_bytes=taken_bytes):
                 outcome, doubtful = "oom", oom.verdict(error) == "ask-device"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
+import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +21,7 @@ from autoaccum.selfcheck.verdict import Measured, SelfCheck
 from autoaccum.version import __version__
 
 NAMES = ("profile", "exact", "windows", "rescue", "plans", "peaks", "loop", "copies")  # of `measurements.MEASUREMENTS`
-_TIMEOUT_S = 240.0
+_TIMEOUT_S = 400.0
 _CODE = """
 import json, torch
 from autoaccum.selfcheck.measurements import MEASUREMENTS
@@ -68,15 +71,22 @@ def _so_far(output: Path, fresh: SelfCheck) -> SelfCheck:
 
 def _measured(name: str, label: str, tiny: bool) -> Measured:
     started = time.monotonic()
+    words = own_program(_CODE.format(name=name, label=label, tiny=tiny))
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        done = subprocess.run(own_program(_CODE.format(name=name, label=label, tiny=tiny)), capture_output=True, text=True, check=False, timeout=_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
+        stdout, stderr = process.communicate(timeout=_TIMEOUT_S)
+    except BaseException as error:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it started holds the card, too
+        process.communicate()
+        if not isinstance(error, subprocess.TimeoutExpired):
+            raise
         return Measured("failed", f"did not end within {_TIMEOUT_S:.0f} s", _TIMEOUT_S, {})
     seconds = round(time.monotonic() - started, 2)
-    answers = [line.removeprefix("found:") for line in done.stdout.splitlines() if line.startswith("found:")]
-    if done.returncode != 0 or not answers:
-        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Measured("failed", last[:200], seconds, {"stderr": done.stderr[-4000:]})
+    answers = [line.removeprefix("found:") for line in stdout.splitlines() if line.startswith("found:")]
+    if process.returncode != 0 or not answers:
+        last = (stderr.strip().splitlines() or [f"exit code {process.returncode}"])[-1]
+        return Measured("failed", last[:200], seconds, {"stderr": stderr[-4000:]})
     figures = json.loads(answers[-1])
     return Measured(figures.pop("outcome"), figures.pop("said"), seconds, figures)
 

@@ -15,7 +15,7 @@ _MOST_TRIALS = 4
 
 
 def larger(
-    confirm: Callable[[tuple[int, ...]], Reading],
+    confirm: Callable[[tuple[int, ...]], Reading | None],
     confirmed: Reading,
     candidates: Sequence[int],
     target: int,
@@ -26,7 +26,7 @@ def larger(
 ) -> Reading:
     """The reading of the largest of `candidates` whose whole window fits, compiled; `confirmed` if none above it does.
 
-    confirm: runs the whole window of these micro-batches, compiled. readings: of the search, in eager mode. gradient_bytes: as in `search.largest`.
+    confirm: runs the whole window of these micro-batches, compiled; None if its compiler refused. readings: of the search, in eager mode. gradient_bytes: as in `search.largest`.
     """
     line = search.Line(gradient_bytes)
     for reading in readings:
@@ -48,9 +48,11 @@ def larger(
         ]
         if not allowed:
             break
-        reading = confirm(arithmetic.micro_batches(target, math.ceil(target / allowed[-1])))
-        if reading.fits:
-            confirmed = reading
+        larger_one = confirm(arithmetic.micro_batches(target, math.ceil(target / allowed[-1])))
+        if larger_one is None:
+            break
+        if larger_one.fits:
+            confirmed = larger_one
         else:
             refused, misses = allowed[-1], misses + 1
     return confirmed

@@ -125,8 +125,15 @@ def _search(
         if not candidates:
             raise nothing_fits(rehearsal, trials, sizes[0], target, budget)
     if subject.compiled and not subject.predicted and not timed:
+
+        def compiled_window(window: tuple[int, ...]) -> Reading | None:
+            try:
+                return trials.measure(rehearsal, window, full=True)
+            except Exception:  # a limit of the compiler at this size; there is a plan already
+                return None
+
         confirmed = compiled_sizes.larger(
-            lambda window: trials.measure(rehearsal, window, full=True),
+            compiled_window,
             confirmed,
             allowed,
             target,

@@ -9,6 +9,7 @@ from autoaccum.probe import Progress, Reading, Rehearser, Trying
 
 # How much longer a sample takes where memory pages, and the least time of a window for which that is looked at: short windows vary by more.
 _PAGING_FACTOR, _PAGING_SECONDS = 3.0, 0.2
+_PAGING_PART = 0.8  # of what the device has, below which nothing pages
 
 
 class TrialLog:
@@ -68,8 +69,10 @@ class TrialLog:
         """
         before = max((each for each in self.readings if each.fits and each.micro_batch < reading.micro_batch), key=lambda each: each.micro_batch, default=None)
         usual = None if before is None else _sample_seconds(before)
-        if before is None or usual is None or not _is_slow(reading, usual):
+        if before is None or usual is None or not _is_slow(reading, usual) or 8 * before.micro_batch < reading.micro_batch:
             return reading
+        if (reading.peak_bytes or 0) < _PAGING_PART * rehearsal.budget(limited=False).budget_bytes:
+            return reading  # caches and thread pools make samples slow, too, and there is memory left
         again = rehearsal.measure(sizes, full=full, windows=windows)  # a neighbour may have taken the time once
         if not _is_slow(again, usual):
             return again

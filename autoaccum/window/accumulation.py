@@ -158,7 +158,10 @@ def gradients(
                 del value
         del returned, batch, piece  # frees graph and activations before the next micro-batch
     for parameter, zero in zeros:
-        if parameter.grad is zero and zero._version == 0:  # backward did not come here, and without a gradient no optimizer steps it
+        # A sharded gradient is added to in its local part.
+        if (
+            parameter.grad is zero and getattr(zero, "_local_tensor", zero)._version == 0
+        ):  # backward did not come here, and without a gradient no optimizer steps it
             parameter.grad = None
     if apart is not None and apart.has_one_denominator:
         counts = apart.counts()

@@ -7,6 +7,7 @@ parameter that has none. So where graphs are replayed a window starts with gradi
 from __future__ import annotations
 
 import functools
+import sys
 import types
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -56,13 +57,22 @@ def _in_graphs(part: Any) -> bool:
     return False
 
 
+def _is_module(part: Any) -> bool:
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(part, torch.nn.Module)
+
+
 def _is_captured(part: Any) -> bool:
-    function = vars(part).get("forward") if hasattr(part, "_modules") else part
+    function = vars(part).get("forward") if _is_module(part) else part
     return _CAPTURED in getattr(function, "__qualname__", "")
 
 
 def _parts(model: torch.nn.Module, loss: Callable[..., Any]) -> Iterator[Any]:
-    yield from model.modules()
+    for module in model.modules():
+        yield module
+        if not type(module).__module__.startswith("torch."):
+            yield from _functions(type(module).forward)
+        yield from (value for value in vars(module).values() if isinstance(value, (types.FunctionType, types.MethodType)))
     yield from _functions(loss)
 
 
@@ -75,14 +85,15 @@ def _functions(loss: Any) -> Iterator[Any]:
         if id(part) in seen:
             continue
         seen.add(id(part))
-        if hasattr(part, "_modules") and hasattr(part, "modules"):
-            yield from part.modules()
-            continue
-        if not callable(part) or isinstance(part, type):
-            continue
-        yield part
-        if depth < _DEPTH:
-            waiting += [(each, depth + 1) for each in _referred(part)]
+        with suppress(Exception):  # a global may be an object that answers every question with an error
+            if _is_module(part):
+                yield from part.modules()
+            elif isinstance(part, type) or not (callable(part) or depth == 0):
+                continue
+            else:
+                yield part
+                if depth < _DEPTH:
+                    waiting += [(each, depth + 1) for each in _referred(part)]
 
 
 def _referred(part: Any) -> Iterator[Any]:
@@ -90,6 +101,7 @@ def _referred(part: Any) -> Iterator[Any]:
         yield from (part.func, *part.args, *part.keywords.values())
     elif isinstance(part, types.MethodType):
         yield from (part.__func__, part.__self__)
+        yield from vars(part.__self__).values() if hasattr(part.__self__, "__dict__") and not _is_module(part.__self__) else ()
     elif isinstance(part, types.FunctionType):
         for cell in part.__closure__ or ():
             with suppress(ValueError):  # a name that has no value yet

@@ -228,7 +228,7 @@ def same_content(storage: torch.UntypedStorage, content: torch.UntypedStorage) -
     return torch.equal(*(torch.empty(0, dtype=torch.uint8).set_(content_bytes) for content_bytes in (now, content)))  # type: ignore[call-overload]
 
 
-_ROW = 4096  # elements of a row of the table that `digest` sums
+_ROW, _ROWS = 4096, 1024  # elements of a row of the table that `digest` sums, and rows that are summed at once: 16 MiB
 
 
 def digest(storage: torch.UntypedStorage) -> torch.Tensor:
@@ -236,7 +236,12 @@ def digest(storage: torch.UntypedStorage) -> torch.Tensor:
     whole = storage.nbytes() // (4 * _ROW) * _ROW
     table = torch.empty(0, dtype=torch.int32, device=storage.device).set_(storage, 0, (whole // _ROW, _ROW))  # type: ignore[call-overload]
     rest = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage, 4 * whole, (storage.nbytes() - 4 * whole,))  # type: ignore[call-overload]
-    return torch.cat([table.sum(dim=1, dtype=torch.int64), table.sum(dim=0, dtype=torch.int64), rest.long()])
+    rows, columns = [], torch.zeros(_ROW, dtype=torch.int64, device=storage.device)
+    for piece in table.split(_ROWS):  # a sum in 64 bits copies what it sums
+        wide = piece.long()
+        rows.append(wide.sum(dim=1))
+        columns += wide.sum(dim=0)
+    return torch.cat([*rows, columns, rest.long()])
 
 
 def write_content(storage: torch.UntypedStorage, content: torch.UntypedStorage) -> None:

@@ -4,6 +4,7 @@ import gc
 import time
 import warnings
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ import torch
 import autoaccum
 from autoaccum import oom
 from autoaccum.devices.cpu import Cpu
-from autoaccum.errors import JobFailed
+from autoaccum.probe import Request
 from autoaccum.probe.readings import Limits
 from autoaccum.probe.rehearsal import rehearsing
+from autoaccum.tuner.one_device import tune_one_device
+from autoaccum.tuner.trial_log import TrialLog
 from autoaccum.window import snapshot
 from tests import jobs
 from tests.seen import Seen
@@ -218,6 +221,33 @@ def measure_here(rehearsal, windows, full):
     return rehearsal.measure(windows, full=full)
 
 
+class Refilling(Searching):
+    """Its allocator flushes whenever a window begins with a cache that was used."""
+
+    def __init__(self):
+        super().__init__(0)
+        self._flushes = self._since = 0
+
+    def release(self):
+        super().release()
+        self._since = 0
+
+    def synchronize(self):
+        super().synchronize()
+        self._since += 0.5
+        if self._since > 1 and self._since == int(self._since):
+            self._flushes += 1
+
+    @property
+    def flushes(self):
+        return self._flushes
+
+
+def test_a_size_that_flushes_a_used_cache_in_every_window_stays_refused():
+    with rehearsing(jobs.small(), Refilling(), Limits()) as rehearsal:
+        assert measure_here(rehearsal, (4, 4), False).outcome == "over-budget"
+
+
 def test_a_size_that_flushes_the_cache_in_every_window_stays_refused():
     with rehearsing(jobs.small(), Searching(0, always=True), Limits()) as rehearsal:
         reading = measure_here(rehearsal, (4, 4), False)
@@ -251,8 +281,9 @@ def test_where_a_kernel_takes_no_size_the_search_ends_with_its_words():
     def loss(model, batch):
         raise RuntimeError("CUDA error: invalid configuration argument")
 
-    with pytest.raises(JobFailed, match=r"not even one sample runs: a kernel cannot take a micro-batch of 1, .*invalid configuration argument"):
+    with pytest.raises(RuntimeError, match="invalid configuration argument") as raised:
         autoaccum.tune(jobs.small(loss), target_batch=60)
+    assert "raised in forward, at a micro-batch of 1" in raised.value.__notes__[0]
 
 
 def test_a_lost_context_ends_the_search_and_the_jobs_own_exception_comes_last(monkeypatch):
@@ -279,8 +310,23 @@ def test_a_size_whose_samples_take_much_longer_is_over_budget():
             pass
         return jobs.mse(model, batch)
 
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        plan = autoaccum.tune(jobs.small(loss), target_batch=60)
+    def planned(free_mib):
+        with rehearsing(jobs.small(loss), Nearly(free_mib), Limits(headroom="0")) as rehearsal:
+            return tune_one_device(rehearsal, Request(target_batch=60), TrialLog(None), "job", ())
+
+    plan = planned(64)
     assert (plan.micro_batch, plan.smallest_refused) == (30, 60)
-    assert any("a sample takes" in str(each.message) and "taken as over budget" in str(each.message) for each in caught)
+    assert any("a sample takes" in each and "taken as over budget" in each for each in plan.warnings)
+    assert planned(100_000).micro_batch == 60  # slow for another reason: there is memory left
+
+
+class Nearly(Cpu):
+    """A machine that has so many MiB left."""
+
+    def __init__(self, free_mib):
+        super().__init__()
+        self._free = free_mib * MIB
+
+    def memory(self, *, who=True):
+        held = self.held_bytes()
+        return replace(super().memory(who=who), total_bytes=held + self._free, free_bytes=self._free, ours_bytes=held, binding_limit="physical")

@@ -67,6 +67,63 @@ def compiled_in_place(**given):
     return model
 
 
+class Decorated(nn.Linear):
+    @torch.compile(mode="reduce-overhead")
+    def forward(self, inputs):
+        return inputs
+
+
+class Calling(nn.Linear):
+    def forward(self, inputs):
+        return graphed_helper(inputs)
+
+
+class Holding(nn.Linear):
+    def __init__(self):
+        super().__init__(1, 1)
+        self.function = graphed_helper
+
+    def forward(self, inputs):
+        return self.function(inputs)
+
+
+def replaced():
+    model = nn.Linear(1, 1)
+    model.forward = torch.compile(model.forward, mode="reduce-overhead")
+    return model
+
+
+class Trainer:
+    def __init__(self):
+        self.criterion = graphed_helper
+
+    def loss(self, model, batch):
+        return self.criterion(model(batch[0]))
+
+
+def test_compiled_parts_of_a_model_are_seen_wherever_they_are():
+    for model in (Decorated(1, 1), Calling(1, 1), Holding(), replaced()):
+        assert replays_graphs(model, jobs.mse), model
+        assert replays_graphs(nn.Sequential(model), jobs.mse), model
+    assert replays_graphs(nn.Linear(1, 1), Trainer().loss)
+
+
+class Hostile:
+    def __getattr__(self, name):
+        raise RuntimeError("not connected")
+
+
+hostile = Hostile()
+
+
+def test_a_global_that_answers_with_errors_does_no_harm():
+    def loss(model, batch):
+        return jobs.mse(model, batch) + 0 * (hostile is None)
+
+    job = jobs.small(loss)
+    assert not job.is_compiled and not replays_graphs(job.model, job.loss)
+
+
 @pytest.mark.parametrize("made", [compiled_part, compiled_in_place])
 def test_graphs_are_told_from_other_modes_of_compiling(made):
     for mode in ("reduce-overhead", "max-autotune"):
