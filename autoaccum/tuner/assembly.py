@@ -112,7 +112,7 @@ def _warnings(
     subject = rehearsal.subject()
     split_warnings = compared(rehearsal, max(sizes)) if sizes else ()
     remarks = dict.fromkeys(remark for reading in trials.readings for remark in reading.remarks)
-    messages = [*subject.remarks, *remarked, *remarks]
+    messages = [*subject.remarks, *remarked, *trials.remarks, *remarks]
     if subject.batch_norms and len(sizes) > 1:
         layers = ", ".join(subject.batch_norms[:3]) + (" and more" if len(subject.batch_norms) > 3 else "")
         messages.append(

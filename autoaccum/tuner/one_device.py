@@ -15,7 +15,7 @@ from typing import Any
 
 from autoaccum.devices import Budget, drift, driver_version
 from autoaccum.errors import UsageError
-from autoaccum.plan import Plan, arithmetic, window_led_by
+from autoaccum.plan import Plan, arithmetic, window_led_by, window_notation
 from autoaccum.probe import Reading, ReadingCache, Rehearser, Request, Subject, refusals, search
 from autoaccum.tuner import compiled_sizes, throughput
 from autoaccum.tuner.assembly import assemble_plan, versions
@@ -129,7 +129,9 @@ def _search(
         def compiled_window(window: tuple[int, ...]) -> Reading | None:
             try:
                 return trials.measure(rehearsal, window, full=True)
-            except Exception:  # a limit of the compiler at this size; there is a plan already
+            except Exception as error:  # there is a plan already
+                said = (str(error).splitlines() or [type(error).__name__])[0][:160]
+                trials.remarks.append(f"larger micro-batches were not tried compiled, because {window_notation(window)} failed: {said}")
                 return None
 
         confirmed = compiled_sizes.larger(

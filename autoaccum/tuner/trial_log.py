@@ -18,6 +18,7 @@ class TrialLog:
     def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
         self.readings: list[Reading] = []
+        self.remarks: list[str] = []  # warnings for the plan that are of no reading
         self.known: dict[tuple[int, bool], Reading] = {}  # by micro-batch, and True if gradients were resident
         self.refused: dict[int, Reading] = {}  # confirming runs that did not fit, by micro-batch
         self._current = (0, 0, False)

@@ -1,6 +1,6 @@
 """On a CUDA card: what nobody has measured yet, one function for each question. `everything.py` runs them first.
 
-`python benchmarks/gpu/everything.py --parts unmeasured --device cpu --tiny --output /tmp/tried.json` tries them out without a card.
+`python benchmarks/gpu/everything.py --parts unmeasured --device cpu --tiny --output tried.json` tries them out without a card.
 """
 
 from __future__ import annotations

@@ -93,6 +93,29 @@ def test_what_compiling_saves_or_takes_decides_how_much_fits(bytes_compiled, ste
     assert sum(trial.full for trial in plan.trials) <= 3
 
 
+def test_a_compiler_that_fails_at_a_larger_size_costs_no_plan():
+    torch.compiler.reset()
+    ledger = Ledger()
+
+    def compiler(graph, inputs):
+        def run(*given):
+            samples = max(len(each) for each in given if each.dim())
+            if samples > 30:
+                raise RuntimeError("out of resource: shared memory, Required: 147456")
+            ledger.take(30 * samples)
+            return graph(*given)
+
+        return run
+
+    model = torch.compile(Taking(ledger), backend=compiler, dynamic=False)
+    job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.0), lambda m, b: m(b), torch.zeros(4))
+    with rehearsing(job, ledger, Limits(headroom="0")) as rehearsal:
+        rehearsal._copies = False
+        plan = tune_one_device(rehearsal, Request(target_batch=120), TrialLog(None), "job", ())
+    assert plan.micro_batches == (30,) * 4
+    assert any("larger micro-batches were not tried compiled, because 120 x 1 failed: out of resource" in each for each in plan.warnings), plan.warnings
+
+
 def test_an_uneven_window_is_said_to_compile_twice():
     torch.compiler.reset()
     model = torch.compile(nn.Linear(2, 1), backend="eager")

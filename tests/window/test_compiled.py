@@ -4,12 +4,16 @@ A graph is stood in for by a function that behaves as torch.cuda.make_graphed_ca
 memory that its next run writes into.
 """
 
+import copy
 import functools
 import inspect
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import autoaccum
 from autoaccum.errors import JobError, UsageError
@@ -189,6 +193,23 @@ def test_a_parameter_without_a_gradient_has_none_and_is_not_decayed():
     assert model.unused.grad is None and model.weight.grad is not None
     accumulation.run(job, job.loss, [(torch.ones(2, 3), 2)], samples=2, device=torch.device("cpu"), graphs=True)
     assert torch.equal(model.unused, torch.ones(3)) and model.weight.grad is None
+
+
+def test_sharded_gradients_are_kept_too():
+    """FSDP2 adds to the local part of a gradient, whose own version does not move."""
+    torch.manual_seed(0)
+    model = nn.Linear(3, 1)
+    whole, pieces = copy.deepcopy(model), [torch.randn(2, 3), torch.randn(2, 3)]
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+        job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, b: m(b).square().mean(), torch.ones(2, 3))
+        accumulation.gradients(job, job.loss, [(piece, 2) for piece in pieces], samples=4, device=torch.device("cpu"), graphs=True)
+        gradients = [parameter.grad.full_tensor() for parameter in model.parameters()]
+    finally:
+        dist.destroy_process_group()
+    whole(torch.cat(pieces)).square().mean().backward()
+    assert all(torch.allclose(ours, theirs.grad) for ours, theirs in zip(gradients, whole.parameters()))
 
 
 def test_terms_of_several_denominators_are_refused_by_name():
