@@ -72,10 +72,15 @@ def measure_evaluation(
         listener.watch.lap_bytes()
         listener("evaluate", 0)
         batch = jobs[0].batch_of(samples) if evaluation.make_batch is None else evaluation.make_batch(samples)
-        for job in jobs:
-            with in_eval_mode(job), torch.no_grad(), torch.autocast(job.device.type, dtype=job.autocast, enabled=job.autocast is not None):
-                (evaluation.run or job.loss)(job.model, batches.move(batch, job.device))
+        searches = device.facts.kind == "cuda" and torch.backends.cudnn.benchmark
+        _forward(jobs, evaluation, batch)
         device.synchronize()
+        if searches or listener.watch.retries():
+            # The first forward of a shape may have searched for kernels, with all memory that was free. Evaluation goes on without.
+            device.release()
+            listener.watch.restart()
+            _forward(jobs, evaluation, batch)
+            device.synchronize()
         forward_bytes = listener.watch.lap_bytes() - aside_bytes
         del held
 
@@ -94,6 +99,12 @@ def measure_evaluation(
         activation_bytes=forward_bytes,  # a step of a small micro-batch may peak above a small evaluation
         budget_bytes=allowed.budget_bytes,
     )
+
+
+def _forward(jobs: Sequence[Job], evaluation: Evaluation, batch: Any) -> None:
+    for job in jobs:
+        with in_eval_mode(job), torch.no_grad(), torch.autocast(job.device.type, dtype=job.autocast, enabled=job.autocast is not None):
+            (evaluation.run or job.loss)(job.model, batches.move(batch, job.device))
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import autoaccum
 from autoaccum import oom
 from autoaccum.devices.cpu import Cpu
 from autoaccum.probe import Request
+from autoaccum.probe.evaluation import Evaluation
 from autoaccum.probe.readings import Limits
 from autoaccum.probe.rehearsal import rehearsing
 from autoaccum.tuner.one_device import tune_one_device
@@ -219,6 +220,31 @@ def test_a_search_for_kernels_that_flushes_the_cache_once_condemns_no_size(windo
 def measure_here(rehearsal, windows, full):
     rehearsal._copies = False  # the device counts in this process
     return rehearsal.measure(windows, full=full)
+
+
+class SearchingInEvaluation(Searching):
+    """Its flush is of the first forward without gradients, as a search for kernels of another shape is."""
+
+    def __init__(self):
+        super().__init__(0)
+        self.forwards = 0
+
+    @property
+    def flushes(self):
+        return min(self.forwards, 1)
+
+
+def test_a_search_for_kernels_in_the_first_forward_of_an_evaluation_is_not_its_peak():
+    device = SearchingInEvaluation()
+
+    def run(model, batch):
+        device.forwards += 1
+        return model(batch[0])
+
+    with rehearsing(jobs.small(), device, Limits(Cpu().held_bytes() + 1024 * MIB), evaluation=Evaluation(run)) as rehearsal:
+        rehearsal._copies = False
+        reading = rehearsal.evaluate(8, trained=4)
+    assert (reading.outcome, device.forwards) == ("fits", 2)
 
 
 class Refilling(Searching):
