@@ -48,7 +48,8 @@ if TYPE_CHECKING:
     from autoaccum.data.lengths import worst_case
     from autoaccum.data.windows import Window
     from autoaccum.devices.memory import Memory
-    from autoaccum.loop.accumulator import Accumulator, StepResult
+    from autoaccum.loop.accumulator import Accumulator
+    from autoaccum.loop.step_result import StepResult
     from autoaccum.plan.learning_rate import scale_lr
     from autoaccum.plan.micro_batch import MicroBatch
     from autoaccum.plan.plan import Plan
@@ -69,7 +70,7 @@ _FILE_OF = {
     "MicroBatch": "plan.micro_batch",
     "Plan": "plan.plan",
     "Reading": "probe.readings",
-    "StepResult": "loop.accumulator",
+    "StepResult": "loop.step_result",
     "VirtualGpu": "virtual.gpu",
     "Window": "data.windows",
     "contrastive": "window.losses",

@@ -50,6 +50,7 @@ def outcome(run: Any, system: str, work: Any) -> dict[str, Any]:
         "micro_batch": answer or max(sizes, default=0), "sizes": sizes if len(sizes) < 50 else [sizes[0], "...", sizes[-1]], "steps": len(sizes), "effective": sum(sizes),
         "survives": error is None and work.stepped == work.windows, "exact": error is None and work.whole_windows == work.windows, "error": error,
         "handed_over": work.handed_over, "fed": work.fed, "samples_per_second": rate(work), "seconds": work.seconds, "state_unchanged": work.state_unchanged, "random_unchanged": work.random_unchanged,
+        **({"first_windows": work.steps_of_windows[:8]} if work.steps_of_windows else {}),
     }  # fmt: skip
 
 

@@ -54,9 +54,9 @@ def make_mlp(width: int = 8192, layers: int = 32):
     return autoaccum.Job(model, optimizer, lambda model, batch: nn.functional.mse_loss(model(batch[0]), batch[1]), batch)
 
 
-def in_fresh_process(kind: str, where: str, settings: dict, limit: int, sizes: tuple[int, ...]) -> dict:
-    """Runs one window shape in a process of its own: `try` under the budget, twice; `train` 50 windows under the limit."""
-    words = [sys.executable, str(HERE), "--run", json.dumps([kind, where, settings, limit, sizes])]
+def in_fresh_process(kind: str, where: str, settings: dict, limit: int, *asked: object) -> dict:
+    """Runs in a process of its own: `try` one window shape under the budget, twice; `train` it 50 windows under the limit; `learn` without a plan."""
+    words = [sys.executable, str(HERE), "--run", json.dumps([kind, where, settings, limit, *asked])]
     ran = subprocess.run(words, capture_output=True, text=True, check=False, env={**os.environ, "OMP_NUM_THREADS": "1"})
     if ran.returncode != 0:
         return {"fits": False, "how": f"exit {ran.returncode}: {ran.stderr.strip().splitlines()[-1:]}"}
@@ -89,6 +89,32 @@ def run(kind: str, where: str, settings: dict, limit: int, sizes: list[int]) -> 
     return {"fits": peak <= limit - headroom, "how": "ran", "peak_bytes": peak}
 
 
+def learn(where: str, settings: dict, limit: int, target: int, windows: int) -> dict:
+    """Trains without a plan: the micro-batches of each window, and what it settled at."""
+    import autoaccum
+    from autoaccum import devices
+    from autoaccum.window import source
+
+    devices.get("cpu").prepare()
+    built = source.load(Source(where, settings), device="cpu")
+    batch = built.batch_of(target)
+    loop = autoaccum.Accumulator(built, target_batch=target, memory_limit=limit)
+    results = [loop.step(batch)]
+    while loop.plan.learning and len(results) < windows:
+        results.append(loop.step(batch))
+    with devices.get("cpu").capped(limit):
+        results += [loop.step(batch) for _ in range(windows - len(results))]
+    return {
+        "learned": loop.plan.micro_batch,
+        "learned_steps": loop.plan.accumulation_steps,
+        "windows_to_settle": loop.plan.learned_windows,
+        "steps_of_first_windows": [each.micro_batches for each in results[:6]],
+        "learning_ooms": sum(each.rescued.attempts for each in results if each.rescued),
+        "learning_survives": len(results) == windows and all(each.samples == target for each in results),
+        "peak_bytes": loop.plan.peak_bytes,
+    }
+
+
 def _write(output: Path, rows: list[dict]) -> None:
     machine = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.platform(), "torch": importlib.metadata.version("torch")}
     output.write_text(json.dumps({"schema": "autoaccum.oracle/1", "machine": machine, "rows": rows}, indent=1) + "\n")
@@ -100,7 +126,8 @@ def _write(output: Path, rows: list[dict]) -> None:
 @click.option("--run", "one", hidden=True)
 def main(output: Path | None, again: bool, one: str | None) -> None:
     if one is not None:
-        print(json.dumps(run(*json.loads(one))))
+        asked = json.loads(one)
+        print(json.dumps(learn(*asked[1:]) if asked[0] == "learn" else run(*asked)))
         return
     os.environ["OMP_NUM_THREADS"] = "1"  # tune's processes too: both sides compute alike
     rows = json.loads(output.read_text())["rows"] if output and output.exists() else []
@@ -113,9 +140,12 @@ def main(output: Path | None, again: bool, one: str | None) -> None:
                     row["verdicts"] = verdicts(name, where, settings, limit_mib * MIB, target)
                 if again or "tune" not in row:
                     row |= tuned(where, settings, limit_mib * MIB, target, row["verdicts"])
+                if again or "learned" not in row:
+                    row |= in_fresh_process("learn", where, settings, limit_mib * MIB, target, 50)
                 click.echo(
                     f"{name:9} {limit_mib:4} MiB  target {target}: oracle {row['oracle']:4} x {row['oracle_steps']:<3} tune {row['tune']:4} x {row['tune_steps']:<3} "
                     f"trials {row['trials']}  OOMs {row['ooms']}  {row['seconds']:5.1f} s  survives {row['survives_50_windows']}"
+                    f"  learned {row.get('learned'):4} in {row.get('windows_to_settle')}, {row.get('steps_of_first_windows')}, OOMs {row.get('learning_ooms')} {row.get('how', '')}"
                 )
                 if output:
                     _write(output, list(known.values()))

@@ -78,6 +78,7 @@ class Work:
         self.trials: int | None = None  # where a system counts its own
         self.searched: dict[str, int] = {}  # what a simulated device had counted when training made its first step
         self.handed_over = False  # whether it gave an answer for the plain loop to train with
+        self.steps_of_windows: list[int] = []  # the micro-batches of each window, where a system tells them
         self.ended: list[float] = []  # when each optimizer step was made
         self.seed()
         self.model = build().to(place)
@@ -133,8 +134,10 @@ class Work:
             self.state_unchanged, self.random_unchanged = digest(self.model) == self._before[0], random_digest() == self._before[1]
             self._started += self.clock() - now  # what that took is not the system's
 
-    def step_was_made(self, samples: int) -> None:
-        """Said after every optimizer step of training, with how many samples it saw."""
+    def step_was_made(self, samples: int, micro_batches: int | None = None) -> None:
+        """Said after every optimizer step of training, with how many samples it saw, and in how many micro-batches if that changes."""
+        if micro_batches is not None:
+            self.steps_of_windows.append(micro_batches)
         self.stepped += 1
         if self.device is not None and self.stepped == 1:  # the first since training began, or began anew
             self.searched = self.device.counted()

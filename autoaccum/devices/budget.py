@@ -29,17 +29,19 @@ SHARED = "shared by ranks"  # as a binding limit: other ranks of the job use par
 _REST = {SHARED: "in use or other ranks'", FRACTION: "in use or beyond the memory fraction", HOST: "in use on the host"}
 
 LEAST_GPU_HEADROOM = 256 * MIB
+LEAST_CPU_HEADROOM = 4 * MIB  # the peaks of two processes that do the same differ by up to this much
 
 # Used only if a cap is given and the size of the context is unknown. It is about the size of a CUDA context
 # with cuBLAS and cuDNN loaded on recent cards.
 ASSUMED_OUTSIDE = 512 * MIB
 
 
-def make_budget(memory: Memory, *, kind: str, limit_bytes: int | None = None, headroom: str | int = "3%") -> Budget:
+def make_budget(memory: Memory, *, kind: str, limit_bytes: int | None = None, headroom: str | int = "3%", floor_bytes: int = 0) -> Budget:
     """The budget `min(cap - outside, ours + free) - headroom`, in the unit of the peak (see `Watch.peak_bytes`).
 
     kind: the kind of the device. limit_bytes: the cap.
-    headroom: a size, or a percentage of the available memory. On a GPU a percentage keeps at least 256 MiB.
+    headroom: a size, or a percentage of what training can add. On a GPU a percentage keeps at least 256 MiB, on a CPU 4 MiB.
+    floor_bytes: what the process held before training: on a CPU the interpreter, the libraries, the model and the data.
     The result is zero or negative if nothing is left; the caller reports that. Raises `UsageError` if the headroom cannot
     be parsed.
     """
@@ -47,9 +49,9 @@ def make_budget(memory: Memory, *, kind: str, limit_bytes: int | None = None, he
     if limit_bytes is not None:
         outside = ASSUMED_OUTSIDE if memory.outside_bytes is None else memory.outside_bytes
         available = min(available, limit_bytes - outside)
-    headroom_bytes = parse_headroom(headroom, max(available, 0))
-    if kind != "cpu" and "%" in str(headroom):
-        headroom_bytes = max(headroom_bytes, LEAST_GPU_HEADROOM)
+    headroom_bytes = parse_headroom(headroom, max(available - floor_bytes, 0))
+    if "%" in str(headroom):
+        headroom_bytes = max(headroom_bytes, LEAST_CPU_HEADROOM if kind == "cpu" else LEAST_GPU_HEADROOM)
     return Budget(available - headroom_bytes, headroom_bytes, memory, limit_bytes)
 
 

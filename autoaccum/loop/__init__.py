@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
-    from autoaccum.loop.accumulator import Accumulator, StepResult
+    from autoaccum.loop.accumulator import Accumulator
     from autoaccum.loop.first_windows import FirstWindows
+    from autoaccum.loop.step_result import StepResult
 else:
-    __getattr__ = lazily(__name__, accumulator="Accumulator StepResult", first_windows="FirstWindows")
+    __getattr__ = lazily(__name__, accumulator="Accumulator", first_windows="FirstWindows", step_result="StepResult")

@@ -13,13 +13,16 @@ import torch
 import torch.distributed as dist
 
 from autoaccum import devices, oom
-from autoaccum.data import Cut, TokenGauge, Window, batches, counted
+from autoaccum.data import Cut, TokenGauge, Window, Windows, batches, counted
 from autoaccum.devices import malloc_for_training
 from autoaccum.distributed import Engine, RankTeam, VoidWindow, WindowAnnouncement, WindowVote, engines, ranks
 from autoaccum.errors import PlanError, UsageError, noted
 from autoaccum.loop.first_windows import FirstWindows
-from autoaccum.loop.rescue import Rescued, Rescuer
+from autoaccum.loop.learner import Learner
+from autoaccum.loop.rescue import Rescuer
+from autoaccum.loop.step_result import StepResult
 from autoaccum.plan import Plan, micro_batches
+from autoaccum.probe import Request
 from autoaccum.window import (
     Job,
     PerToken,
@@ -40,61 +43,23 @@ from autoaccum.window import (
 Loss = Callable[[Any, Any], Any]
 
 
-class StepResult:
-    """The result of one optimizer step. `loss`, `count`, `grad_norm` and `skipped` wait for the device only when they are read.
-
-    samples: the samples of the window, over all ranks.
-    micro_batches: the number of micro-batches that ran on this rank.
-    rescued: the changes after an out-of-memory on this rank, or None.
-    All other values are the same on every rank.
-    """
-
-    def __init__(self, ran: WindowResult, rescued: Rescued | None = None) -> None:
-        self._result = ran
-        self.samples, self.micro_batches, self.rescued = ran.samples, ran.micro_batches, rescued
-
-    @property
-    def loss(self) -> float:
-        """The mean loss over the window's samples; for a loss that returns a sum, the sum divided by the window's count."""
-        return float(self._result.loss)
-
-    @property
-    def terms(self) -> dict[str, float]:
-        """The loss of each term, by name, each divided by its own denominator; empty for a loss of one term."""
-        return {name: float(loss.sum()) for name, loss in self._result.by_term.items()}
-
-    @property
-    def count(self) -> float | None:
-        """The number by which the window's loss sum was divided; None for a loss that is a mean over samples."""
-        return None if self._result.counted is None else float(self._result.counted)
-
-    @property
-    def grad_norm(self) -> float | None:
-        """The norm of the accumulated gradient before clipping; None without `max_grad_norm`."""
-        return None if self._result.grad_norm is None else float(self._result.grad_norm)
-
-    @property
-    def skipped(self) -> bool:
-        """True if the scaler found an inf or nan in a gradient, so that no optimizer stepped."""
-        return self._result.skipped
-
-    def __repr__(self) -> str:
-        rescued = "" if self.rescued is None else f", rescued='{self.rescued}'"
-        return f"StepResult(loss={self.loss:.6g}, samples={self.samples}, micro_batches={self.micro_batches}, skipped={self.skipped}{rescued})"
-
-
 class Accumulator:
     """Runs the windows of a plan: `Accumulator(model, optimizer, plan)` or `Accumulator(job, plan)`.
 
+    Without a plan, `Accumulator(model, optimizer, target_batch=512)` learns it in its first windows, which are exact from the first on.
+
     job: a `Job`, or a list of jobs, as given to `tune`. Several jobs run one after the other on every window, and `step` returns a
     tuple of results.
+    target_batch, memory_limit, headroom, max_micro_batch, equal: as in `tune`, instead of a plan. Micro-batches of the first windows differ in size:
+    each one's peak says how large the next may be. The memory limit is enforced while it learns. `plan` is what is known so far.
     scheduler: steps once per window, except after a skipped window.
     scaler, autocast, max_grad_norm, count, split, keep: as in `Job`. They must be the same as when the plan was made; a difference
     gives a warning.
     on_oom: "rescue" runs a window that ran out of memory in forward or backward again, from its start, in smaller micro-batches, and
     keeps the smaller size; "raise" raises the error. Before the second run, module attributes other than buffers that a forward
     changed are not restored, nor are effects of the loss outside torch.
-    grow_after: the number of windows without trouble after which a size from before a rescue is tried again; None for never.
+    grow_after: the number of windows without trouble after which a size from before a rescue is tried again; None for never. A plan that was
+    learned also grows beyond what it settled at, if memory has become free since.
     correct_running_stats: True moves BatchNorm's running statistics once per window instead of once per micro-batch.
 
     On several ranks, the model is in DistributedDataParallel or FSDP2 (`fully_shard`). All ranks call `step` together, each with its
@@ -114,6 +79,11 @@ class Accumulator:
         optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | Plan | None = None,
         plan: Plan | None = None,
         *,
+        target_batch: int | None = None,
+        memory_limit: int | str | None = None,
+        headroom: int | str = "3%",
+        max_micro_batch: int | None = None,
+        equal: bool = False,
         scheduler: Any = None,
         scaler: Any = None,
         autocast: torch.dtype | None = None,
@@ -131,26 +101,34 @@ class Accumulator:
         settings = {
             "scheduler": scheduler, "scaler": scaler, "autocast": autocast, "max_grad_norm": max_grad_norm, "count": count, "split": split, "samples": samples, "keep": keep,
         }  # fmt: skip
-        if not isinstance(model, torch.nn.Module):
-            if not isinstance(optimizer, Plan):
-                raise UsageError("Accumulator(job, plan) takes a Plan second")
+        asked = {"target_batch": target_batch, "memory_limit": memory_limit, "max_micro_batch": max_micro_batch, "equal": equal or None}
+        if isinstance(model, torch.nn.Module):
+            known = _plan_if_given(plan, asked, "Accumulator(model, optimizer, plan) takes an optimizer second and a Plan third")
+            if optimizer is None or isinstance(optimizer, Plan):
+                raise UsageError("Accumulator(model, optimizer, plan) takes an optimizer second and a Plan third")
+            self._jobs: tuple[Job, ...] = (Job(model, optimizer, _no_loss, (), **settings),)
+        else:
+            known = _plan_if_given(plan if optimizer is None else optimizer, asked, "Accumulator(job, plan) takes a Plan second")
             given_names = [name for name, value in settings.items() if value not in (None, (), [])]
             if given_names:
                 raise UsageError(f"Accumulator(job, plan) takes {' and '.join(given_names)} from the job: say it in Job(...)")
-            self._jobs, self._plan = as_jobs(model), optimizer
-        else:
-            if optimizer is None or isinstance(optimizer, Plan) or not isinstance(plan, Plan):
-                raise UsageError("Accumulator(model, optimizer, plan) takes an optimizer second and a Plan third")
-            self._jobs = (Job(model, optimizer, _no_loss, (), **settings),)
-            self._plan = plan
+            self._jobs = as_jobs(model)
         if on_oom not in ("rescue", "raise"):
             raise UsageError(f'on_oom must be "rescue" or "raise", not {on_oom!r}')
         if grow_after is not None and (isinstance(grow_after, bool) or not isinstance(grow_after, int) or grow_after < 1):
             raise UsageError(f"grow_after must be a number of windows, at least 1, or None, not {grow_after!r}")
-        self._warn_of_differences()
         device = devices.get(str(self._jobs[0].device))
-        if device.facts.kind == "cpu":
-            malloc_for_training(self._plan.peak_bytes, self._plan.budget_bytes)
+        self._learner: Learner | None = None
+        self._grow_after, self._quiet = grow_after, 0  # windows since it settled
+        if known is None:
+            self._learner = self._learning(Request(target_batch, memory_limit, headroom, max_micro_batch, equal), device)
+            self._plan = self._learner.plan
+        else:
+            self._plan = known
+            self._warn_of_differences()
+            if device.facts.kind == "cpu":
+                malloc_for_training(known.peak_bytes, known.budget_bytes)
+        self._settled = self._learner  # what has learned, also once it has settled
         self._stats = [RunningStats(job.model) if correct_running_stats else None for job in self._jobs]
         self._engines, self._team = self._ranks(on_oom, careful_windows, rank_timeout_s)
         self._rescuer = Rescuer(self._jobs, device, self._plan, enabled=on_oom == "rescue", grow_after=grow_after, together=self._team is not None)
@@ -169,6 +147,17 @@ class Accumulator:
         """The largest number of samples in a micro-batch now: the plan's micro-batch, or less after a rescue."""
         return self._rescuer.micro_batch
 
+    @property
+    def plan(self) -> Plan:
+        """The plan; while it is learned, what is known so far (`plan.learning`)."""
+        return self._plan
+
+    def windows(self, loader: Iterable[Any], **settings: Any) -> Windows:
+        """The loader's batches, of any size, as windows of exactly the target. The settings, and what is raised, are those of `Plan.windows`."""
+        job = self._jobs[0]
+        mine = {name: value for name, value in (("samples", job.samples), ("split", job.split)) if value is not None}
+        return self._plan.windows(loader, **{**mine, **settings})
+
     def step(self, batch: Any, loss: Loss | None = None) -> Any:
         """Runs one optimizer step on a window, cut into micro-batches.
 
@@ -182,7 +171,7 @@ class Accumulator:
         if self._tokens is not None and loss is not None and self._jobs[0].count is None and not hasattr(loss, "of_window"):
             loss = PerToken(loss)
         try:
-            return self._step(window, loss, self._plan.sizes_of)
+            return self._step(window, loss, self._plan.sizes_of, given=False)
         except Exception as error:
             if _is_list_of_batches(batch):
                 noted(
@@ -202,17 +191,17 @@ class Accumulator:
         Returns and raises the same as `step`.
         """
         window = micro_batches if isinstance(micro_batches, Window) else Window.of(micro_batches, self._jobs[0].split, samples or self._jobs[0].samples)
-        return self._step(window, loss, lambda part, most: [size for part_size in part.sizes for size in self._plan.sizes(part_size, most)])
+        return self._step(window, loss, lambda part, most: [size for part_size in part.sizes for size in self._plan.sizes(part_size, most)], given=True)
 
-    def _step(self, window: Window, loss: Loss | None, sizes: Callable[[Window, int], Sequence[int]]) -> Any:
+    def _step(self, window: Window, loss: Loss | None, sizes: Callable[[Window, int], Sequence[int]], *, given: bool) -> Any:
         if not self._turn.acquire(blocking=False):
             raise UsageError("two threads call step of one Accumulator at the same time, and its windows run one after the other: let one thread train")
         try:
-            return self._trained(window, loss, sizes)
+            return self._trained(window, loss, sizes, given=given)
         finally:
             self._turn.release()
 
-    def _trained(self, window: Window, loss: Loss | None, sizes: Callable[[Window, int], Sequence[int]]) -> Any:
+    def _trained(self, window: Window, loss: Loss | None, sizes: Callable[[Window, int], Sequence[int]], *, given: bool) -> Any:
         if self._jobs[0].split is not None:
             window = window.cut_by(self._jobs[0].split)
         if loss is not None and len(self._jobs) > 1:
@@ -223,11 +212,16 @@ class Accumulator:
         if not self._begun:
             self._graphs = [job.device.type == "cuda" and replays_graphs(job.model, loss or job.loss) for job in self._jobs]
             self._captured = next(filter(None, (captured(job.model, loss or job.loss) for job in self._jobs)), None)
-        if self._first is not None and self._captured is None:  # what was captured cannot run the few samples that are compared
+        # What was captured cannot run the few samples that are compared, and where one sample is known to fit, two may not.
+        if self._first is not None and self._captured is None and (self._settled is None or self.micro_batch > 1):
             self._first.look(window, loss, self.micro_batch)
             if self._first.is_over:
                 self._first = None
         self._rescuer.begin()
+        self._may_learn_again()
+        if self._learner is not None:
+            sees_window = len(self._jobs) > 1 or any(self._graphs) or hasattr(loss or self._jobs[0].loss, "of_window")
+            self._learner.begin(beforehand=sees_window, given=given)
         results = []
         if self._captured is not None:
             sizes = partial(self._of_one_size, sizes)
@@ -252,6 +246,8 @@ class Accumulator:
                     raise
             results.append(result)
         self._begun = True
+        if self._learner is not None:
+            self._learned(self._learner, window)
         if self._team is not None:
             self._team.went_by(any(result.rescued is not None for result in results))
         return results[0] if len(results) == 1 else tuple(results)
@@ -278,7 +274,10 @@ class Accumulator:
         """Runs a window of one job, on this rank and together with the other ranks."""
         engine = self._engines[index]
         if self._team is None or engine is None or announcement is None:
-            return StepResult(*self._rescuer.run(window, lambda most: sizes(window, most), partial(attempt, samples=window.samples)))
+            learner = self._learner
+            if learner is not None:
+                attempt = _read_by(learner, attempt)
+            return StepResult(*self._rescuer.run(window, lambda most: sizes(window, most), partial(attempt, samples=window.samples), learner=learner))
         while True:
             part = self._team.handed_over(window, announcement)
             vote = WindowVote(engine, self._team.ranks, announcement, self._team.out, index)
@@ -296,6 +295,37 @@ class Accumulator:
                 if vote.crossed and isinstance(error, RuntimeError) and oom.is_lost_rank(error):
                     raise self._team.ranks.lost(error, "carrying gradients across") from error
                 raise
+
+    def _learning(self, request: Request, device: devices.Device) -> Learner:
+        """What learns the plan. Raises `UsageError` where it cannot be learned in training."""
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise UsageError(
+                f"over {dist.get_world_size()} ranks a plan is needed: every rank calls autoaccum.tune, and then Accumulator(model, optimizer, plan)"
+            )
+        if (name := next(filter(None, (captured(job.model, job.loss) for job in self._jobs)), None)) is not None:
+            raise UsageError(
+                f"{name} was captured by torch.cuda.make_graphed_callables and runs one batch size only: tune before it is captured, with equal=True"
+            )
+        return Learner(self._jobs, device, request)
+
+    def _learned(self, learner: Learner, window: Window) -> None:
+        """Takes what a window has shown into the plan."""
+        learner.end(window.samples)
+        self._plan = learner.plan
+        self._rescuer.follow(learner.plan)
+        if not learner.plan.learning:
+            self._learner = None
+            self._quiet = 0
+            if learner.plan.device.kind == "cpu":
+                malloc_for_training(learner.plan.peak_bytes, learner.plan.budget_bytes)
+
+    def _may_learn_again(self) -> None:
+        """Goes on learning if there is memory for fewer steps now. Looked at every `grow_after` windows."""
+        if self._grow_after is None or self._settled is None or self._learner is not None:
+            return
+        self._quiet += 1
+        if self._quiet % self._grow_after == 0 and self._settled.goes_on(self.micro_batch):
+            self._learner = self._settled
 
     def _ranks(self, on_oom: str, careful_windows: int | None, timeout_s: float) -> tuple[list[Engine | None], RankTeam | None]:
         """The engine of each job, which reduces gradients over the ranks, and the `RankTeam`. For a plan of one rank all are None.
@@ -380,6 +410,18 @@ class Accumulator:
             )
 
 
+def _plan_if_given(given: Any, asked: dict[str, Any], where: str) -> Plan | None:
+    """The plan; None if a target was given instead. Raises `UsageError` for neither and for both. where: the sentence for what is no plan."""
+    names = [name for name, value in asked.items() if value is not None]
+    if isinstance(given, Plan):
+        if names:
+            raise UsageError(f"the plan says already how a step is made up: leave {' and '.join(names)} out, or leave the plan out and it is learned")
+        return given
+    if given is not None or "target_batch" not in names:
+        raise UsageError(f"{where}; or leave it out and give target_batch=, and it is learned while training")
+    return None
+
+
 def _is_list_of_batches(batch: Any) -> bool:
     """True for a list of several items that all have the same fields, as batches of one loader have."""
     if type(batch) is not list or len(batch) < 2 or not all(isinstance(item, (tuple, list, dict)) for item in batch):
@@ -395,6 +437,14 @@ def _watched(job: Job, attempt: Callable[..., WindowResult]) -> Callable[..., Wi
             return attempt(cut, on_phase=checked_phase, **settings)
 
     return watched
+
+
+def _read_by(learner: Learner, attempt: Callable[..., WindowResult]) -> Callable[..., WindowResult]:
+    def read(cut: Cut, *, on_phase: PhaseCallback, **settings: Any) -> WindowResult:
+        with learner.watching(on_phase) as reading:
+            return attempt(cut, on_phase=reading, **settings)
+
+    return read
 
 
 def _no_more(sizes: Callable[[Window, int], Sequence[int]], part: Window, most: int) -> Sequence[int]:

@@ -19,6 +19,7 @@ from autoaccum.data import Cut, Window
 from autoaccum.devices import Device, steady_malloc
 from autoaccum.distributed import AGAIN, CANNOT, VoidWindow, WindowVote
 from autoaccum.errors import PlanError, noted
+from autoaccum.loop.learner import Learner
 from autoaccum.plan import Plan, arithmetic, window_notation
 from autoaccum.units import MIB
 from autoaccum.window import Job, PhaseCallback, WindowResult, WindowStart, batch_norms, forget
@@ -74,9 +75,8 @@ class Rescuer:
 
     def __init__(self, jobs: Sequence[Job], device: Device, plan: Plan, *, enabled: bool, grow_after: int | None, together: bool = False) -> None:
         self._together = together
-        self._jobs, self._device, self._plan, self._enabled, self._grow_after = jobs, device, plan, enabled, grow_after
-        # A rank without a share may still get samples from other ranks.
-        self.micro_batch = plan.micro_batch or (plan.fleet.curves[plan.rank].most if plan.fleet is not None else 0)
+        self._jobs, self._device, self._enabled, self._grow_after = jobs, device, enabled, grow_after
+        self.follow(plan)
         self._left: list[int] = []  # sizes from before each rescue, to be tried again
         self._windows = self._quiet_windows = self._base_bytes = 0
         self._grew = self._failed = False
@@ -84,6 +84,12 @@ class Rescuer:
         self._ballast = Ballast(device if enabled else None)
         if enabled:
             self._start = WindowStart(jobs)
+
+    def follow(self, plan: Plan) -> None:
+        """Runs windows by this plan from now on."""
+        self._plan = plan
+        # A rank without a share may still get samples from other ranks.
+        self.micro_batch = plan.micro_batch or (plan.fleet.curves[plan.rank].most if plan.fleet is not None else 0)
 
     def begin(self) -> None:
         """Called once before each window, also with several jobs. Counts windows, and raises the size again if that is due."""
@@ -96,23 +102,27 @@ class Rescuer:
         if self._enabled and (self._windows <= 2 or self._windows % 64 == 0):  # the first step allocates the optimizer state
             self._base_bytes = self._device.live_bytes()
 
-    def run(self, window: Window, sizes: Sizes, attempt: Attempt, crossing: WindowVote | None = None) -> tuple[WindowResult, Rescued | None]:
+    def run(
+        self, window: Window, sizes: Sizes, attempt: Attempt, crossing: WindowVote | None = None, learner: Learner | None = None
+    ) -> tuple[WindowResult, Rescued | None]:
         """Runs a window of one job, and runs it again in smaller micro-batches after an out-of-memory.
 
         sizes: a function from the largest size allowed to the micro-batch sizes. attempt: runs the micro-batches and the optimizer's step.
         crossing: the vote of all ranks on this window; None on one rank.
+        learner: decides the sizes instead, while it learns.
         Returns the result, and the record of the rescue or None.
         Raises the exception of `attempt` if it is no out-of-memory. Raises an out-of-memory, with a note that gives the reason, if an
         optimizer has begun to step, or if not even the smallest micro-batch runs. On several ranks, raises `VoidWindow` if a rank cannot
         hold one sample of the window; the state is then the same as before the window.
         """
-        before, at_first, left_at_first = window.runs_as(sizes(self.micro_batch)), self.micro_batch, len(self._left)
+        before = () if learner is not None else window.runs_as(sizes(self.micro_batch))
+        at_first, left_at_first = self.micro_batch, len(self._left)
         outside = sys.exc_info()[1]  # an exception that the caller is handling already; it is not examined
         if self._enabled:
             self._start.note()
         failures: list[tuple[str, int]] = []
         try:
-            cut = window.cut(sizes(self.micro_batch), most=self.micro_batch)
+            cut = learner.cut(window) if learner is not None else window.cut(sizes(self.micro_batch), most=self.micro_batch)
         except PlanError:
             raise
         except Exception as error:
@@ -130,9 +140,12 @@ class Rescuer:
                 forget(void, self._jobs, outside)
             except Exception as error:
                 self._ballast.drop()  # first, because the handling below needs memory too
-                if not self._is_oom(error, outside):
+                if not self._is_oom(error, outside, learner):
                     raise
-                smaller_cut = self._smaller(window, sizes) if self._redone(crossing) else None
+                before = before or (() if learner is None else learner.sizes)
+                smaller_cut = None
+                if self._redone(crossing):
+                    smaller_cut = self._smaller(window, sizes) if learner is None else learner.cut_again(window, self._index, self._phase)
                 if smaller_cut is None:
                     note = self._why_not()
                     self.micro_batch, self._left = at_first, self._left[:left_at_first]
@@ -163,7 +176,8 @@ class Rescuer:
         if self._grew and self._grow_after is not None:
             self._grow_after *= 2  # the size was still too large: try it less often
         self._failed, self._grew = True, False
-        rescued = Rescued(*failures[0], before, window.runs_as(sizes(self.micro_batch)), len(failures), kept_bytes)
+        after = window.runs_as(sizes(self.micro_batch)) if learner is None else learner.sizes
+        rescued = Rescued(*failures[0], before, after, len(failures), kept_bytes)
         log.warning("%s", rescued)
         return result, rescued
 
@@ -230,10 +244,13 @@ class Rescuer:
             return f"{where}, where gradients cross ranks, so no rank can repeat it alone: start again from your last checkpoint, with more headroom"
         return f"{where}; the window cannot be cut smaller" if self._enabled else where
 
-    def _is_oom(self, error: Exception, outside: BaseException | None) -> bool:
+    def _is_oom(self, error: Exception, outside: BaseException | None, learner: Learner | None = None) -> bool:
         verdict = oom.verdict(error, outside)
         if verdict != "ask-device":
             return verdict == "oom"
+        if learner is not None and learner.failed_bytes is not None:
+            left_bytes, taken_bytes = learner.failed_bytes
+            return oom.is_oom(error, left_bytes=left_bytes, taken_bytes=taken_bytes, outside=outside)
         try:
             live_bytes, free_bytes = self._device.live_bytes(), self._device.memory(who=False).free_bytes
         except Exception:  # a device that lost its context raises here: then the device failed, not its memory

@@ -156,6 +156,10 @@ def _budget(plan: PlanRecord) -> str:
         parts.append(("simulated at " if plan.predicted else "measured at ") + ", ".join(f"{path} {shape}" for path, shape in list(plan.shapes.items())[:4]))
     if plan.allocator:
         parts.append(plan.allocator)
+    if plan.learning:
+        return " · ".join([*parts, f"still learning, after {plan.learned_windows} windows of training"])
+    if plan.learned_windows:
+        return " · ".join([*parts, f"learned in {plan.learned_windows} windows of training"])
     trials = sum(not trial.cached for trial in plan.trials)
     remembered = f", {len(plan.trials) - trials} remembered" if trials < len(plan.trials) else ""
     parts.append(f"{trials} trial{'s' if trials != 1 else ''}{remembered}, {seconds_in_words(plan.seconds)}")

@@ -94,6 +94,7 @@ class PlanRecord:
     target_tokens: the effective batch in tokens; None if it is in samples. `target_batch` is then the number of the longest samples that
         have these tokens, and the window that was measured; a window of shorter samples has more of them.
     micro_tokens: the largest micro-batch in tokens, padding included, that was measured; None if the target is in samples.
+    learning: True while an `Accumulator` still learns it in training. learned_windows: the windows it was learned in; 0 for a plan of trials.
     per_length: a plan for each requested length, ascending. This plan is the one for the longest.
     """
 
@@ -132,6 +133,8 @@ class PlanRecord:
     micro_tokens: int | None = None
     eval_batch: int | None = None
     eval_peak_bytes: int | None = None
+    learning: bool = False
+    learned_windows: int = 0
 
     @property
     def spare_bytes(self) -> int | None:

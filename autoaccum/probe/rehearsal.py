@@ -122,7 +122,8 @@ class Rehearsal:
             memory = replace(memory, free_bytes=max(min(memory.free_bytes, self._share_bytes - memory.ours_bytes), 0), others=(), binding_limit=SHARED)
         job_memory = replace(memory, ours_bytes=memory.ours_bytes - self._aside_bytes)
         limit = self._limits.memory_bytes if limited else None
-        budget = make_budget(job_memory, kind=self._device.facts.kind, limit_bytes=limit, headroom=self._limits.headroom)
+        floor = self._floor_bytes if self._device.shared_with_host else 0
+        budget = make_budget(job_memory, kind=self._device.facts.kind, limit_bytes=limit, headroom=self._limits.headroom, floor_bytes=floor)
         return replace(budget, budget_bytes=budget.budget_bytes - self._bucket_bytes, bucket_bytes=self._bucket_bytes)
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:

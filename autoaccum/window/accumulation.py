@@ -101,8 +101,11 @@ def gradients(
         loss = of_window(job, pieces, samples, device, crossing)
     autocast = torch.autocast(device.type, dtype=job.autocast) if job.autocast is not None else None
     # Counted on the host before the first forward: a weight by count needs the count of the whole window.
-    counted = [float(job.count(piece)) if size else 0.0 for piece, size in pieces] if job.count is not None else []
+    parts = getattr(pieces, "parts", None)  # of a window that is cut while it runs
+    counted = [float(job.count(piece)) if size else 0.0 for piece, size in pieces] if job.count is not None and parts is None else []
     of_samples, of_count = (float(samples), sum(counted)) if crossing is None else crossing.owed(counted)
+    if job.count is not None and parts is not None:
+        of_count = sum(float(job.count(part)) for part in parts)
     for parameter in _graded(job):  # backward adds to gradients that are left from before
         parameter.grad = None
     graphs = job.replays_graphs if graphs is None else graphs
@@ -117,6 +120,8 @@ def gradients(
     for piece, size in prefetch.feed(pieces, device):
         index += 1
         on_phase("forward", index)
+        if job.count is not None and parts is not None:
+            counted.append(float(job.count(piece)) if size else 0.0)
         if stats is not None:
             stats.share(size / samples)
         batch = batches.copied(batches.move(piece, device, non_blocking=True))
@@ -181,6 +186,9 @@ def gradients(
         window_loss = WindowLoss([term.sum() for term in by_term.values()], None)
     else:
         factor = weights.late_factor(counts, samples) if counts else None
+        if parts is not None and counted and any(counted) and sum(counted) != of_count:
+            factor = torch.tensor(of_count / sum(counted), device=device)  # a count of pieces that is not that of the whole: the pieces are what was trained on
+            of_count = sum(counted)
         window_loss, count_of_all = WindowLoss(losses, factor), sum(counts) if counts else of_count if counted else None
     if apart is not None and apart.has_one_denominator:
         by_term = apart.losses(factor)

@@ -4,7 +4,7 @@ kept aside, for the plain loop to train with."""
 from contextlib import contextmanager
 
 PACKAGES = ()  # this checkout, in its own environment
-SYSTEMS = ("autoaccum", "autoaccum, largest=True, headroom=0")  # and "autoaccum, from the host" on a card
+SYSTEMS = ("autoaccum", "autoaccum, learning", "autoaccum, largest=True, headroom=0")  # and "autoaccum, from the host" on a card
 
 
 def run(system, work):
@@ -26,6 +26,8 @@ def run(system, work):
     def loss(model, batch):
         return model(**batch)
 
+    if "learning" in system:
+        return learn(work, optimizer, loss)
     more = {"largest": True, "headroom": 0} if "largest" in system else {}
     plan = autoaccum.tune(work.model, optimizer, loss, work.batch, target_batch=work.target, memory_limit=work.limit_bytes, **more)
     work.trials = len(plan.trials) + 1  # and the comparison of a few samples split and whole
@@ -41,6 +43,19 @@ def run(system, work):
             work.found(sizes, goes_on=True)
         work.step_was_made(result.samples)
     return sizes[0]
+
+
+def learn(work, optimizer, loss):
+    """No search: the plan is learned in the windows of training."""
+    import autoaccum
+
+    loop = autoaccum.Accumulator(work.model, optimizer, target_batch=work.target, memory_limit=work.limit_bytes)
+    work.found(loop.plan.micro_batches)
+    for _ in range(work.windows):
+        result = loop.step(work.as_loaded(work.target), loss)
+        work.found(loop.plan.micro_batches, goes_on=True)
+        work.step_was_made(result.samples, result.micro_batches)
+    return loop.plan.micro_batch
 
 
 class Simulated:

@@ -1,0 +1,38 @@
+"""`LearnedCut`: a window's micro-batches, each as large as is known to fit when its turn comes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from autoaccum.data import Window
+
+
+class LearnedCut:
+    """A window, cut while it runs. The first iteration decides the sizes; later ones give the same micro-batches again.
+
+    next_size: `next_size(index, remaining)`, the samples of the next micro-batch, between 1 and `remaining`.
+    sizes: the samples of each micro-batch so far, as they ran. Parts that cannot be joined become micro-batches of their own.
+    parts: the window's own parts, for what must be known of all of them before the first one runs.
+    """
+
+    def __init__(self, window: Window, next_size: Callable[[int, int], int]) -> None:
+        self._window, self._next_size = window, next_size
+        self._decided: list[int] = []  # the sizes that were asked for
+        self.sizes: list[int] = []
+        self.parts = window.parts
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        start = 0
+        for turn in range(self._window.samples):
+            if start == self._window.samples:
+                return
+            is_new = turn == len(self._decided)
+            if is_new:
+                self._decided.append(self._next_size(len(self.sizes), self._window.samples - start))
+            stop = start + self._decided[turn]
+            for piece, size in self._window.between(start, stop).cut((stop - start,)):
+                if is_new:
+                    self.sizes.append(size)
+                yield piece, size
+            start = stop

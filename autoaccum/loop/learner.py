@@ -1,0 +1,293 @@
+"""The learner: finds the largest micro-batch in the first windows of training itself, so that nothing is rehearsed.
+
+Micro-batches of one window may differ in size, and the peak of each one is a reading. The same search proposes sizes as for trials; a size that
+runs out of memory is refused from then on, and its window runs again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+from autoaccum.data import Cut, Window
+from autoaccum.devices import Budget, Device, Watch, make_budget, steady_malloc
+from autoaccum.loop import learned_plan, optimizer_state
+from autoaccum.loop.learned_cut import LearnedCut
+from autoaccum.plan import Plan, arithmetic
+from autoaccum.probe import Reading, Request, refusals, search
+from autoaccum.window import Job, PhaseCallback, batch_norms
+
+log = logging.getLogger("autoaccum")
+_SECOND = 4  # times the first micro-batch, for the others of a first window that is cut before anything is known
+_MORE = 1.05  # times the budget under which a size ran out of memory, from where on it is tried again
+_WHOLE_WINDOWS = 2  # that the fewest steps must have run before nothing more is learned
+
+
+class Learner:
+    """Decides the micro-batches of the first windows, from the peaks of those that ran.
+
+    jobs: those that train. request: the target and the limits, as `tune` takes them.
+    plan: what is known so far. It has settled when `plan.learning` is False.
+    """
+
+    def __init__(self, jobs: Sequence[Job], device: Device, request: Request) -> None:
+        self._jobs, self._device, self._request, self._target = jobs, device, request, request.samples
+        device.prepare()
+        self._smallest = 2 if any(batch_norms(job.model) for job in jobs) else 1
+        self._candidates = arithmetic.candidate_sizes(self._target, smallest=self._smallest, most=request.max_micro_batch, equal=request.equal)
+        if not self._candidates:
+            raise refusals.nothing_allowed(self._target, request.max_micro_batch, [name for job in jobs for name in batch_norms(job.model)])
+        self._gradient_bytes = max(job.gradient_bytes() for job in jobs)
+        self._enforces = device.enforces and (device.facts.kind != "cpu" or request.memory_limit is not None)
+        self._started = time.monotonic()
+        self._floor_bytes = device.held_bytes() if device.shared_with_host else 0
+        self._readings: dict[tuple[int, bool], Reading] = {}  # by size, and True if gradients were held beside it; in the order in which they came
+        self._before_state: set[tuple[int, bool]] = set()  # readings from before the optimizer's state was there
+        self._state_bytes = 0 if optimizer_state.resident_bytes(jobs) else optimizer_state.expected_bytes(jobs)  # that those readings lack
+        self._has_stepped = not self._state_bytes
+        self._base_before: int | None = None  # what was held beside the last micro-batch before the first step
+        self._windows = self._whole_windows = 0
+        self._peak_bytes = self._held_bytes = 0
+        self._beforehand = self._given = False
+        self._cut: Sequence[int] = ()  # the sizes of the window that runs, as far as they are decided
+        self._window_retries = 0
+        self.failed_bytes: tuple[int, int] | None = None  # left and taken, where the last attempt failed
+        self.budget = self._budget()
+        self.plan = self._planned(self._start())
+
+    # -- a window
+
+    def begin(self, *, beforehand: bool, given: bool) -> None:
+        """Called before each window.
+
+        beforehand: True if all micro-batches must be known before the first one runs. given: True if its parts are the micro-batches.
+        """
+        self._beforehand, self._given = beforehand, given
+        if self._device.facts.kind == "cpu":
+            steady_malloc()  # what the C library keeps of earlier sizes goes back
+        self.budget = self._budget()
+        self._windows += 1
+        self._held_bytes = self._device.live_bytes()
+
+    def cut(self, window: Window) -> Cut:
+        """The window's micro-batches. Parts that only the user can cut are cut before the window runs, others while it runs."""
+        if self._given or (window.told and window.split is None):
+            self._cut = window.sizes
+            return list(zip(window.parts, window.sizes))
+        if window.split is None and not self._beforehand:
+            lazy = LearnedCut(window, self._next_size)
+            self._cut = lazy.sizes
+            return lazy
+        sizes: list[int] = []
+        while (remaining := window.samples - sum(sizes)) > 0:
+            sizes.append(self._next_size(len(sizes), remaining))
+        self._cut = sizes
+        return window.cut(sizes, most=max(sizes))
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The micro-batches of the window that runs, as far as they are decided."""
+        return tuple(self._cut)
+
+    @contextmanager
+    def watching(self, on_phase: PhaseCallback) -> Iterator[PhaseCallback]:
+        """A context in which a window's peaks are read and the budget is enforced until the optimizer steps, whose memory nothing can give back."""
+        held_before = self._device.live_bytes()
+        with self._device.watch() as watch, ExitStack() as cap:
+            if self._enforces:
+                cap.enter_context(self._device.capped(self.budget.budget_bytes))
+            try:
+                yield _Listener(self, watch, self._device.live_bytes, cap, on_phase)
+            except Exception:
+                self.failed_bytes = (self.budget.budget_bytes - watch.peak_bytes(), watch.peak_bytes() - held_before)
+                raise
+            self._peak_bytes = max(self._peak_bytes, watch.peak_bytes())
+            self._window_retries = watch.retries()
+
+    def read(self, index: int, peak_bytes: int, base_bytes: int | None) -> None:
+        """Takes the peak of a micro-batch of the window that runs. base_bytes: what was held when it began."""
+        if index >= len(self._cut):
+            return
+        size, beside = self._cut[index], index > 0 or self._cut[index] == self._target
+        earlier = self._readings.get((size, beside))
+        if earlier is not None and (earlier.activation_bytes or 0) >= peak_bytes and ((size, beside) not in self._before_state or not self._has_stepped):
+            return
+        if index and base_bytes is not None:
+            if not self._has_stepped:
+                self._base_before = base_bytes
+            elif self._base_before is not None:  # with what else the first step left, such as libraries that it imported
+                self._state_bytes, self._base_before = max(base_bytes - self._base_before, 0), None
+        if self._has_stepped:
+            self._before_state.discard((size, beside))
+        else:
+            self._before_state.add((size, beside))
+        # The first micro-batch of a window has no gradients beside it.
+        steps = 1 if size == self._target else 2
+        self._readings[(size, beside)] = Reading(
+            size,
+            steps,
+            "fits",
+            "step",
+            None,
+            0.0,
+            base_bytes=base_bytes if index else None,
+            activation_bytes=peak_bytes + (0 if beside else self._gradient_bytes),
+            budget_bytes=self.budget.budget_bytes,
+        )
+
+    def cut_again(self, window: Window, index: int, phase: str) -> Cut | None:
+        """The window in smaller micro-batches, after micro-batch `index` ran out of memory in `phase`; None if nothing smaller is left to try."""
+        self._refused(self._cut[min(index, len(self._cut) - 1)], "oom", phase)
+        if self._device.shared_with_host:  # what the C library kept was in the peaks so far, and has been given back
+            self._readings = {key: each for key, each in self._readings.items() if not each.fits}
+        if not self._largest_fit() and self._search().propose(self.budget.budget_bytes) is None:
+            return None
+        if window.told and window.split is None:
+            return None  # its parts cannot be cut
+        self._given = False
+        return self.cut(window)
+
+    def end(self, samples: int) -> None:
+        """Called after each window. samples: those of the window."""
+        if not self._has_stepped:
+            self._has_stepped = True
+            self._state_bytes = optimizer_state.resident_bytes(self._jobs)
+            if not self._device.shared_with_host:  # what a step leaves is exact there
+                self._state_bytes = max(self._state_bytes, self._device.live_bytes() - self._held_bytes)
+        found = self._start()
+        planned = arithmetic.micro_batches(self._target, math.ceil(self._target / found))
+        searching = self._search().propose(self.budget.budget_bytes) is not None
+        self._whole_windows = self._whole_windows + 1 if tuple(self._cut) == planned else self._whole_windows if samples < self._target else 0
+        if self._whole_windows > 1 and self._window_retries:
+            self._refused(found, "over-budget", "step")  # the allocator flushes its cache in every window, which is slow
+            self._whole_windows = 0
+        settled = not searching and self._whole_windows >= _WHOLE_WINDOWS
+        self.plan = self._planned(self._start(), learning=not settled)
+        if settled:
+            log.warning("%s", learned_plan.settled(self.plan))
+            if self._peak_bytes > max((each.peak_bytes or 0 for each in self._known()), default=0) and self._peak_bytes > self.budget.budget_bytes:
+                log.warning("%s", learned_plan.step_over_budget(self.plan))
+
+    def goes_on(self, micro_batch: int) -> bool:
+        """True if the memory of now allows fewer steps than micro-batches of `micro_batch` take, so that learning goes on."""
+        self.budget = self._budget()
+        # An out-of-memory says nothing about a larger budget.
+        for key in [key for key, each in self._readings.items() if not each.fits and (each.budget_bytes or 0) * _MORE < self.budget.budget_bytes]:
+            del self._readings[key]
+        now = self._search()
+        if max(now.propose(self.budget.budget_bytes) or 0, now.result(self.budget.budget_bytes).micro_batch) <= micro_batch:
+            return False
+        self._whole_windows = 0
+        log.info("memory has become free: micro-batches of more than %d are tried", micro_batch)
+        return True
+
+    # -- what is known
+
+    def _next_size(self, index: int, remaining: int) -> int:
+        budget, now = self.budget.budget_bytes, self._search()
+        proposal, found = now.propose(budget), now.result(budget).micro_batch
+        if proposal == self._target:
+            size = self._target if index == 0 and remaining == self._target else found or self._candidates[0]
+        elif proposal is None or (index == 0 and found):
+            found = found or self._candidates[0]
+            size = arithmetic.micro_batches(remaining, math.ceil(remaining / found))[0]
+        elif index and not any(beside for _, beside in self._readings):
+            size = _SECOND * self._candidates[0] if self._beforehand else self._candidates[0]  # once more, with gradients and all that the first one loaded
+        else:
+            size = proposal
+        return self._without_a_lone_sample(min(size, remaining), remaining)
+
+    def _without_a_lone_sample(self, size: int, remaining: int) -> int:
+        """BatchNorm forbids a micro-batch of one sample."""
+        if self._smallest < 2 or remaining - size != 1:
+            return size
+        return size - 1 if size > 2 else remaining
+
+    def _search(self) -> search.Search:
+        return search.Search(
+            self._target,
+            self._candidates,
+            budget=self.budget.budget_bytes,
+            gradient_bytes=self._gradient_bytes,
+            cautious=True,
+            start=self._smallest,
+            known=self._known(),
+        )
+
+    def _known(self) -> list[Reading]:
+        """The readings, each as it would be with the optimizer's state beside it."""
+        known = []
+        has_gradients = any(beside for _, beside in self._readings)
+        for key, reading in self._readings.items():
+            if has_gradients and not key[1]:
+                continue  # the first micro-batch of a window says less than those that came later
+            if reading.activation_bytes is not None:
+                lacking = self._state_bytes if key in self._before_state else 0
+                peak = reading.activation_bytes + lacking
+                fits = peak <= self.budget.budget_bytes
+                base = None if reading.base_bytes is None else reading.base_bytes + lacking
+                reading = replace(reading, base_bytes=base, activation_bytes=peak, peak_bytes=peak, outcome="fits" if fits else "over-budget")
+            known.append(reading)
+        return known
+
+    def _largest_fit(self) -> int:
+        return self._search().result(self.budget.budget_bytes).micro_batch
+
+    def _start(self) -> int:
+        return self._largest_fit() or self._candidates[0]
+
+    def _refused(self, size: int, outcome: Any, phase: str) -> None:
+        # What fitted before at this size or above it says nothing any more.
+        for key in [key for key, reading in self._readings.items() if key[0] >= size and reading.fits]:
+            del self._readings[key]
+        self._readings[(size, True)] = Reading(size, 1 if size == self._target else 2, outcome, phase, None, 0.0, budget_bytes=self.budget.budget_bytes)
+
+    def _budget(self) -> Budget:
+        limits = self._request.limits
+        return make_budget(
+            self._device.memory(who=False),
+            kind=self._device.facts.kind,
+            limit_bytes=limits.memory_bytes,
+            headroom=limits.headroom,
+            floor_bytes=self._floor_bytes,
+        )
+
+    def _planned(self, micro_batch: int, *, learning: bool = True) -> Plan:
+        return learned_plan.of(
+            self._jobs,
+            self._device,
+            self._request,
+            self.budget,
+            micro_batch,
+            self._known(),
+            peak_bytes=self._peak_bytes or None,
+            seconds=time.monotonic() - self._started,
+            windows=self._windows,
+            learning=learning,
+        )
+
+
+class _Listener:
+    """Follows the phases of a window: reads the peak of each micro-batch, and lifts the cap before the optimizer steps."""
+
+    def __init__(self, learner: Learner, watch: Watch, live_bytes: Callable[[], int], cap: ExitStack, on_phase: PhaseCallback) -> None:
+        self._learner, self._watch, self._live_bytes, self._cap, self._on_phase = learner, watch, live_bytes, cap, on_phase
+        self._last, self._base_bytes = -1, 0
+
+    def __call__(self, phase: str, index: int) -> None:
+        if phase == "forward":
+            lap_bytes = self._watch.lap_bytes()
+            if index:
+                self._learner.read(index - 1, lap_bytes, self._base_bytes)
+            self._last, self._base_bytes = index, self._live_bytes()
+        elif phase in ("sync", "clip") and self._last >= 0:
+            self._learner.read(self._last, self._watch.lap_bytes(), self._base_bytes)
+            self._last = -1
+        if phase == "step":
+            self._cap.close()
+        self._on_phase(phase, index)

@@ -1,0 +1,273 @@
+"""A plan that is learned in the first windows of training: exact from the first on, as few steps as `tune` finds, and what runs out is rescued."""
+
+import copy
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import autoaccum
+from autoaccum.devices.cpu import Cpu
+from tests import jobs
+from tests.loop.test_rescue import TEXT, Trap
+
+MIB = 2**20
+
+
+@pytest.fixture(scope="module", autouse=True)
+def libraries_are_loaded():
+    """A first optimizer imports a compiler, which takes memory once."""
+    loop = autoaccum.Accumulator(jobs.hungry(mib=2), target_batch=4)
+    for _ in range(3):
+        loop.step(torch.zeros(4, 1))
+
+
+def loop_of(job, target, above_mib=None, **given):
+    """Learns under a limit of so many MiB above what is held now."""
+    limit = None if above_mib is None else limit_above(above_mib)
+    return autoaccum.Accumulator(job, target_batch=target, memory_limit=limit, **given)
+
+
+def limit_above(mib):
+    cpu = Cpu()
+    cpu.release()
+    return int((cpu.held_bytes() + mib * MIB) / 0.97)
+
+
+def loader(samples, of=40):
+    return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*jobs.pairs(samples, 6)), batch_size=of)
+
+
+def double(seed=0):
+    """A model without dropout, in double precision."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 12), Trap(), nn.Tanh(), nn.Linear(12, 1)).double()
+
+
+def doubled(batch):
+    return tuple(each.double() for each in batch)
+
+
+@settings(max_examples=6, deadline=None, phases=[Phase.explicit, Phase.generate])
+@given(
+    traps=st.dictionaries(
+        st.integers(0, 19), st.lists(st.tuples(st.sampled_from(["forward", "backward"]), st.integers(0, 2)), min_size=1, max_size=2), max_size=6
+    ),
+    target=st.integers(30, 120),
+    kind=st.sampled_from(["mean", "sum and count", "count", "closure"]),
+)
+def test_windows_that_learn_equal_one_big_batch_each_wherever_memory_runs_out(traps, target, kind):
+    torch.manual_seed(9)
+    data = [doubled(jobs.pairs(target if index % 10 < 9 else 17, 6)) for index in range(20)]
+    model = double()
+    straight = copy.deepcopy(model)
+    optimizers = [
+        torch.optim.LBFGS(each.parameters(), max_iter=2) if kind == "closure" else torch.optim.AdamW(each.parameters(), lr=1e-2) for each in (model, straight)
+    ]
+
+    def loss(model, batch):
+        error = (model(batch[0]) - batch[1]) ** 2
+        if kind == "sum and count":
+            return (error * (batch[0][:, :1] > 0)).sum(), (batch[0][:, :1] > 0).sum()
+        if kind == "count":
+            return (error * (batch[0][:, :1] > 0)).sum() / (batch[0][:, :1] > 0).sum().clamp(min=1)
+        return error.mean()
+
+    counts = {"count": lambda batch: float((batch[0][:, :1] > 0).sum())} if kind == "count" else {}
+    loop, trap = autoaccum.Accumulator(model, optimizers[0], target_batch=target, **counts), model[1]
+    for index, batch in enumerate(data):
+        trap.forwards, trap.set = 0, list(traps.get(index, ())) if kind != "closure" else []
+        result = loop.step(batch, loss)
+        assert result.samples == len(batch[0])
+
+        def closure(batch=batch):
+            optimizers[1].zero_grad()
+            returned = loss(straight, batch)
+            value = returned[0] / returned[1] if isinstance(returned, tuple) else returned
+            value.backward()
+            return value
+
+        optimizers[1].step(closure)
+    assert not loop.plan.learning
+    for ours, theirs in zip(model.parameters(), straight.parameters()):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+
+
+LIMITED = """
+import json, sys, torch
+torch.set_num_threads(1)
+import autoaccum
+from autoaccum.devices.cpu import Cpu
+from tests import jobs
+cpu, job = Cpu(), jobs.hungry(mib=2)
+cpu.prepare()
+for _ in range(2):  # a first optimizer imports a compiler, which takes memory once
+    job.loss(job.model, torch.zeros(1, 1)).backward()
+    job.optimizer.step()
+    job.optimizer.zero_grad()
+cpu.release()
+limit = cpu.held_bytes() + 100 * 2**20
+if sys.argv[1] == "tune":
+    plan, results = autoaccum.tune(job, target_batch=120, memory_limit=limit), []
+else:
+    loop = autoaccum.Accumulator(job, target_batch=120, memory_limit=limit)
+    results = [loop.step(torch.zeros(120, 1)) for _ in range(6)]
+    plan = loop.plan
+print(json.dumps({"plan": plan.as_dict(), "steps": [each.micro_batches for each in results], "rescued": sum(each.rescued is not None for each in results)}))
+"""
+
+
+def in_its_own_process(what):
+    done = subprocess.run([sys.executable, "-c", LIMITED, what], capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout), done.stderr
+
+
+def test_under_a_real_limit_it_settles_at_the_plan_that_tune_finds_and_says_so_once():
+    (learned, said), (tuned, _) = in_its_own_process("learn"), in_its_own_process("tune")
+    steps = tuned["plan"]["accumulation_steps"]
+    assert 4 < steps < 20 and abs(learned["plan"]["accumulation_steps"] - steps) <= 1  # two processes differ by a few MiB
+    assert learned["rescued"] == 0 and learned["steps"][2:] == [learned["plan"]["accumulation_steps"]] * 4
+    assert not learned["plan"]["learning"] and learned["plan"]["learned_windows"] in (3, 4)
+    assert learned["plan"]["peak_bytes"] <= learned["plan"]["budget_bytes"]
+    assert said.count("learned in ") == 1
+
+
+def test_no_sample_is_computed_twice_unless_something_ran_out():
+    seen = []
+
+    def loss(model, batch):
+        seen.extend(batch[0][:, 0].tolist())
+        return jobs.mse(model, batch)
+
+    loop = autoaccum.Accumulator(jobs.small(loss), target_batch=100)
+    data = jobs.pairs(600)
+    for window in loop.windows(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*data), batch_size=32)):
+        loop.step(window)
+    assert seen == data[0][:, 0].tolist()
+
+
+def test_a_size_that_ran_out_is_refused_from_then_on_and_the_window_is_exact():
+    """The allocator fails above 30 samples, where the line sees nothing coming."""
+    sizes = []
+
+    def loss(model, batch):
+        sizes.append(len(batch[0]))
+        if len(batch[0]) > 30:
+            raise torch.OutOfMemoryError(TEXT)
+        return jobs.mse(model, batch)
+
+    loop = autoaccum.Accumulator(jobs.small(loss), target_batch=120)
+    results = [loop.step(jobs.pairs(120)) for _ in range(8)]
+    refused = [size for size in sizes if size > 30]
+    assert refused and len(refused) == len(set(refused))
+    assert loop.plan.micro_batch <= 30 and loop.plan.smallest_refused > 30 and results[-1].rescued is None
+    assert "the window ran again, whole, as" in str(next(each.rescued for each in results if each.rescued))
+
+
+def test_where_the_smallest_runs_out_the_error_comes_through_and_nothing_is_changed():
+    def loss(model, batch):
+        raise torch.OutOfMemoryError(TEXT)
+
+    job = jobs.small(loss)
+    before = copy.deepcopy(job.model.state_dict())
+    with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as raised:
+        autoaccum.Accumulator(job, target_batch=16).step(jobs.pairs(16))
+    assert any("cannot be cut smaller" in note for note in raised.value.__notes__)
+    assert all(torch.equal(before[name], each) for name, each in job.model.state_dict().items())
+
+
+def test_the_state_of_the_optimizer_is_counted_before_it_is_there():
+    """Adam's two copies are half of the room: the first window stays below what the second one leaves."""
+    model = nn.Sequential(nn.Linear(2048, 2048), jobs.Hungry(1.0))
+
+    def loss(model, batch):
+        return model[1](len(batch[0])) + model[0](batch[0]).mean()
+
+    job = autoaccum.Job(model, torch.optim.Adam(model.parameters()), loss, torch.zeros(4, 2048))
+    loop = loop_of(job, 200, above_mib=160)
+    results = [loop.step((torch.zeros(200, 2048),)) for _ in range(4)]
+    assert not any(each.rescued for each in results)
+    assert loop.plan.peak_bytes <= loop.plan.budget_bytes
+
+
+def test_a_neighbour_takes_memory_and_leaves_and_both_are_followed():
+    job, cpu = jobs.hungry(mib=2), Cpu()
+    loop = autoaccum.Accumulator(job, target_batch=120, grow_after=3, headroom=0)
+    with cpu.capped(cpu.held_bytes() + 120 * MIB):
+        first = [loop.step(torch.zeros(120, 1)) for _ in range(5)]
+    assert not loop.plan.learning
+    with cpu.capped(cpu.held_bytes() + 70 * MIB):
+        less = [loop.step(torch.zeros(120, 1)) for _ in range(2)]
+    assert less[0].rescued and less[-1].micro_batches > first[-1].micro_batches
+    more = [loop.step(torch.zeros(120, 1)) for _ in range(12)]
+    assert more[-1].micro_batches == 1 and more[-1].rescued is None
+
+
+@pytest.mark.parametrize("split", [None, lambda batch, sizes: list(zip(*(field.split(list(sizes)) for field in batch)))])
+def test_windows_of_any_loader_and_of_the_users_own_split(split):
+    job = jobs.small(split=split, samples=(lambda batch: len(batch[0])) if split else None)
+    loop = autoaccum.Accumulator(job, target_batch=90)
+    results = [loop.step(window) for window in loop.windows(torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*jobs.pairs(940)), batch_size=32))]
+    assert [each.samples for each in results] == [90] * 10 + [40]
+    assert loop.plan.micro_batches == (90,) and not loop.plan.learning
+
+
+def test_batches_that_cannot_be_cut_run_as_they_are():
+    loop = autoaccum.Accumulator(jobs.small(), target_batch=40)
+    for _ in range(3):
+        assert loop.step_micro([jobs.pairs(10) for _ in range(4)]).micro_batches == 4
+
+
+def test_batch_norm_is_never_left_alone_with_one_sample():
+    loop = autoaccum.Accumulator(jobs.normed(), target_batch=31)
+    for samples in (31, 31, 31, 31, 5):
+        loop.step(jobs.pairs(samples))
+    assert not loop.plan.learning
+
+
+def test_two_jobs_learn_together():
+    first, second = jobs.two_in_turn()
+    loop = autoaccum.Accumulator([first, second], target_batch=24)
+    for _ in range(5):
+        results = loop.step(first.batch_of(24))
+    assert len(results) == 2 and not loop.plan.learning and loop.plan.accumulation_steps == 1
+
+
+def test_only_equal_micro_batches_and_none_above_the_most_where_that_is_asked():
+    loop = autoaccum.Accumulator(jobs.small(), target_batch=60, equal=True, max_micro_batch=16)
+    for _ in range(4):
+        loop.step(jobs.pairs(60))
+    assert loop.plan.micro_batches == (15,) * 4
+
+
+def test_the_learned_plan_is_saved_read_and_trained_with(tmp_path):
+    job = jobs.small()
+    loop = autoaccum.Accumulator(job, target_batch=60)
+    assert loop.plan.learning and "still learning" in loop.plan.explain()
+    for _ in range(4):
+        loop.step(jobs.pairs(60))
+    loop.plan.save(tmp_path / "plan.json")
+    plan = autoaccum.Plan.load(tmp_path / "plan.json")
+    assert plan == loop.plan and "learned in 3 windows" in plan.explain()
+    assert autoaccum.Accumulator(job, plan).step(jobs.pairs(60)).micro_batches == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "says"),
+    [
+        (lambda job: autoaccum.Accumulator(job.model, job.optimizer), "give target_batch="),
+        (lambda job: autoaccum.Accumulator(job), "give target_batch="),
+        (lambda job: autoaccum.Accumulator(job, autoaccum.tune(job, target_batch=8), target_batch=8), "leave target_batch out"),
+        (lambda job: autoaccum.Accumulator(job, target_batch=0), "target_batch must be a whole number"),
+        (lambda job: autoaccum.Accumulator(job, target_batch=8, memory_limit="1 MB"), "memory limit of 1 MB"),
+    ],
+)
+def test_what_cannot_be_learned_from_is_said_in_a_sentence(make, says):
+    with pytest.raises(autoaccum.UsageError, match=says):
+        make(jobs.small())
