@@ -8,7 +8,6 @@ ones, fastest first. https://docs.nvidia.com/deploy/nvml-api/
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,17 +41,24 @@ def ask(uuid: str | None, pci: str | None) -> DriverAnswer:
     except ImportError:
         return DriverAnswer(why_not="NVML: the Python module pynvml is not installed")
     try:
-        pynvml.nvmlInit()
+        _begin(pynvml)
     except pynvml.NVMLError as error:
         return DriverAnswer(why_not=f"NVML: {error}")
-    try:
-        handle = _handle(pynvml, uuid, pci)
-        if handle is None:
-            return DriverAnswer(why_not=f"NVML: no device with UUID {uuid} or PCI id {pci}")
-        return _driver_answer(pynvml, handle)
-    finally:
-        with suppress(pynvml.NVMLError):  # the answer is still good if the card is lost now
-            pynvml.nvmlShutdown()
+    handle = _handle(pynvml, uuid, pci)
+    if handle is None:
+        return DriverAnswer(why_not=f"NVML: no device with UUID {uuid} or PCI id {pci}")
+    return _driver_answer(pynvml, handle)
+
+
+_begun_by = 0  # the process that has initialised the library; a copy of it has to do so again
+
+
+def _begin(pynvml: Any) -> None:
+    """Initialises the library once in a process: it takes 20 ms and more where several cards are. It ends with the process."""
+    global _begun_by
+    if _begun_by != os.getpid():
+        pynvml.nvmlInit()
+        _begun_by = os.getpid()
 
 
 def driver_version() -> str:
@@ -60,11 +66,8 @@ def driver_version() -> str:
     try:
         import pynvml
 
-        pynvml.nvmlInit()
-        try:
-            return str(pynvml.nvmlSystemGetDriverVersion())
-        finally:
-            pynvml.nvmlShutdown()
+        _begin(pynvml)
+        return str(pynvml.nvmlSystemGetDriverVersion())
     except Exception:  # the module, the library or the permission may be missing
         return "unknown"
 

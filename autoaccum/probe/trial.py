@@ -3,7 +3,8 @@
 A trial runs two windows. The first is one micro-batch and an optimizer step, so that the optimizer state exists.
 The second is `min(k, 2)` micro-batches and a step, where k is the accumulation steps, so that gradients are resident while
 activations peak. With k = 1 no gradients are resident then, which gives a different peak.
-A confirming run is the whole window, twice.
+A confirming run is the window, twice. Of a long window it runs one micro-batch, and then the first two and the last, if nothing grows or varies
+between them: the others do what these have done.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from autoaccum.probe import variation
 from autoaccum.probe.readings import Outcome, Reading
 from autoaccum.window import Job, PhaseCallback, WindowResult, WindowStart, accumulation, forget, optimizer_step
 
+_SHORT = 4  # micro-batches of a window up to which it is confirmed whole
 _SETTLING = 2  # windows whose retries of the allocator do not count; one that still retries in later ones is slow
 
 
@@ -48,6 +51,27 @@ class PhaseListener:
         self._held_bytes, self._most_bytes, self._live_bytes = 0, 0, live_bytes
         self.watch, self._on_phase = watch, on_phase
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
+        self.synchronize: Callable[[], None] | None = None  # while micro-batches are timed one by one
+        self._began: list[float] = []
+        self._bases: list[int] = []
+
+    def ended(self) -> None:
+        """Called when a window has ended and the device is idle."""
+        if self.synchronize is not None:
+            self._began.append(time.perf_counter())
+
+    @property
+    def grown_bytes(self) -> int:
+        """What the last micro-batch of a window held when it began, above what the one before it did: 0 unless each leaves something behind."""
+        grown = self._bases[-1] - self._bases[-2] if len(self._bases) > 2 else 0
+        return grown if grown > variation.PAGES_BYTES else 0
+
+    def seconds_of(self, sizes: Sequence[int]) -> float:
+        """The seconds of a window of these micro-batches, from those of the last one, of which the first two and the last were timed."""
+        first, second, last, step = (after - before for before, after in pairwise(self._began))
+        small = sizes.count(sizes[-1]) if sizes[-1] < sizes[0] else 0
+        large = min(first, second) if small else min(first, second, last)
+        return large * (len(sizes) - small) + last * small + step
 
     def __call__(self, phase: str, index: int) -> None:
         self.phase = phase
@@ -57,6 +81,12 @@ class PhaseListener:
                 self.taken.append(lap_bytes - self._held_bytes)
             self._most_bytes = max(self._most_bytes if index or phase == "clip" else 0, lap_bytes)
             self._held_bytes = self._live_bytes()
+        if self.synchronize is not None and phase in ("forward", "clip"):
+            self.synchronize()
+            if phase == "forward" and not index:
+                self._began, self._bases = [], []
+            self._began.append(time.perf_counter())
+            self._bases.append(self._live_bytes() if phase == "forward" else self._bases[-1])
         if phase == "clip":
             self.activation_bytes = self.watch.lap_bytes() if self.taken is None else self._most_bytes
         if self._on_phase is not None:
@@ -87,7 +117,10 @@ def measure(
     Raises what the job's own code raises, with a note, and `JobError`.
     """
     largest, steps = micro_batches[0], len(micro_batches)
-    to_run: list[Sequence[int]] = [micro_batches] * windows if full else [micro_batches[:1], micro_batches[:2]]
+    shown = (*micro_batches[:2], micro_batches[-1]) if full and windows == 2 and steps > _SHORT and len(jobs) == 1 else micro_batches
+    is_short = shown is not micro_batches
+    to_run: list[Sequence[int]] = [micro_batches] * windows if full and not is_short else [shown[:1], shown if is_short else shown[:2]]
+    whole_seconds: list[float] = []  # of whole windows, where not all micro-batches ran
     scalers = [_trial_scaler(job, device) for job in jobs]
     base_bytes = shapes = None
     durations: list[float] = []
@@ -110,8 +143,16 @@ def measure(
             listener.watch.lap_bytes()
             listener.taken = [] if full and len(jobs) == 1 else None
             state.note()
-            results, seconds = _window(jobs, device, batch, sizes, scalers, listener)
+            drawn = variation.host_draws(jobs[0].model, device.facts.kind) if is_short else ()
+            results, seconds = _window(jobs, device, batch, sizes, scalers, listener, timed=is_short and sizes is shown)
             durations.append(seconds)
+            if is_short and sizes is shown:
+                whole_seconds.append(listener.seconds_of(micro_batches))
+                more = (listener.grown_bytes * (steps - len(shown))) > allowed.budget_bytes + aside_bytes - listener.watch.peak_bytes()
+                draws = drawn != variation.host_draws(jobs[0].model, device.facts.kind)
+                if more or draws or variation.is_spread(listener.taken or []):  # what the others would show
+                    to_run[len(durations) :] = [micro_batches] * windows
+                    whole_seconds.clear()
             stepped = [before or not result.skipped for before, result in zip(stepped, results)]
             if len(durations) <= _SETTLING and (listener.watch.retries() or (searches and len(durations) < len(to_run))):
                 # A library's search for kernels takes what is free, once, and may flush the allocator's cache. Training goes on without.
@@ -127,7 +168,10 @@ def measure(
                 held.append(device.live_bytes())
                 if len(held) == 2 and len(to_run) == 2 and variation.slope_bytes(held, shared_with_host=device.shared_with_host):
                     gc.collect()
-                    to_run.extend([sizes] * 2)  # two more windows tell growth from noise
+                    to_run.extend([micro_batches] * (3 if is_short else 2))  # more windows tell growth from noise
+                    if is_short:
+                        held.clear()
+                        whole_seconds.clear()
             if listener.taken is not None and len(durations) > 1:
                 taken.extend(bytes_ for bytes_, size in zip(listener.taken, sizes) if size == largest)
                 if variation.is_spread(taken) and len(to_run) < windows + variation.MORE_WINDOWS:
@@ -169,7 +213,7 @@ def measure(
         ended.seconds,
         base_bytes=base_bytes,
         activation_bytes=ended.activation_bytes,
-        window_seconds=statistics.median(durations[1:] or durations) if durations else None,
+        window_seconds=statistics.median(whole_seconds or durations[1:] or durations) if durations else None,
         full=full,
         doubtful=ended.doubtful,
         shapes=shapes,
@@ -267,10 +311,14 @@ def step_once(jobs: Sequence[Job], device: Device, samples: int, listener: Phase
 
 
 def _window(
-    jobs: Sequence[Job], device: Device, batch: Any, sizes: Sequence[int], scalers: Sequence[Any], listener: PhaseListener
+    jobs: Sequence[Job], device: Device, batch: Any, sizes: Sequence[int], scalers: Sequence[Any], listener: PhaseListener, *, timed: bool = False
 ) -> tuple[list[WindowResult], float]:
-    """Runs one window of every job. Returns the results and the seconds, with the device idle before and after."""
+    """Runs one window of every job. Returns the results and the seconds, with the device idle before and after.
+
+    timed: time each micro-batch too, with the device idle between them.
+    """
     device.synchronize()
+    listener.synchronize = device.synchronize if timed else None
     started = time.perf_counter()
     with optimizer_step.only_we_step(jobs, listener) as on_phase:
         results = [
@@ -286,6 +334,7 @@ def _window(
             for job, scaler in zip(jobs, scalers)
         ]
     device.synchronize()
+    listener.ended()
     return results, time.perf_counter() - started
 
 

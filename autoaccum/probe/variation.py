@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
+
+import torch
 
 from autoaccum.units import KIB, MIB, in_words
 
 MORE_WINDOWS = 6  # whose draws are seen too, once a spread shows
+PAGES_BYTES = 256 * KIB  # by which the figures of a whole process vary
 _SHARE, _NOISE_BYTES = 0.1, 16 * MIB
 
 
@@ -37,6 +43,21 @@ def growth_remark(held: Sequence[int], left_bytes: int, *, shared_with_host: boo
 def is_spread(taken: Sequence[int]) -> bool:
     """True if micro-batches of one size took unlike memory, by more than noise. taken: bytes of each, above what was held before it."""
     return len(taken) > 1 and max(taken) - min(taken) > max(_SHARE * max(taken), _NOISE_BYTES)
+
+
+def host_draws(model: torch.nn.Module, kind: str) -> tuple[object, ...]:
+    """What changes if random numbers are drawn on the host, with which sizes are drawn. kind: of the device.
+
+    Dropout draws on the model's own device; on a CPU its draws are left out.
+    """
+    numpy = sys.modules.get("numpy")
+    drawn: tuple[object, ...] = (random.getstate(),)
+    if numpy is not None:
+        state: Any = numpy.random.get_state()
+        drawn += (state[1].tobytes(), state[2])
+    if kind != "cpu" or not any("Dropout" in type(module).__name__ or getattr(module, "dropout", 0) for module in model.modules()):
+        drawn += (torch.get_rng_state().numpy().tobytes(),)
+    return drawn
 
 
 def spread_remark(taken: Sequence[int], micro_batch: int, windows: int) -> tuple[str, ...]:

@@ -66,21 +66,27 @@ class Snapshot:
                 f"a copy of the training state needs {in_words(self.host_bytes)} of host memory and {in_words(free)} are free: "
                 "free some, or tune in a process of its own, which needs no copy (the command line does)"
             )
+        trained = {_key(tensor) for job in jobs for tensor in (*job.trained(), *_state_tensors(job.optimizers)) if tensor.layout == torch.strided}
         self._contents = [(storage, host_copy(storage)) for storage in self._storages.values()]
         self._grads = [(leaf, leaf.grad) for leaf in self._leaves]
         self.gradient_bytes = sum(_bytes_of(grad) for _, grad in self._grads if grad is not None)
-        self._undo += [partial(write_content, storage, content) for storage, content in self._contents]
+        written = {key: partial(write_content, storage, content) for key, (storage, content) in zip(self._storages, self._contents)}
+        self._undo += [undo for key, undo in written.items() if key not in trained]
+        self._undo_trained = [undo for key, undo in written.items() if key in trained]
         self._undo += _modes()
         self._undo_draws = _rng()
         self._may_have_drawn = True
 
-    def rewind(self) -> None:
+    def rewind(self, *, values: bool = True) -> None:
         """Restores everything except gradients. Gradients are set aside, so that trials start without any.
+
+        values: False leaves the values of what trains, and of the optimizers' states, as trials left them: memory does not depend on them, and
+        to write a billion of them takes seconds.
 
         May be called several times. If one thing cannot be restored, the others still are: `DeviceError` is raised at the end, from
         the first error.
         """
-        self._run([*self._undo, *self._undo_draws])
+        self._run([*self._undo, *(self._undo_trained if values else ()), *self._undo_draws])
         self._may_have_drawn = False
 
     def used(self) -> None:
@@ -108,7 +114,7 @@ class Snapshot:
         Random numbers are put back only if the job may have drawn some since `rewind`: else another thread did, and would get the same again.
         """
         try:
-            self._run([*self._undo, *(self._undo_draws if self._may_have_drawn else ())])
+            self._run([*self._undo, *self._undo_trained, *(self._undo_draws if self._may_have_drawn else ())])
         finally:
             for leaf, grad in self._grads:
                 leaf.grad = grad
@@ -171,7 +177,7 @@ class Snapshot:
         if parameter and tensor.requires_grad and not self._parameters:
             return
         storage = tensor.untyped_storage()
-        key = str(storage.device), storage.data_ptr() or id(storage)
+        key = _key(tensor)
         if key not in self._storages or self._storages[key].nbytes() < storage.nbytes():
             self._storages[key] = storage
 
@@ -209,6 +215,18 @@ def _holds_training_state(item: Any) -> bool:
     return isinstance(item, (torch.nn.Module, torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler)) or any(
         base.__name__ in ("GradScaler", "ReduceLROnPlateau") for base in type(item).__mro__
     )
+
+
+def _key(tensor: torch.Tensor) -> tuple[str, int]:
+    storage = tensor.untyped_storage()
+    return str(storage.device), storage.data_ptr() or id(storage)
+
+
+def _state_tensors(optimizers: Iterable[torch.optim.Optimizer]) -> Iterator[torch.Tensor]:
+    for optimizer in optimizers:
+        for state in list(optimizer.state.values()):
+            if isinstance(state, dict):
+                yield from (each for each in state.values() if isinstance(each, torch.Tensor))
 
 
 def _is_array(item: Any) -> bool:

@@ -16,6 +16,8 @@ from typing import Any
 import pynvml
 import pytest
 
+from autoaccum.devices import nvml
+
 RECORDINGS = Path(__file__).parent.parent / "recordings" / "nvml"
 
 
@@ -27,6 +29,7 @@ def answer_with(monkeypatch: pytest.MonkeyPatch, situation: str) -> NvmlStandIn:
     monkeypatch.setattr(pynvml, "nvmlLib", None if absent else stand_in)
     monkeypatch.setattr(pynvml, "_nvmlGetFunctionPointer_cache", {})
     monkeypatch.setattr(pynvml, "_nvmlLib_refcount", 0)
+    monkeypatch.setattr(nvml, "_begun_by", 0)
     if absent:
         monkeypatch.setattr(pynvml, "CDLL", _no_such_file)
     return stand_in

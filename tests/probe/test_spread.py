@@ -42,6 +42,28 @@ def test_the_worst_of_several_windows_is_planned_and_told(kind):
         autoaccum.tune(job, target_batch=96, max_micro_batch=32)
 
 
+def test_a_long_window_is_run_whole_only_where_sizes_are_drawn():
+    """Of 48 micro-batches the first two and the last show what the others do, unless random numbers are drawn on the host."""
+    ran = []
+
+    def steady(model, batch):
+        ran.append(len(batch))
+        return model(batch).mean()
+
+    def drawing(model, batch):
+        ran.append(len(batch))
+        return scales(model, batch)
+
+    lengths = {}
+    for loss in (steady, drawing):
+        model = nn.Linear(4, 2)
+        ran.clear()
+        plan = autoaccum.tune(model, torch.optim.SGD(model.parameters(), lr=0.0), loss, torch.ones(8, 4), target_batch=96, max_micro_batch=2)
+        assert plan.micro_batches == (2,) * 48 and plan.samples_per_second > 0
+        lengths[loss] = len(ran)
+    assert lengths[steady] < 20 and lengths[drawing] > 96
+
+
 def test_micro_batches_that_take_the_same_are_not_suspected():
     plan = autoaccum.tune(jobs.hungry(mib=1), target_batch=60, max_micro_batch=20)
     assert not any("at random" in warning for warning in plan.warnings)

@@ -356,3 +356,31 @@ class Nearly(Cpu):
     def memory(self, *, who=True):
         held = self.held_bytes()
         return replace(super().memory(who=who), total_bytes=held + self._free, free_bytes=self._free, ours_bytes=held, binding_limit="physical")
+
+
+def test_values_are_written_back_once_and_not_after_every_trial():
+    """Memory does not depend on them. What trials run on is what earlier ones left, and the end is the beginning, bit by bit."""
+    seen = []
+
+    def loss(model, batch):
+        if model.training and torch.is_grad_enabled():
+            seen.append(float(model[0].weight.detach().sum()))
+        return jobs.mse(model, batch)
+
+    job = jobs.small(loss)
+    before = {name: each.clone() for name, each in job.model.state_dict().items()}
+    with rehearsing(job, Cpu(), Limits(), enforce=False) as rehearsal:
+        rehearsal.measure((4, 4))
+        first = list(seen)
+        seen.clear()
+        rehearsal.measure((8, 8))
+    assert seen[0] != first[0]
+    assert all(torch.equal(before[name], each) for name, each in job.model.state_dict().items())
+
+
+def test_values_that_many_trials_have_driven_off_are_no_reason_to_warn():
+    job = jobs.small()
+    job.optimizer.param_groups[0]["lr"] = 1e30
+    with rehearsing(job, Cpu(), Limits(), enforce=False) as rehearsal:
+        readings = [rehearsal.measure((size,)) for size in (2, 4, 8)]
+    assert len({bool(reading.remarks) for reading in readings}) == 1 and readings[0].fits
