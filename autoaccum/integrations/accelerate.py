@@ -15,11 +15,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
-from autoaccum.data import Window
+import torch
+
+from autoaccum import devices
+from autoaccum.data import Window, batches
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.integrations import needed, not_remembered
-from autoaccum.loop import FirstWindows
+from autoaccum.loop import FirstWindows, Learner, fed
 from autoaccum.plan import MicroBatch, Plan, framework_arguments
+from autoaccum.probe import Request
 from autoaccum.tuner import tune as tune_in_place
 from autoaccum.window import Job, RngState
 
@@ -87,17 +91,37 @@ def apply(plan: Plan, accelerator: Any) -> None:
     accelerator.gradient_accumulation_steps = plan.accumulation_steps
 
 
-def micro_batches(accelerator: Any, plan: Plan, loader: Iterable[Any], *, count: Callable[[Any], float] | None = None) -> Iterator[MicroBatch]:
+def micro_batches(
+    accelerator: Any,
+    plan: Plan | None = None,
+    loader: Iterable[Any] = (),
+    *,
+    count: Callable[[Any], float] | None = None,
+    target_batch: int | None = None,
+    **limits: Any,
+) -> Iterator[MicroBatch]:
     """Every micro-batch of an epoch, window by window. Multiply its mean loss by its `weight` before `accelerator.backward`.
 
     Micro-batches are moved to the device.
     loader: a loader for `Plan.windows`, not prepared. With several ranks it needs `plan.batch_sampler`. count: as in `Plan.split`.
+    target_batch: instead of a plan, which is then learned in the first windows and goes on to be used in later epochs (`learned_plan`). limits:
+    memory_limit, headroom, max_micro_batch, equal, as in `autoaccum.tune`. The loop is yours, so an out-of-memory comes through. One rank only.
     Raises `PlanError` for a prepared loader: Accelerate would take the end of that loader for the end of the window.
     """
+    if (plan is None) == (target_batch is None):
+        raise UsageError("micro_batches takes a plan, or target_batch= and it is learned: give one of the two")
+    if limits and plan is not None:
+        raise UsageError(f"the plan says already how a step is made up: leave {' and '.join(limits)} out, or give target_batch= instead of the plan")
     if type(loader).__name__ in ("DataLoaderShard", "DataLoaderDispatcher"):
         raise PlanError(
             "the loader was prepared by Accelerate, which reads ahead and takes its end for the window's: give the DataLoader as it was before prepare()"
         )
+    if plan is None:
+        learner = _learner(accelerator, target_batch, limits)
+        plan = learner.plan
+        if plan.learning:
+            yield from _learning(accelerator, learner, loader, count)
+            return
     apply(plan, accelerator)
     inside, job = False, getattr(accelerator, "_autoaccum_job", None)
     if count is None and job is not None:
@@ -118,6 +142,57 @@ def micro_batches(accelerator: Any, plan: Plan, loader: Iterable[Any], *, count:
             for optimizer in accelerator._optimizers:
                 getattr(optimizer, "optimizer", optimizer).zero_grad(set_to_none=True)
         accelerator.gradient_accumulation_steps = plan.accumulation_steps
+
+
+def learned_plan(accelerator: Any) -> Plan:
+    """The plan that `micro_batches(accelerator, target_batch=...)` has learned so far. Raises `UsageError` if nothing was learned."""
+    known: tuple[Request, Learner] | None = getattr(accelerator, "_autoaccum_learned", None)
+    if known is None:
+        raise UsageError("no plan was learned with this accelerator: loop over micro_batches(accelerator, target_batch=..., loader=...) first")
+    return known[1].plan
+
+
+def _learner(accelerator: Any, target_batch: int | None, limits: dict[str, Any]) -> Learner:
+    request = Request(target_batch, **limits)
+    if accelerator.num_processes > 1:
+        raise UsageError(f"over {accelerator.num_processes} ranks a plan is needed: every rank calls accelerate.tune")
+    known: tuple[Request, Learner] | None = getattr(accelerator, "_autoaccum_learned", None)
+    if known is not None and known[0] == request:
+        return known[1]
+    models, optimizers = accelerator._models, [getattr(wrapped, "optimizer", wrapped) for wrapped in accelerator._optimizers]
+    if not models or not optimizers:
+        raise UsageError("the accelerator has prepared no model or no optimizer yet: model, optimizer = accelerator.prepare(model, optimizer)")
+    model = models[0] if len(models) == 1 else torch.nn.ModuleList(models)
+    job = Job(model, optimizers if len(optimizers) > 1 else optimizers[0], _no_loss, (), scaler=accelerator.scaler)
+    learner = Learner([job], devices.get(str(job.device)), request)
+    accelerator._autoaccum_learned = request, learner
+    return learner
+
+
+def _no_loss(model: Any, batch: Any) -> Any:
+    raise UsageError("the loss is in the caller's own loop")
+
+
+def _learning(accelerator: Any, learner: Learner, loader: Iterable[Any], count: Callable[[Any], float] | None) -> Iterator[MicroBatch]:
+    """The micro-batches of an epoch in which the plan is learned."""
+    inside = False
+    try:
+        for window in learner.plan.windows(loader):
+            accelerator.step, inside = 0, True
+            for piece, samples, weight, last in fed(learner, window, count):
+                # Accelerate divides every loss by this number, and steps where so many micro-batches have run.
+                accelerator.gradient_accumulation_steps = steps = 1 if last else _MANY
+                moved = batches.move(piece, accelerator.device, non_blocking=True)
+                yield MicroBatch(moved, weight * steps, samples, last=last)
+            inside = False
+    finally:
+        if inside:
+            for optimizer in accelerator._optimizers:
+                getattr(optimizer, "optimizer", optimizer).zero_grad(set_to_none=True)
+        accelerator.gradient_accumulation_steps = learner.plan.accumulation_steps
+
+
+_MANY = 2**20  # micro-batches, more than a window has; a power of two, by which a loss is divided without rounding
 
 
 def _steps(plan: Plan, window: Window, count: Callable[[Any], float] | None) -> int:

@@ -1,6 +1,6 @@
 """Training with a plan: exactly one optimizer step per window, also after an out-of-memory.
 
-It exports `Accumulator`, `StepResult`, and `FirstWindows` for the integrations.
+It exports `Accumulator`, `StepResult`, and for the integrations `FirstWindows`, `Learner` and `fed`.
 It imports the doorstep and the rooms from `data` to `tuner`.
 """
 
@@ -10,7 +10,9 @@ from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
     from autoaccum.loop.accumulator import Accumulator
+    from autoaccum.loop.feeder import fed
     from autoaccum.loop.first_windows import FirstWindows
+    from autoaccum.loop.learner import Learner
     from autoaccum.loop.step_result import StepResult
 else:
-    __getattr__ = lazily(__name__, accumulator="Accumulator", first_windows="FirstWindows", step_result="StepResult")
+    __getattr__ = lazily(__name__, accumulator="Accumulator", feeder="fed", first_windows="FirstWindows", learner="Learner", step_result="StepResult")

@@ -109,6 +109,18 @@ class Learner:
             self._peak_bytes = max(self._peak_bytes, watch.peak_bytes())
             self._window_retries = watch.retries()
 
+    @contextmanager
+    def unguarded(self) -> Iterator[tuple[Watch, Callable[[], int]]]:
+        """A context in which a window runs in somebody else's loop, with the watch of its peaks and the function that says what is held."""
+        with self._device.watch() as watch:
+            yield watch, self._device.live_bytes
+            self._peak_bytes = max(self._peak_bytes, watch.peak_bytes())
+            self._window_retries = watch.retries()
+
+    def has_read(self, index: int) -> bool:
+        """True if the peak of a micro-batch of this size is known."""
+        return (self._cut[index], index > 0 or self._cut[index] == self._target) in self._readings
+
     def read(self, index: int, peak_bytes: int, base_bytes: int | None) -> None:
         """Takes the peak of a micro-batch of the window that runs. base_bytes: what was held when it began."""
         if index >= len(self._cut):

@@ -194,3 +194,42 @@ def test_the_first_windows_are_looked_at_and_a_mean_over_labels_is_told():
     assert len(told(over_labels)) == 1 and "give tune and micro_batches count=" in told(over_labels)[0]
     assert not told(over_samples)
     assert not told(over_labels, count=lambda batch: float((batch["labels"] != -100).sum()))  # the remedy
+
+
+@pytest.mark.parametrize("kind", ["mean", "count"])
+def test_without_a_plan_it_is_learned_and_every_window_is_the_whole_batchs_gradient(kind):
+    accelerator, model, optimizer = prepared(linear())
+    pairs, counts = data(1063), kind == "count"
+
+    def loss(model, batch):
+        error = ((model(batch[0]) - batch[1]) ** 2).flatten()
+        return (error * (batch[0][:, 0] > 0)).sum() / (batch[0][:, 0] > 0).sum() if counts else error.mean()
+
+    count = (lambda batch: float((batch[0][:, 0] > 0).sum())) if counts else None
+    gradients, steps, sizes = [], [], []
+    for micro in accelerate.micro_batches(accelerator, loader=DataLoader(pairs, batch_size=32), target_batch=120, count=count):
+        sizes.append(micro.samples)
+        with accelerator.accumulate(model):
+            accelerator.backward(loss(model, micro.batch) * micro.weight)
+            if accelerator.sync_gradients:
+                gradients.append(torch.cat([each.grad.flatten().clone() for each in model.parameters()]))
+                steps.append(micro.last)
+            optimizer.step()
+            optimizer.zero_grad()
+    assert len(gradients) == 9 and all(steps)
+    for index, gradient in enumerate(gradients):
+        whole = torch.autograd.grad(loss(model, pairs[120 * index : 120 * (index + 1)]), list(model.parameters()))
+        torch.testing.assert_close(gradient, torch.cat([each.flatten() for each in whole]), rtol=1e-12, atol=1e-12)
+    plan = accelerate.learned_plan(accelerator)
+    assert sizes[0] == 1 and plan.accumulation_steps == 1 and not plan.learning
+    assert len(list(accelerate.micro_batches(accelerator, loader=DataLoader(pairs, batch_size=32), target_batch=120, count=count))) == 9
+
+
+def test_a_plan_or_a_target_and_a_prepared_model():
+    accelerator, *_ = prepared(linear())
+    with pytest.raises(autoaccum.UsageError, match="give one of the two"):
+        next(accelerate.micro_batches(accelerator, loader=[]))
+    with pytest.raises(autoaccum.UsageError, match="prepared no model"):
+        next(accelerate.micro_batches(Accelerator(cpu=True), loader=DataLoader(data(8)), target_batch=8))
+    with pytest.raises(autoaccum.UsageError, match="no plan was learned"):
+        accelerate.learned_plan(Accelerator(cpu=True))
