@@ -17,6 +17,7 @@ import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import click
@@ -73,8 +74,8 @@ def run(kind: str, where: str, settings: dict, limit: int, sizes: list[int]) -> 
     device = devices.get("cpu")
     device.prepare()
     built = source.load(Source(where, settings), device="cpu")
+    headroom = max((limit - device.held_bytes()) * 3 // 100, 4 * MIB) if kind == "try" else 0  # as `tune` keeps it, of what training adds
     batch = built.batch_of(sum(sizes))
-    headroom = limit * 3 // 100 if kind == "try" else 0
     windows = 2 if kind == "try" else 50
     with device.watch() as watch:
         try:
@@ -156,11 +157,13 @@ def main(output: Path | None, again: bool, one: str | None) -> None:
 
 def verdicts(name: str, where: str, settings: dict, limit: int, target: int) -> dict[str, bool]:
     """Does each size worth trying fit? Every one is run."""
-    found = {}
-    for size in arithmetic.candidate_sizes(target, smallest=2 if name == "conv net" else 1):
-        sizes = arithmetic.micro_batches(target, math.ceil(target / size))
-        found[str(size)] = in_fresh_process("try", where, settings, limit, sizes)["fits"]
-    return found
+    windows = {
+        str(size): arithmetic.micro_batches(target, math.ceil(target / size))
+        for size in arithmetic.candidate_sizes(target, smallest=2 if name == "conv net" else 1)
+    }
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        fits = pool.map(lambda sizes: in_fresh_process("try", where, settings, limit, sizes)["fits"], windows.values())
+        return dict(zip(windows, fits))
 
 
 def tuned(where: str, settings: dict, limit: int, target: int, verdicts: dict[str, bool]) -> dict:

@@ -1,6 +1,6 @@
 """A small residual network with BatchNorm, SGD with momentum. Try:
 
-autoaccum tune examples/conv_net.py:make_job --target-batch 120 --memory-limit 640MiB --device cpu
+autoaccum tune examples/conv_net.py:make_job --target-batch 120 --memory-limit 520MiB --device cpu
 """
 
 import torch
@@ -45,4 +45,4 @@ def make_job(channels: int = 16, blocks: int = 3, side: int = 48, samples: int =
 
 if __name__ == "__main__":
     job = make_job()
-    print(autoaccum.tune(job, target_batch=120, memory_limit="640MiB").explain())
+    print(autoaccum.tune(job, target_batch=120, memory_limit="520MiB").explain())

@@ -699,6 +699,60 @@ def tuned_and_trained(room_mib, windows, then_mib, wrap_first, settings, sample_
     return None
 
 
+def learned(speeds, rooms_mib, windows, slows=None, runs_out=None):
+    """Learns over ranks: a sample takes `speeds[rank]` seconds, and a rank may hold `rooms_mib[rank]` MiB more, at 2 MiB a sample.
+
+    slows: from this window on, rank 0 takes three times as long. runs_out: at this window, rank 1 runs out of memory once.
+    """
+    rank, world = meet(120)
+    from autoaccum.devices import malloc
+
+    malloc.steady_malloc()
+    data, net = texts(400), words()
+    model = wrapped(net, "ddp", world)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    at, failed = 0, []
+
+    def loss(model, batch):
+        ids, labels = batch
+        if at == runs_out and rank == 1 and not failed:
+            failed.append(at)
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        ended = time.perf_counter() + speeds[rank] * len(ids) * (3 if slows is not None and at >= slows and rank == 0 else 1) + 0.001
+        out = Grown.apply(model(ids), 2.0, "forward")
+        while time.perf_counter() < ended:
+            time.sleep(0.0002)  # three ranks share two cores here
+        return F.cross_entropy(out.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"), (labels != -100).sum()
+
+    limit = None if rooms_mib[rank] is None else Cpu().held_bytes() + rooms_mib[rank] * MIB
+    loop = autoaccum.Accumulator(model, optimizer, target_batch=60, memory_limit=limit, headroom=0, rank_timeout_s=60)
+    shares, rescued, order = [], [], []
+    while at < windows:
+        order.append(torch.randperm(400, generator=torch.Generator().manual_seed(len(order))).tolist())
+        for window in loop.windows(DataLoader(Subset(data, order[-1]), batch_size=16), drop_last=True):
+            rescued.append(loop.step(window, loss).rescued is not None)
+            shares.append(loop.plan.shares)
+            at += 1
+            if at == windows:
+                break
+    reference = words()
+    other, steps = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9), 0
+    for epoch in order:
+        for start in range(0, 360, 60):
+            if steps == windows:
+                break
+            total, count = summed(reference, data[epoch[start : start + 60]])
+            (total / count).backward()
+            other.step()
+            other.zero_grad()
+            steps += 1
+    plan = loop.plan
+    return {
+        "shares": shares, "rescued": rescued, "difference": difference(net, reference), "learning": plan.learning, "micro_batch": plan.micro_batch,
+        "seconds": plan.fleet.seconds(), "most": [curve.most for curve in plan.fleet.curves], "said": str(plan),
+    }  # fmt: skip
+
+
 def refusals():
     """What is refused, in which words."""
     rank, world = meet()

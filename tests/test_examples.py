@@ -100,7 +100,7 @@ def limit_at_which_40_just_run():
     def tried(limit):
         return oracle.in_fresh_process("try", f"{ROOT}/examples/tiny_gpt.py:make_job", {}, limit, (40, 40, 40))
 
-    limit = tried(800 * MIB)["peak_bytes"] * 100 // 97
+    limit = tried(800 * MIB)["peak_bytes"] + 7 * MIB  # headroom: 3 % of what training adds, about 230 MiB
     assert not tried(limit - 3 * MIB)["fits"] and tried(limit + 3 * MIB)["fits"]
     return limit
 

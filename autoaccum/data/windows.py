@@ -201,6 +201,15 @@ class Windows:
         elif shares is not None:
             _check_unsharded(loader)
 
+    def shared_by(self, shares: Callable[[int], Sequence[int]]) -> Windows:
+        """The same, with shares that may change from window to window. Raises `PlanError` for a loader whose sampler has shared them out already."""
+        if self._sampler is not None:
+            raise PlanError(
+                "plan.batch_sampler shares windows out before they run, and shares are learned here: give every rank a plain loader of the same order"
+            )
+        self._shares = shares
+        return self
+
     def __iter__(self) -> Iterator[Window]:
         for window in self._windows():
             window.regrouped = True

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from autoaccum.distributed.engines import Engine, unwrapped
     from autoaccum.distributed.environment import launched
     from autoaccum.distributed.fleet import Fleet
+    from autoaccum.distributed.pace import Pace
     from autoaccum.distributed.ranks import Ranks, host
     from autoaccum.distributed.shares import equal_share, solve
     from autoaccum.distributed.speed_curves import AffineCurve
@@ -26,6 +27,7 @@ else:
         engines="Engine unwrapped",
         environment="launched",
         fleet="Fleet",
+        pace="Pace",
         ranks="Ranks host",
         shares="equal_share solve",
         speed_curves="AffineCurve",

@@ -46,8 +46,14 @@ class RankTeam:
         self.ranks, self._fleet, self._careful_windows = ranks, fleet, careful_windows
         self._careful_left = careful_windows or 0
         self.lockstep = fleet.lockstep
+        self.votes_every = 0  # windows after which one is voted on all the same, whose time is taken; 0 for none, 1 for all
+        self.windows = 0
         self.out: tuple[int, ...] = ()
         self._largest_sample, self._short = 0.0, 0
+
+    def follow(self, fleet: Fleet) -> None:
+        """Shares windows out by this fleet from now on. Called on all ranks at the same window."""
+        self._fleet = fleet
 
     def announce(self, whole: Window, counts: Sequence[Callable[[Any], Any] | None]) -> WindowAnnouncement:
         """Tells all ranks the samples and counts of this rank's window, and returns those of all ranks.
@@ -59,7 +65,9 @@ class RankTeam:
         failure: Exception | None = None
         parts = [(part, size) for part, size in zip(whole.parts, whole.sizes) if size]
         bytes_per_sample = max((batches.nbytes(part) / size for part, size in parts), default=0.0)
-        careful = self._careful_windows is None or self._careful_left > 0 or bytes_per_sample > self._largest_sample
+        self.windows += 1
+        is_timed = bool(self.votes_every) and self.windows % self.votes_every == 0
+        careful = is_timed or self._careful_windows is None or self._careful_left > 0 or bytes_per_sample > self._largest_sample
         self._largest_sample = max(bytes_per_sample, self._largest_sample)
         counted = [0.0] * len(counts)
         try:

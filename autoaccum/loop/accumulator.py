@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal
 
@@ -15,14 +18,15 @@ import torch.distributed as dist
 from autoaccum import devices, oom
 from autoaccum.data import Cut, TokenGauge, Window, Windows, batches, counted
 from autoaccum.devices import malloc_for_training
-from autoaccum.distributed import Engine, RankTeam, VoidWindow, WindowAnnouncement, WindowVote, engines, ranks
+from autoaccum.distributed import AffineCurve, Engine, Fleet, Pace, RankTeam, VoidWindow, WindowAnnouncement, WindowVote, engines, ranks
 from autoaccum.errors import PlanError, UsageError, noted
 from autoaccum.loop.first_windows import FirstWindows
 from autoaccum.loop.learner import Learner
 from autoaccum.loop.rescue import Rescuer
 from autoaccum.loop.step_result import StepResult
-from autoaccum.plan import Plan, micro_batches
+from autoaccum.plan import Plan, even_shares, micro_batches
 from autoaccum.probe import Request
+from autoaccum.tuner import shared_limits
 from autoaccum.window import (
     Job,
     PerToken,
@@ -41,6 +45,9 @@ from autoaccum.window import (
 )
 
 Loss = Callable[[Any, Any], Any]
+log = logging.getLogger("autoaccum")
+_MOST_ROUNDS = 3  # times that shares follow from what ranks have learned with the shares before
+_TIMED_EVERY = 8  # windows, of which one is voted on to take the ranks' times
 
 
 class Accumulator:
@@ -67,6 +74,8 @@ class Accumulator:
     careful_windows: the number of windows, at the start and after any trouble, that run without communication, and in which all
     ranks vote before gradients are reduced; None for all windows. A rank that runs out of memory then runs its part again, without
     effect on the others. In later windows, gradients are reduced during the backward of the last micro-batch.
+    replan_after: make the ranks' shares anew after so many windows, from the times that they take; None where a plan was learned and the quickest
+    rank waits more than a tenth of a window for the slowest. The windows of samples stay the same.
     rank_timeout_s: the seconds after which a missing rank is an error (`RanksDisagree`).
 
     On a CPU it sets the C allocator as in the measurement, so that memory peaks are repeatable (`AUTOACCUM_MALLOC=default` turns
@@ -96,6 +105,7 @@ class Accumulator:
         grow_after: int | None = None,
         correct_running_stats: bool = False,
         careful_windows: int | None = 3,
+        replan_after: int | None = None,
         rank_timeout_s: float = 1800.0,
     ) -> None:
         settings = {
@@ -119,9 +129,11 @@ class Accumulator:
             raise UsageError(f"grow_after must be a number of windows, at least 1, or None, not {grow_after!r}")
         device = devices.get(str(self._jobs[0].device))
         self._learner: Learner | None = None
+        self._device = device
         self._grow_after, self._quiet = grow_after, 0  # windows since it settled
+        self._rounds = 0
         if known is None:
-            self._learner = self._learning(Request(target_batch, memory_limit, headroom, max_micro_batch, equal), device)
+            self._learner = self._learning(Request(target_batch, memory_limit, headroom, max_micro_batch, equal), device, rank_timeout_s)
             self._plan = self._learner.plan
         else:
             self._plan = known
@@ -132,6 +144,7 @@ class Accumulator:
         self._stats = [RunningStats(job.model) if correct_running_stats else None for job in self._jobs]
         self._engines, self._team = self._ranks(on_oom, careful_windows, rank_timeout_s)
         self._rescuer = Rescuer(self._jobs, device, self._plan, enabled=on_oom == "rescue", grow_after=grow_after, together=self._team is not None)
+        self._pace = self._share_anew(device, replan_after)
         self._tokens = None if self._plan.target_tokens is None else TokenGauge(self._plan.target_tokens, self._jobs[0].count)
         if self._tokens is not None:
             self._jobs = tuple(job if job.loss is _no_loss else per_token(job) for job in self._jobs)
@@ -156,7 +169,8 @@ class Accumulator:
         """The loader's batches, of any size, as windows of exactly the target. The settings, and what is raised, are those of `Plan.windows`."""
         job = self._jobs[0]
         mine = {name: value for name, value in (("samples", job.samples), ("split", job.split)) if value is not None}
-        return self._plan.windows(loader, **{**mine, **settings})
+        windows = self._plan.windows(loader, **{**mine, **settings})
+        return windows if self._pace is None else windows.shared_by(lambda samples: self._plan.shares_of(samples))
 
     def step(self, batch: Any, loss: Loss | None = None) -> Any:
         """Runs one optimizer step on a window, cut into micro-batches.
@@ -250,6 +264,8 @@ class Accumulator:
             self._learned(self._learner, window)
         if self._team is not None:
             self._team.went_by(any(result.rescued is not None for result in results))
+        if self._pace is not None and announcement is not None:
+            self._agreed(self._pace, announcement)
         return results[0] if len(results) == 1 else tuple(results)
 
     def _of_one_size(self, sizes: Callable[[Window, int], Sequence[int]], window: Window, most: int) -> Sequence[int]:
@@ -281,13 +297,17 @@ class Accumulator:
         while True:
             part = self._team.handed_over(window, announcement)
             vote = WindowVote(engine, self._team.ranks, announcement, self._team.out, index)
-            run = partial(attempt, samples=part.samples, crossing=vote)
+            run: Callable[..., WindowResult] = partial(attempt, samples=part.samples, crossing=vote)
             steps = self._team.steps(announcement)
             cuts = partial(_in_steps, part.samples, steps) if self._team.lockstep else partial(_no_more, sizes, part)
             if engine.in_step:
                 run = partial(_filled_up, run, steps, window)
+            if self._learner is not None:
+                run = _read_by(self._learner, run)
+            if self._pace is not None and announcement.careful:
+                run = _timed_by(self._pace, self._device, part.samples, run)
             try:
-                return StepResult(*self._rescuer.run(part, cuts, run, vote))
+                return StepResult(*self._rescuer.run(part, cuts, run, vote, learner=self._learner))
             except VoidWindow as void:
                 self._team.ran_out(void.out)
             except Exception as error:
@@ -296,24 +316,89 @@ class Accumulator:
                     raise self._team.ranks.lost(error, "carrying gradients across") from error
                 raise
 
-    def _learning(self, request: Request, device: devices.Device) -> Learner:
+    def _learning(self, request: Request, device: devices.Device, timeout_s: float) -> Learner:
         """What learns the plan. Raises `UsageError` where it cannot be learned in training."""
-        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            raise UsageError(
-                f"over {dist.get_world_size()} ranks a plan is needed: every rank calls autoaccum.tune, and then Accumulator(model, optimizer, plan)"
-            )
         if (name := next(filter(None, (captured(job.model, job.loss) for job in self._jobs)), None)) is not None:
             raise UsageError(
                 f"{name} was captured by torch.cuda.make_graphed_callables and runs one batch size only: tune before it is captured, with equal=True"
             )
-        return Learner(self._jobs, device, request)
+        world = ranks.here(engines.group_of(self._jobs[0].model), timeout_s)
+        if world is None:
+            return Learner(self._jobs, device, request)
+        engine = engines.parallel(self._jobs[0].model)
+        if (engine is not None and (engine.in_step or isinstance(engine, engines.Fsdp2) or engines.synced_norms(self._jobs[0].model))) or request.equal:
+            raise UsageError(
+                "ranks that run their micro-batches in step (sharded models, SyncBatchNorm, equal=True) need a plan: every rank calls autoaccum.tune, and "
+                "then Accumulator(model, optimizer, plan)"
+            )
+        limits, remarks = shared_limits(request, world, (device.facts.kind, device.facts.uuid, device.facts.index), buckets=False)
+        for remark in remarks if world.rank == 0 else ():
+            warnings.warn(remark, stacklevel=4)
+        shares = even_shares(request.samples, world.world_size)
+        curves = tuple(AffineCurve(max(share, 1), 0.0, 1.0, gpu=device.facts.name) for share in shares)
+        return Learner(
+            self._jobs, device, request, limits=limits, fleet=Fleet(curves, shares, pairs=any(batch_norms(job.model) for job in self._jobs)), rank=world.rank
+        )
+
+    def _share_anew(self, device: devices.Device, replan_after: int | None) -> Pace | None:
+        """What takes the times of ranks and makes their shares anew; None on one rank, and for a plan of trials unless that was asked for."""
+        if replan_after is not None and (isinstance(replan_after, bool) or not isinstance(replan_after, int) or replan_after < 1):
+            raise UsageError(f"replan_after must be a number of windows, at least 1, or None, not {replan_after!r}")
+        if self._team is None or self._plan.fleet is None or (self._learner is None and replan_after is None):
+            return None
+        if self._plan.fleet.lockstep or self._plan.target_tokens is not None:
+            raise UsageError("replan_after makes shares anew, and ranks in lockstep or with a target in tokens keep theirs: leave replan_after out")
+        self._team.votes_every = 1 if self._learner is not None else _TIMED_EVERY
+        return Pace(self._team.ranks, self._plan.fleet, device.facts.name, learned=self._learner is None, pairs=self._plan.fleet.pairs, every=replan_after)
+
+    def _agreed(self, pace: Pace, announcement: WindowAnnouncement) -> None:
+        """Takes new shares, at a window after which all ranks take them."""
+        assert self._team is not None
+        if not announcement.careful or self._team.out or announcement.samples < self._plan.target_batch:
+            return
+        learner = self._learner
+        fleet = pace.agree(
+            settled=learner is None or not learner.plan.learning,
+            most=self._rescuer.micro_batch if learner is None else learner.most,
+            windows=self._team.windows,
+        )
+        if fleet is None:
+            return
+        self._team.follow(fleet)
+        if learner is not None:  # all ranks have settled, with the shares so far
+            are_new = fleet.shares != self._plan.shares
+            learner.follow(fleet)
+            self._plan = learner.plan
+            self._rescuer.follow(learner.plan)
+            self._rounds += 1
+            if are_new and self._rounds < _MOST_ROUNDS:
+                return
+            self._learner, self._team.votes_every = None, _TIMED_EVERY
+            pace.learned = True
+            self._plan = replace(learner.plan, learning=False)
+        rank, target = self._plan.rank, self._plan.target_batch
+        sizes = tuple(size for size in fleet.sizes(rank, target) if size)
+        most = fleet.curves[rank].most
+        self._plan = replace(
+            self._plan,
+            fleet=fleet,
+            shares=fleet.shares,
+            share=sum(sizes),
+            micro_batches=sizes,
+            micro_batch=max(sizes, default=0),
+            accumulation_steps=len(sizes),
+        )
+        self._rescuer.follow(self._plan)
+        self._rescuer.micro_batch = most
+        if learner is not None and rank == 0:
+            log.warning("learned in %d windows: %s", self._plan.learned_windows, self._plan)
 
     def _learned(self, learner: Learner, window: Window) -> None:
         """Takes what a window has shown into the plan."""
         learner.end(window.samples)
         self._plan = learner.plan
         self._rescuer.follow(learner.plan)
-        if not learner.plan.learning:
+        if not learner.plan.learning and self._team is None:
             self._learner = None
             self._quiet = 0
             if learner.plan.device.kind == "cpu":
@@ -445,6 +530,28 @@ def _read_by(learner: Learner, attempt: Callable[..., WindowResult]) -> Callable
             return attempt(cut, on_phase=reading, **settings)
 
     return read
+
+
+def _timed_by(pace: Pace, device: devices.Device, samples: int, attempt: Callable[..., WindowResult]) -> Callable[..., WindowResult]:
+    """Tells `pace` how long this rank computes until its gradients meet the other ranks'."""
+
+    def timed(cut: Cut, *, on_phase: PhaseCallback, **settings: Any) -> WindowResult:
+        last = -1
+
+        def noted(phase: str, index: int) -> None:
+            nonlocal last
+            if phase == "forward":
+                last = index
+            if phase == "sync":
+                device.synchronize()
+                pace.note(last + 1, samples, time.perf_counter() - started)
+            on_phase(phase, index)
+
+        device.synchronize()
+        started = time.perf_counter()
+        return attempt(cut, on_phase=noted, **settings)
+
+    return timed
 
 
 def _no_more(sizes: Callable[[Window, int], Sequence[int]], part: Window, most: int) -> Sequence[int]:

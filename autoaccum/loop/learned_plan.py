@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from autoaccum.devices import Budget, Device, budget_terms
+from autoaccum.distributed import Fleet
 from autoaccum.plan import Plan, PlannedDevice, TrialRecord, arithmetic
 from autoaccum.probe import Reading, Request
 from autoaccum.tuner import versions
@@ -25,14 +26,17 @@ def of(
     seconds: float,
     windows: int,
     learning: bool,
+    fleet: Fleet | None = None,
+    rank: int = 0,
 ) -> Plan:
-    """The plan of micro-batches of at most `micro_batch`.
+    """The plan of micro-batches of at most `micro_batch`. fleet, rank: the ranks that train together, and which this one is; None for one.
 
     budget: read before the last window. peak_bytes: the largest peak of a window so far. windows: those that it was learned in.
     """
     target, memory = request.samples, budget.memory
-    sizes = arithmetic.micro_batches(target, math.ceil(target / micro_batch))
-    largest = sizes[0]
+    share = target if fleet is None else fleet.shares[rank]
+    sizes = arithmetic.micro_batches(share, math.ceil(share / micro_batch)) if share else ()
+    largest = max(sizes, default=0)
     norms = [name for job in jobs for name in batch_norms(job.model)]
     warnings: tuple[str, ...] = ()
     if norms and len(sizes) > 1:
@@ -43,10 +47,11 @@ def of(
         micro_batch=largest,
         accumulation_steps=len(sizes),
         micro_batches=sizes,
-        share=target,
-        shares=(target,),
-        rank=0,
-        world_size=1,
+        share=share,
+        shares=(target,) if fleet is None else fleet.shares,
+        rank=rank,
+        world_size=1 if fleet is None else len(fleet.shares),
+        fleet=fleet,
         largest_fit=max((each.micro_batch for each in readings if each.fits), default=largest),
         smallest_refused=min((each.micro_batch for each in readings if not each.fits and each.micro_batch > largest), default=None),
         device=PlannedDevice(device.facts.kind, device.facts.name, device.facts.uuid, memory.total_bytes, memory.free_bytes, device.facts.index),

@@ -15,11 +15,12 @@ from dataclasses import replace
 from typing import Any
 
 from autoaccum.data import Cut, Window
-from autoaccum.devices import Budget, Device, Watch, make_budget, steady_malloc
+from autoaccum.devices import RLIMIT, SHARED, Budget, Device, Watch, make_budget, steady_malloc
+from autoaccum.distributed import Fleet
 from autoaccum.loop import learned_plan, optimizer_state
 from autoaccum.loop.learned_cut import LearnedCut
 from autoaccum.plan import Plan, arithmetic
-from autoaccum.probe import Reading, Request, refusals, search
+from autoaccum.probe import Limits, Reading, Request, refusals, search
 from autoaccum.window import Job, PhaseCallback, batch_norms
 
 log = logging.getLogger("autoaccum")
@@ -31,15 +32,25 @@ _WHOLE_WINDOWS = 2  # that the fewest steps must have run before nothing more is
 class Learner:
     """Decides the micro-batches of the first windows, from the peaks of those that ran.
 
-    jobs: those that train. request: the target and the limits, as `tune` takes them.
+    jobs: those that train. request: the target, as `tune` takes it. limits: the limits of `request`, or those of a device that ranks share.
+    fleet, rank: the ranks that train together, and which this one is; None for one rank. Over ranks all sizes are tried, because shares follow
+    from what each rank can hold.
     plan: what is known so far. It has settled when `plan.learning` is False.
     """
 
-    def __init__(self, jobs: Sequence[Job], device: Device, request: Request) -> None:
+    def __init__(
+        self, jobs: Sequence[Job], device: Device, request: Request, *, limits: Limits | None = None, fleet: Fleet | None = None, rank: int = 0
+    ) -> None:
+        self._limits, self._fleet, self._rank = limits or request.limits, fleet, rank
+        self._whole = request.samples if fleet is None else fleet.shares[rank]  # the samples of this rank in a full window
         self._jobs, self._device, self._request, self._target = jobs, device, request, request.samples
         device.prepare()
         self._smallest = 2 if any(batch_norms(job.model) for job in jobs) else 1
-        self._candidates = arithmetic.candidate_sizes(self._target, smallest=self._smallest, most=request.max_micro_batch, equal=request.equal)
+        if fleet is None:
+            self._candidates = arithmetic.candidate_sizes(self._target, smallest=self._smallest, most=request.max_micro_batch, equal=request.equal)
+        else:
+            self._candidates = arithmetic.sizes_over_ranks(self._target, smallest=self._smallest, most=request.max_micro_batch)
+            self._target *= 2  # no micro-batch is the whole window, so gradients are always beside
         if not self._candidates:
             raise refusals.nothing_allowed(self._target, request.max_micro_batch, [name for job in jobs for name in batch_norms(job.model)])
         self._gradient_bytes = max(job.gradient_bytes() for job in jobs)
@@ -49,6 +60,7 @@ class Learner:
         self._readings: dict[tuple[int, bool], Reading] = {}  # by size, and True if gradients were held beside it; in the order in which they came
         self._before_state: set[tuple[int, bool]] = set()  # readings from before the optimizer's state was there
         self._state_bytes = 0 if optimizer_state.resident_bytes(jobs) else optimizer_state.expected_bytes(jobs)  # that those readings lack
+        self._stale: set[tuple[int, bool]] = set()  # readings that the next one of their size replaces, also a smaller one
         self._has_stepped = not self._state_bytes
         self._base_before: int | None = None  # what was held beside the last micro-batch before the first step
         self._windows = self._whole_windows = 0
@@ -57,7 +69,20 @@ class Learner:
         self._cut: Sequence[int] = ()  # the sizes of the window that runs, as far as they are decided
         self._window_retries = 0
         self.failed_bytes: tuple[int, int] | None = None  # left and taken, where the last attempt failed
+        # Of what was free before the first window, if ranks share the device: this rank's part, with what it holds itself.
+        memory = device.memory(who=False) if self._limits.sharing_ranks > 1 else None
+        self._part_bytes = None if memory is None or memory.binding_limit == RLIMIT else memory.ours_bytes + memory.free_bytes // self._limits.sharing_ranks
         self.budget = self._budget()
+        self.plan = self._planned(self._start())
+
+    @property
+    def most(self) -> int:
+        """The largest micro-batch that is known to fit."""
+        return self._start()
+
+    def follow(self, fleet: Fleet) -> None:
+        """Learns with these shares from now on."""
+        self._fleet, self._whole, self._whole_windows = fleet, fleet.shares[self._rank], 0
         self.plan = self._planned(self._start())
 
     # -- a window
@@ -126,7 +151,8 @@ class Learner:
         if index >= len(self._cut):
             return
         size, beside = self._cut[index], index > 0 or self._cut[index] == self._target
-        earlier = self._readings.get((size, beside))
+        earlier = None if (size, beside) in self._stale else self._readings.get((size, beside))
+        self._stale.discard((size, beside))
         if earlier is not None and (earlier.activation_bytes or 0) >= peak_bytes and ((size, beside) not in self._before_state or not self._has_stepped):
             return
         if index and base_bytes is not None:
@@ -156,7 +182,7 @@ class Learner:
         """The window in smaller micro-batches, after micro-batch `index` ran out of memory in `phase`; None if nothing smaller is left to try."""
         self._refused(self._cut[min(index, len(self._cut) - 1)], "oom", phase)
         if self._device.shared_with_host:  # what the C library kept was in the peaks so far, and has been given back
-            self._readings = {key: each for key, each in self._readings.items() if not each.fits}
+            self._stale = {key for key, each in self._readings.items() if each.fits}
         if not self._largest_fit() and self._search().propose(self.budget.budget_bytes) is None:
             return None
         if window.told and window.split is None:
@@ -172,15 +198,16 @@ class Learner:
             if not self._device.shared_with_host:  # what a step leaves is exact there
                 self._state_bytes = max(self._state_bytes, self._device.live_bytes() - self._held_bytes)
         found = self._start()
-        planned = arithmetic.micro_batches(self._target, math.ceil(self._target / found))
-        searching = self._search().propose(self.budget.budget_bytes) is not None
-        self._whole_windows = self._whole_windows + 1 if tuple(self._cut) == planned else self._whole_windows if samples < self._target else 0
+        planned = arithmetic.micro_batches(self._whole, math.ceil(self._whole / found)) if self._whole else ()
+        proposal = self._search().propose(self.budget.budget_bytes)
+        searching = proposal is not None and (self._fleet is None or proposal <= self._whole)
+        self._whole_windows = self._whole_windows + 1 if tuple(self._cut) == planned else self._whole_windows if samples < self._whole else 0
         if self._whole_windows > 1 and self._window_retries:
             self._refused(found, "over-budget", "step")  # the allocator flushes its cache in every window, which is slow
             self._whole_windows = 0
         settled = not searching and self._whole_windows >= _WHOLE_WINDOWS
         self.plan = self._planned(self._start(), learning=not settled)
-        if settled:
+        if settled and self._fleet is None:
             log.warning("%s", learned_plan.settled(self.plan))
             if self._peak_bytes > max((each.peak_bytes or 0 for each in self._known()), default=0) and self._peak_bytes > self.budget.budget_bytes:
                 log.warning("%s", learned_plan.step_over_budget(self.plan))
@@ -201,11 +228,10 @@ class Learner:
     # -- what is known
 
     def _next_size(self, index: int, remaining: int) -> int:
-        budget, now = self.budget.budget_bytes, self._search()
-        proposal, found = now.propose(budget), now.result(budget).micro_batch
+        proposal, found = self._search().propose(self.budget.budget_bytes), self._largest_fit()
         if proposal == self._target:
             size = self._target if index == 0 and remaining == self._target else found or self._candidates[0]
-        elif proposal is None or (index == 0 and found):
+        elif proposal is None or (index == 0 and found and (self._fleet is None or proposal + found <= remaining)):
             found = found or self._candidates[0]
             size = arithmetic.micro_batches(remaining, math.ceil(remaining / found))[0]
         elif index and not any(beside for _, beside in self._readings):
@@ -235,8 +261,9 @@ class Learner:
         """The readings, each as it would be with the optimizer's state beside it."""
         known = []
         has_gradients = any(beside for _, beside in self._readings)
+        beside_most = max((size for (size, beside), each in self._readings.items() if beside and each.fits), default=0)
         for key, reading in self._readings.items():
-            if has_gradients and not key[1]:
+            if has_gradients and not key[1] and (self._fleet is None or key[0] <= beside_most):
                 continue  # the first micro-batch of a window says less than those that came later
             if reading.activation_bytes is not None:
                 lacking = self._state_bytes if key in self._before_state else 0
@@ -248,7 +275,10 @@ class Learner:
         return known
 
     def _largest_fit(self) -> int:
-        return self._search().result(self.budget.budget_bytes).micro_batch
+        found = self._search().result(self.budget.budget_bytes).micro_batch
+        if self._fleet is None:
+            return found
+        return max([found, *(each.micro_batch for each in self._known() if each.fits)])  # a share may lie between the sizes that are tried
 
     def _start(self) -> int:
         return self._largest_fit() or self._candidates[0]
@@ -260,9 +290,11 @@ class Learner:
         self._readings[(size, True)] = Reading(size, 1 if size == self._target else 2, outcome, phase, None, 0.0, budget_bytes=self.budget.budget_bytes)
 
     def _budget(self) -> Budget:
-        limits = self._request.limits
+        limits, memory = self._limits, self._device.memory(who=False)
+        if self._part_bytes is not None:
+            memory = replace(memory, free_bytes=max(min(memory.free_bytes, self._part_bytes - memory.ours_bytes), 0), binding_limit=SHARED)
         return make_budget(
-            self._device.memory(who=False),
+            memory,
             kind=self._device.facts.kind,
             limit_bytes=limits.memory_bytes,
             headroom=limits.headroom,
@@ -281,6 +313,8 @@ class Learner:
             seconds=time.monotonic() - self._started,
             windows=self._windows,
             learning=learning,
+            fleet=self._fleet,
+            rank=self._rank,
         )
 
 

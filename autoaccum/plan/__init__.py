@@ -10,7 +10,7 @@ from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
     from autoaccum.plan import arithmetic, framework_arguments
-    from autoaccum.plan.arithmetic import micro_batches, window_led_by
+    from autoaccum.plan.arithmetic import even_shares, micro_batches, window_led_by
     from autoaccum.plan.divisors import easier_targets, equal_split, why_unequal
     from autoaccum.plan.explanation import chart
     from autoaccum.plan.micro_batch import MicroBatch
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazily(
         __name__,
-        arithmetic="micro_batches window_led_by",
+        arithmetic="even_shares micro_batches window_led_by",
         divisors="easier_targets equal_split why_unequal",
         explanation="chart",
         micro_batch="MicroBatch",

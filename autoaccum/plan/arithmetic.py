@@ -36,6 +36,17 @@ def even_shares(target: int, world_size: int) -> tuple[int, ...]:
     return (size + 1,) * larger + (size,) * (world_size - larger)
 
 
+def sizes_over_ranks(target: int, *, smallest: int = 1, most: int | None = None) -> list[int]:
+    """Micro-batch sizes to try where a rank's share of `target` is not known yet, ascending: steps of about 6 %, and all that save a step."""
+    top = min(target, most or target)
+    sizes = set(candidate_sizes(target, smallest=smallest, most=top))
+    size = smallest
+    while size <= top:
+        sizes.add(size)
+        size += max(1, size // 16)
+    return sorted(sizes | {top} if top >= smallest else sizes)
+
+
 def candidate_sizes(target: int, *, smallest: int = 1, most: int | None = None, equal: bool = False, every: bool = False) -> list[int]:
     """Micro-batch sizes to try for windows of `target` samples, ascending.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
+    from autoaccum.tuner.all_ranks import shared_limits
     from autoaccum.tuner.assembly import versions
     from autoaccum.tuner.foreign_command import check_command, tune_command
     from autoaccum.tuner.in_place import refuse_unknown_keywords, tune
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazily(
         __name__,
+        all_ranks="shared_limits",
         assembly="versions",
         foreign_command="check_command tune_command",
         in_place="refuse_unknown_keywords tune",

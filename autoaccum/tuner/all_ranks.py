@@ -89,7 +89,7 @@ def tune_all_ranks(rehearsal: Rehearser, request: Request, trials: TrialLog, lab
             break
         if not fits:
             trials.refused[sizes[0]] = refused = confirmed[sizes]
-            below = [size for size in _candidates(target, request, smallest) if size < sizes[0]]
+            below = [size for size in arithmetic.sizes_over_ranks(target, smallest=smallest, most=request.max_micro_batch) if size < sizes[0]]
             most = max(below, default=0)
     seconds = confirmed[sizes].window_seconds if sizes else None
     eval_batch = None
@@ -139,17 +139,6 @@ def _with_all(ranks: Ranks, doing: str, work: Callable[[], Made]) -> Made:
     return result
 
 
-def _candidates(target: int, request: Request, smallest: int) -> list[int]:
-    """Micro-batches to try, ascending, up to the target: all small ones, then steps of about 6 %, and those that save a step."""
-    top = min(target, request.max_micro_batch or target)
-    sizes = set(arithmetic.candidate_sizes(target, smallest=smallest, most=top))
-    size = smallest
-    while size <= top:
-        sizes.add(size)
-        size += max(1, size // 16)
-    return sorted(sizes | {top} if top >= smallest else sizes)
-
-
 def _do_nothing() -> None: ...
 
 
@@ -158,7 +147,7 @@ def _largest_micro_batch(rehearsal: Rehearser, request: Request, trials: TrialLo
 
     Gradients are resident in every trial, because the number of micro-batches in this rank's share is not known yet.
     """
-    candidates = _candidates(request.samples, request, smallest)
+    candidates = arithmetic.sizes_over_ranks(request.samples, smallest=smallest, most=request.max_micro_batch)
     if budget.budget_bytes <= 0 or not candidates:
         return 0, None
 

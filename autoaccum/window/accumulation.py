@@ -104,7 +104,7 @@ def gradients(
     parts = getattr(pieces, "parts", None)  # of a window that is cut while it runs
     counted = [float(job.count(piece)) if size else 0.0 for piece, size in pieces] if job.count is not None and parts is None else []
     of_samples, of_count = (float(samples), sum(counted)) if crossing is None else crossing.owed(counted)
-    if job.count is not None and parts is not None:
+    if job.count is not None and parts is not None and crossing is None:
         of_count = sum(float(job.count(part)) for part in parts)
     for parameter in _graded(job):  # backward adds to gradients that are left from before
         parameter.grad = None

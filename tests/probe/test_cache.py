@@ -35,7 +35,7 @@ def limit(mib):
 
 
 def test_the_second_time_takes_one_trial_and_gives_the_same_plan():
-    limited = ("--memory-limit", "410MiB")
+    limited = ("--memory-limit", "420MiB")
     first, second = (document(cli(*TUNE, *limited)) for _ in range(2))
     assert len(ran(first)) > 2 and len(ran(second)) == 1
     assert second["micro_batches"] == first["micro_batches"] and second["smallest_refused"] == first["smallest_refused"]

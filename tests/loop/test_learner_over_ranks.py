@@ -1,0 +1,28 @@
+"""Ranks learn what each can hold while they train, share windows out by it, and share them anew where one slows down."""
+
+from tests.ranked import in_ranks
+
+
+def seconds(shares, speeds):
+    return max(share * speed for share, speed in zip(shares, speeds))
+
+
+def test_shares_settle_within_six_windows_and_follow_a_rank_that_slows_down():
+    speeds = [0.003, 0.006, 0.012]
+    told = in_ranks("learned", speeds, [None, None, 100], 44, 8, 3)
+    assert [each["difference"] < 1e-14 for each in told] == [True] * 3 and not any(each["learning"] for each in told)
+    shares = told[0]["shares"]
+    assert all(each["shares"] == shares for each in told) and all(sum(each) == 60 for each in shares)
+    assert shares[0] == [20, 20, 20]
+    best = 60 / sum(1 / speed for speed in speeds)
+    assert seconds(shares[6], speeds) < 1.15 * best  # whole samples, and cores that other tests use
+    slowed = [0.009, 0.006, 0.012]
+    assert seconds(shares[-1], slowed) < 1.15 * 60 / sum(1 / speed for speed in slowed) < seconds(shares[6], slowed)
+    assert told[1]["rescued"][3] and not any(told[0]["rescued"])
+
+
+def test_a_rank_with_little_memory_gets_what_it_can_run():
+    told = in_ranks("learned", [0.0, 0.0, 0.0], [None, None, 60], 8)
+    assert max(each["difference"] for each in told) < 1e-14
+    assert not any(any(each["rescued"]) for each in told)
+    assert 0 < told[2]["most"][2] <= 30  # of 2 MiB each
