@@ -3,6 +3,8 @@
 plan = tune(trainer, target_batch=512)
 plan.apply(trainer)
 trainer.train()
+
+Without a plan it is learned while training: Trainer(..., callbacks=[EffectiveBatch(512)]).
 """
 
 from __future__ import annotations
@@ -24,6 +26,14 @@ from autoaccum.plan import Plan, framework_arguments
 from autoaccum.probe import COMPARED_SAMPLES, compare_values
 from autoaccum.tuner import tune as tune_in_place
 from autoaccum.window import Job, RngState
+
+
+def __getattr__(name: str) -> Any:
+    if name == "EffectiveBatch":  # a callback of Transformers', which is imported only then
+        from autoaccum.integrations.trainer_windows import EffectiveBatch
+
+        return EffectiveBatch
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def tune(
@@ -52,7 +62,7 @@ def tune(
     """
     needed("transformers", "huggingface")
     not_remembered(request)
-    _check(trainer)
+    check_trainer(trainer)
     if count is not None and not callable(count):
         raise UsageError(f"count must be a function of a batch, not {type(count).__name__}")
     trainer._autoaccum_count = count
@@ -162,7 +172,9 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
         return micro_batches, items
 
     def training_step(self: Any, model: torch.nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Any:
-        weight = weights.pop() if weights else trainer_counts.Weight(trainer_counts.counted(self, inputs), 1.0)
+        return weighted_step(self, model, inputs, weights.pop() if weights else trainer_counts.Weight(trainer_counts.counted(self, inputs), 1.0))
+
+    def weighted_step(self: Any, model: torch.nn.Module, inputs: Any, weight: trainer_counts.Weight) -> Any:
         if not weight.count and plan.world_size == 1:
             return torch.zeros((), device=self.args.device)  # its mean is nan, and it contributes nothing
 
@@ -189,6 +201,7 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
         return loss
 
     trainer.get_batch_samples, trainer.training_step = MethodType(get_batch_samples, trainer), MethodType(training_step, trainer)
+    trainer._autoaccum_weighted_step = MethodType(weighted_step, trainer)
 
 
 def _compare_first(trainer: Any, batch: Any) -> None:
@@ -234,7 +247,8 @@ def _say_what_the_trainer_divides_by(trainer: Any, micro_batches: Sequence[Any],
         )
 
 
-def _check(trainer: Any) -> None:
+def check_trainer(trainer: Any) -> None:
+    """Raises `UsageError` for a Trainer that cannot run in this process as it trains."""
     args = trainer.args
     if args.n_gpu > 1:
         raise UsageError(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from autoaccum.window.interrupts import Interrupts
     from autoaccum.window.job import Job, as_jobs, differing, fingerprint
     from autoaccum.window.losses import PerToken, per_token, predicts_next, token_mean
-    from autoaccum.window.result import PhaseCallback, WindowResult
+    from autoaccum.window.result import PhaseCallback, WindowLoss, WindowResult
     from autoaccum.window.rng_state import RngState
     from autoaccum.window.snapshot import Snapshot, preserved, put_back_after
     from autoaccum.window.source import Source, load, parse_source
@@ -28,7 +28,7 @@ else:
         interrupts="Interrupts",
         job="Job as_jobs differing fingerprint",
         losses="PerToken per_token predicts_next token_mean",
-        result="PhaseCallback WindowResult",
+        result="PhaseCallback WindowLoss WindowResult",
         rng_state="RngState",
         snapshot="Snapshot preserved put_back_after",
         source="Source load parse_source",
