@@ -137,6 +137,12 @@ class Accumulator:
             self._plan = self._learner.plan
         else:
             self._plan = known
+            if known.learning:
+                warnings.warn(
+                    f"this plan was saved while it was still learned, after {known.learned_windows} windows, and its micro-batches of {known.micro_batch} stay: "
+                    "leave it out to go on learning, or save loop.plan once loop.plan.learning is False",
+                    stacklevel=2,
+                )
             self._warn_of_differences()
             if device.facts.kind == "cpu":
                 malloc_for_training(known.peak_bytes, known.budget_bytes)
@@ -261,6 +267,8 @@ class Accumulator:
             results.append(result)
         self._begun = True
         if self._learner is not None:
+            if self._team is None and len(results) == 1 and self._learner.grows_with_size(results[0]._result):
+                FirstWindows(self._jobs).look(window, loss, 2, at_any=True)  # a sum, or chance: a few samples decide
             self._learned(self._learner, window)
         if self._team is not None:
             self._team.went_by(any(result.rescued is not None for result in results))
@@ -503,7 +511,7 @@ def _plan_if_given(given: Any, asked: dict[str, Any], where: str) -> Plan | None
             raise UsageError(f"the plan says already how a step is made up: leave {' and '.join(names)} out, or leave the plan out and it is learned")
         return given
     if given is not None or "target_batch" not in names:
-        raise UsageError(f"{where}; or leave it out and give target_batch=, and it is learned while training")
+        raise UsageError(f"{where}; without a Plan, give target_batch=, the samples of an optimizer step, and it is learned while training")
     return None
 
 

@@ -72,8 +72,11 @@ class FirstWindows:
             return None, None
         return (part, size) if size <= most else (split(part, [most, size - most])[0], most)
 
-    def look(self, window: Window, loss: Callable[[Any, Any], Any] | None, micro_batch: int) -> None:
-        """Looks at a window before it runs. loss: as given to `step`; None for the jobs' own. micro_batch: how many samples fit."""
+    def look(self, window: Window, loss: Callable[[Any, Any], Any] | None, micro_batch: int, *, at_any: bool = False) -> None:
+        """Looks at a window before it runs, or after.
+
+        loss: as given to `step`; None for the jobs' own. micro_batch: how many samples fit. at_any: also at samples that seem to show nothing.
+        """
         self._seen += 1
         if (window.told and window.split is None) or not window.samples:
             return
@@ -81,6 +84,9 @@ class FirstWindows:
             # Two samples at least: forward alone, without gradients, takes less than a micro-batch of one in training.
             most = max(min(COMPARED_SAMPLES, micro_batch), 2)
             few, samples = (self._telling(window, most), None) if window.split is None else self._cut_by_user(window, window.split, most)
+            if few is None and at_any and window.split is None:
+                part, size = max(zip(window.parts, window.sizes), key=lambda pair: pair[1])
+                few = batches.resize(part, min(most, size)) if size > 1 else None
             if few is None:
                 return
             state = WindowStart(self._jobs)

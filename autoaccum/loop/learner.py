@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
@@ -17,11 +18,13 @@ from typing import Any
 from autoaccum.data import Cut, Window
 from autoaccum.devices import RLIMIT, SHARED, Budget, Device, Watch, make_budget, steady_malloc
 from autoaccum.distributed import Fleet
+from autoaccum.errors import NothingFits
 from autoaccum.loop import learned_plan, optimizer_state
 from autoaccum.loop.learned_cut import LearnedCut
 from autoaccum.plan import Plan, arithmetic
 from autoaccum.probe import Limits, Reading, Request, refusals, search
-from autoaccum.window import Job, PhaseCallback, batch_norms
+from autoaccum.units import in_words
+from autoaccum.window import Job, PhaseCallback, WindowResult, batch_norms
 
 log = logging.getLogger("autoaccum")
 _SECOND = 4  # times the first micro-batch, for the others of a first window that is cut before anything is known
@@ -66,14 +69,50 @@ class Learner:
         self._windows = self._whole_windows = 0
         self._peak_bytes = self._held_bytes = 0
         self._beforehand = self._given = False
+        self._lazy: LearnedCut | None = None  # the window that runs, if it is cut while it runs
+        self._is_limited = False  # True once parts of windows could not be joined
         self._cut: Sequence[int] = ()  # the sizes of the window that runs, as far as they are decided
         self._window_retries = 0
         self.failed_bytes: tuple[int, int] | None = None  # left and taken, where the last attempt failed
         # Of what was free before the first window, if ranks share the device: this rank's part, with what it holds itself.
         memory = device.memory(who=False) if self._limits.sharing_ranks > 1 else None
         self._part_bytes = None if memory is None or memory.binding_limit == RLIMIT else memory.ours_bytes + memory.free_bytes // self._limits.sharing_ranks
-        self.budget = self._budget()
+        self.budget = refusals.enough(self._budget())
+        if device.shared_with_host and self._enforces and self.budget.budget_bytes <= self._floor_bytes:
+            raise NothingFits(
+                f"this process holds {in_words(self._floor_bytes)} before the first sample, and the budget is {in_words(self.budget.budget_bytes)}: raise memory_limit, "
+                "which counts the whole process"
+            )
+        if norms := [name for job in jobs for name in batch_norms(job.model)]:
+            warnings.warn(
+                f"BatchNorm ({', '.join(norms[:3])}{' and more' if len(norms) > 3 else ''}) sees micro-batches of unlike sizes while the plan is learned, and not "
+                "the whole batch: train with a saved plan where its statistics matter",
+                stacklevel=5,
+            )
         self.plan = self._planned(self._start())
+
+    def grows_with_size(self, result: WindowResult) -> bool:
+        """True if the losses of a window's micro-batches grow with their size, as a sum over samples does, and a mean does not."""
+        terms = result.total.terms
+        if result.counted is not None or result.by_term or len(terms) != len(self._cut):
+            return False
+        values = [float(term.sum()) * result.samples / size for term, size in zip(terms, self._cut)]
+        most = max(self._cut)
+        large = [abs(value) for value, size in zip(values, self._cut) if size == most]
+        small = [(abs(value), size) for value, size in zip(values, self._cut) if size * 3 <= most]
+        if not small or not sum(large) or not sum(value for value, _ in small):
+            return False
+        times = (sum(large) / len(large)) / (sum(value for value, _ in small) / len(small))
+        return bool(times > (most * len(small) / sum(size for _, size in small)) ** 0.5)
+
+    @property
+    def why_not(self) -> str:
+        """The sentence for a job of which not even the smallest micro-batch runs."""
+        samples = f"{self._candidates[0]} sample{'s' if self._candidates[0] > 1 else ''}"
+        return (
+            f"not even a micro-batch of {samples} fits into {in_words(self.budget.budget_bytes)}: raise memory_limit if you gave one, or use autocast to bfloat16, "
+            "activation checkpointing, an optimizer with less state, or shorter samples"
+        )
 
     @property
     def most(self) -> int:
@@ -92,7 +131,7 @@ class Learner:
 
         beforehand: True if all micro-batches must be known before the first one runs. given: True if its parts are the micro-batches.
         """
-        self._beforehand, self._given = beforehand, given
+        self._beforehand, self._given, self._lazy = beforehand, given, None
         if self._device.facts.kind == "cpu":
             steady_malloc()  # what the C library keeps of earlier sizes goes back
         self.budget = self._budget()
@@ -105,9 +144,9 @@ class Learner:
             self._cut = window.sizes
             return list(zip(window.parts, window.sizes))
         if window.split is None and not self._beforehand:
-            lazy = LearnedCut(window, self._next_size)
-            self._cut = lazy.sizes
-            return lazy
+            self._lazy = LearnedCut(window, self._next_size)
+            self._cut = self._lazy.sizes
+            return self._lazy
         sizes: list[int] = []
         while (remaining := window.samples - sum(sizes)) > 0:
             sizes.append(self._next_size(len(sizes), remaining))
@@ -180,7 +219,12 @@ class Learner:
 
     def cut_again(self, window: Window, index: int, phase: str) -> Cut | None:
         """The window in smaller micro-batches, after micro-batch `index` ran out of memory in `phase`; None if nothing smaller is left to try."""
-        self._refused(self._cut[min(index, len(self._cut) - 1)], "oom", phase)
+        sizes = self._cut
+        if self._lazy is not None and sum(self._lazy.decided) > sum(self._lazy.sizes):  # it ran out where the next micro-batch was put together
+            sizes, index = self._lazy.decided, len(self._lazy.decided) - 1
+        if not sizes:
+            return None
+        self._refused(sizes[min(index, len(sizes) - 1)], "oom", phase)
         if self._device.shared_with_host:  # what the C library kept was in the peaks so far, and has been given back
             self._stale = {key for key, each in self._readings.items() if each.fits}
         if not self._largest_fit() and self._search().propose(self.budget.budget_bytes) is None:
@@ -201,6 +245,10 @@ class Learner:
         planned = arithmetic.micro_batches(self._whole, math.ceil(self._whole / found)) if self._whole else ()
         proposal = self._search().propose(self.budget.budget_bytes)
         searching = proposal is not None and (self._fleet is None or proposal <= self._whole)
+        if self._lazy is not None and self._lazy.is_limited:
+            self._say_that_parts_limit()
+            searching = searching and proposal is not None and proposal <= max(self._cut)
+            planned = tuple(self._cut) if max(self._cut) <= found or not searching else planned
         self._whole_windows = self._whole_windows + 1 if tuple(self._cut) == planned else self._whole_windows if samples < self._whole else 0
         if self._whole_windows > 1 and self._window_retries:
             self._refused(found, "over-budget", "step")  # the allocator flushes its cache in every window, which is slow
@@ -211,6 +259,15 @@ class Learner:
             log.warning("%s", learned_plan.settled(self.plan))
             if self._peak_bytes > max((each.peak_bytes or 0 for each in self._known()), default=0) and self._peak_bytes > self.budget.budget_bytes:
                 log.warning("%s", learned_plan.step_over_budget(self.plan))
+
+    def _say_that_parts_limit(self) -> None:
+        if not self._is_limited:
+            self._is_limited = True
+            log.warning(
+                "the loader's batches cannot be joined (padded to unlike lengths), so no micro-batch is larger than one of them, %d samples: give the loader "
+                "larger batches, or tune and use plan.batch_sampler(dataset)",
+                max(self._cut),
+            )
 
     def goes_on(self, micro_batch: int) -> bool:
         """True if the memory of now allows fewer steps than micro-batches of `micro_batch` take, so that learning goes on."""

@@ -147,7 +147,7 @@ class Rescuer:
                 if self._redone(crossing):
                     smaller_cut = self._smaller(window, sizes) if learner is None else learner.cut_again(window, self._index, self._phase)
                 if smaller_cut is None:
-                    note = self._why_not()
+                    note = self._why_not() if learner is None or self._phase in self._final(crossing) else f"autoaccum: {learner.why_not}"
                     self.micro_batch, self._left = at_first, self._left[:left_at_first]
                     if crossing is None or not (self._redone(crossing) and crossing.votes):
                         noted(error, note)

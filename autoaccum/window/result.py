@@ -29,6 +29,11 @@ class WindowLoss:
             self._terms = [self.sum()]
             self._factor = None
 
+    @property
+    def terms(self) -> list[torch.Tensor]:
+        """The terms of a short window, one for each micro-batch; of a long one, or one with a factor, nothing is said."""
+        return [] if self._factor is not None or len(self._terms) < 2 else list(self._terms)
+
     def sum(self) -> torch.Tensor:
         """The sum of the terms, 0-d, in single precision at least."""
         import torch

@@ -4,6 +4,7 @@ import copy
 import json
 import subprocess
 import sys
+import warnings
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def test_where_the_smallest_runs_out_the_error_comes_through_and_nothing_is_chan
     before = copy.deepcopy(job.model.state_dict())
     with pytest.raises(torch.OutOfMemoryError, match="CUDA out of memory") as raised:
         autoaccum.Accumulator(job, target_batch=16).step(jobs.pairs(16))
-    assert any("cannot be cut smaller" in note for note in raised.value.__notes__)
+    assert any("not even a micro-batch of 1 sample fits" in note for note in raised.value.__notes__)
     assert all(torch.equal(before[name], each) for name, each in job.model.state_dict().items())
 
 
@@ -271,3 +272,67 @@ def test_the_learned_plan_is_saved_read_and_trained_with(tmp_path):
 def test_what_cannot_be_learned_from_is_said_in_a_sentence(make, says):
     with pytest.raises(autoaccum.UsageError, match=says):
         make(jobs.small())
+
+
+def test_a_loss_that_is_a_sum_is_noticed_without_a_rehearsal():
+    loop = autoaccum.Accumulator(jobs.sum_loss(), target_batch=64, max_micro_batch=16)
+    with pytest.warns(UserWarning, match="no mean over samples"):
+        for _ in range(4):
+            loop.step(jobs.pairs(64))
+
+
+def test_a_mean_is_not_suspected():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for seed in range(10):
+            torch.manual_seed(seed)
+            loop = autoaccum.Accumulator(jobs.small(), target_batch=64, max_micro_batch=16)
+            for _ in range(4):
+                loop.step(jobs.pairs(64))
+
+
+def test_batches_that_cannot_be_joined_settle_at_the_loaders_size_and_it_is_said(caplog):
+    def padded(samples):
+        longest = max(samples)
+        return {"inputs": torch.ones(len(samples), longest)}
+
+    model = nn.Linear(1, 1)
+    loader = torch.utils.data.DataLoader([1 + index % 7 for index in range(480)], batch_size=8, collate_fn=padded, shuffle=True)
+    loop = autoaccum.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0), target_batch=30)
+    for window in loop.windows(loader):
+        loop.step(window, lambda model, batch: model(batch["inputs"].sum(1, keepdim=True)).mean())
+    assert not loop.plan.learning and sum("cannot be joined" in record.message for record in caplog.records) == 1
+
+
+def test_memory_that_runs_out_where_batches_are_joined_is_rescued():
+    joins = []
+
+    class Field(torch.Tensor):
+        @classmethod
+        def __torch_function__(cls, function, types, args=(), kwargs=None):
+            if function is torch.cat and not joins:
+                joins.append(True)
+                raise torch.OutOfMemoryError(TEXT)
+            return super().__torch_function__(function, types, args, kwargs or {})
+
+    model = nn.Linear(1, 1)
+    loop = autoaccum.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0), target_batch=30)
+    for _ in range(4):
+        window = autoaccum.Window.of([torch.ones(5, 1).as_subclass(Field) for _ in range(6)])
+        loop.step(window, lambda model, batch: model(batch.as_subclass(torch.Tensor)).mean())
+    assert joins
+
+
+@pytest.mark.parametrize("limit", ["2MiB", "40MiB"])
+def test_a_limit_below_what_the_process_holds_is_refused_before_training(limit):
+    with pytest.raises(autoaccum.NothingFits, match=r"raise memory_limit|--memory-limit"):
+        autoaccum.Accumulator(jobs.small(), target_batch=8, memory_limit=limit)
+
+
+def test_a_plan_that_was_saved_too_early_says_so(tmp_path):
+    job = jobs.small()
+    loop = autoaccum.Accumulator(job, target_batch=60)
+    loop.step(jobs.pairs(60))
+    loop.plan.save(tmp_path / "plan.json")
+    with pytest.warns(UserWarning, match="still learned, after 1 windows"):
+        autoaccum.Accumulator(job, autoaccum.Plan.load(tmp_path / "plan.json"))
