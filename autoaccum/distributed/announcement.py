@@ -47,9 +47,13 @@ class RankTeam:
         self._careful_left = careful_windows or 0
         self.lockstep = fleet.lockstep
         self.votes_every = 0  # windows after which one is voted on all the same, whose time is taken; 0 for none, 1 for all
-        self.windows = 0
+        self.windows = self._untimed = 0
         self.out: tuple[int, ...] = ()
         self._largest_sample, self._short = 0.0, 0
+
+    def timed(self) -> None:
+        """Says that the ranks' times of this window were taken."""
+        self._untimed = 0
 
     def follow(self, fleet: Fleet) -> None:
         """Shares windows out by this fleet from now on. Called on all ranks at the same window."""
@@ -66,7 +70,8 @@ class RankTeam:
         parts = [(part, size) for part, size in zip(whole.parts, whole.sizes) if size]
         bytes_per_sample = max((batches.nbytes(part) / size for part, size in parts), default=0.0)
         self.windows += 1
-        is_timed = bool(self.votes_every) and self.windows % self.votes_every == 0
+        self._untimed += 1
+        is_timed = bool(self.votes_every) and self._untimed >= self.votes_every
         careful = is_timed or self._careful_windows is None or self._careful_left > 0 or bytes_per_sample > self._largest_sample
         self._largest_sample = max(bytes_per_sample, self._largest_sample)
         counted = [0.0] * len(counts)

@@ -31,7 +31,7 @@ class Pace:
         self._ranks, self.fleet, self._gpu, self._pairs, self._every = ranks, fleet, gpu, pairs, every
         self._timings: deque[Timing] = deque(maxlen=32)
         self.learned = learned  # False while ranks still look for their largest micro-batches, so that curves are not known yet
-        self._windows = self._since = self._late = 0
+        self._windows = self._late = self._replanned_at = 0
 
     def note(self, steps: int, samples: int, seconds: float) -> None:
         """Takes the time that this rank computed in a voted window: its micro-steps, its samples, and the seconds until its gradients were there."""
@@ -51,13 +51,11 @@ class Pace:
         if not self.learned:
             return self._solved(most, alike(self._ranks.gathered((self._gpu, most, list(self._timings)), "sharing windows out")))
         times = [row[2] for row, share in zip(table, self.fleet.shares) if share]
-        self._since += 1
         self._late = self._late + 1 if min(times) < (1 - _WAITING) * max(times) else 0
-        log.warning("PACE %s late %d windows %d", [round(t, 3) for t in times], self._late, windows)
-        due = self._late >= _LAST if self._every is None else windows % self._every == 0
+        due = self._late >= _LAST if self._every is None else windows - self._replanned_at >= self._every
         if not due:
             return None
-        self._late = 0
+        self._late, self._replanned_at = 0, windows
         return self._solved(most, [_at_pace(curve, row[2], share) for curve, row, share in zip(self.fleet.curves, table, self.fleet.shares)], max(times))
 
     def _solved(self, most: int, curves: Sequence[AffineCurve], slowest: float | None = None) -> Fleet | None:

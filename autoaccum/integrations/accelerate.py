@@ -179,7 +179,7 @@ def _learning(accelerator: Any, learner: Learner, loader: Iterable[Any], count: 
     try:
         for window in learner.plan.windows(loader):
             accelerator.step, inside = 0, True
-            for piece, samples, weight, last in fed(learner, window, count):
+            for piece, samples, weight, last in fed(learner, window, count, stepped=lambda: not accelerator.optimizer_step_was_skipped):
                 # Accelerate divides every loss by this number, and steps where so many micro-batches have run.
                 accelerator.gradient_accumulation_steps = steps = 1 if last else _MANY
                 moved = batches.move(piece, accelerator.device, non_blocking=True)

@@ -133,7 +133,7 @@ class _Windows:
         """Takes into the plan what the last window has shown, now that the Trainer has stepped after it."""
         if self._learner is None or self._ended is None:
             return
-        self._learner.end(self._ended)
+        self._learner.end(self._ended, stepped=not self._trainer.accelerator.optimizer_step_was_skipped)
         self._plan = self._callback.plan = self._learner.plan
         self._rescuer.follow(self._plan)
         if not self._plan.learning:

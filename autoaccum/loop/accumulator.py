@@ -131,7 +131,8 @@ class Accumulator:
         self._learner: Learner | None = None
         self._device = device
         self._grow_after, self._quiet = grow_after, 0  # windows since it settled
-        self._rounds = 0
+        self._timed_every = _TIMED_EVERY
+        self._rounds, self._follows = 0, False
         if known is None:
             self._learner = self._learning(Request(target_batch, memory_limit, headroom, max_micro_batch, equal), device, rank_timeout_s)
             self._plan = self._learner.plan
@@ -176,7 +177,10 @@ class Accumulator:
         job = self._jobs[0]
         mine = {name: value for name, value in (("samples", job.samples), ("split", job.split)) if value is not None}
         windows = self._plan.windows(loader, **{**mine, **settings})
-        return windows if self._pace is None else windows.shared_by(lambda samples: self._plan.shares_of(samples))
+        if self._pace is None:
+            return windows
+        self._follows = True
+        return windows.shared_by(lambda samples: self._plan.shares_of(samples))
 
     def step(self, batch: Any, loss: Loss | None = None) -> Any:
         """Runs one optimizer step on a window, cut into micro-batches.
@@ -269,7 +273,7 @@ class Accumulator:
         if self._learner is not None:
             if self._team is None and len(results) == 1 and self._learner.grows_with_size(results[0]._result):
                 FirstWindows(self._jobs).look(window, loss, 2, at_any=True)  # a sum, or chance: a few samples decide
-            self._learned(self._learner, window)
+            self._learned(self._learner, window, stepped=not any(result._result.infs and result.skipped for result in results))
         if self._team is not None:
             self._team.went_by(any(result.rescued is not None for result in results))
         if self._pace is not None and announcement is not None:
@@ -356,15 +360,23 @@ class Accumulator:
             return None
         if self._plan.fleet.lockstep or self._plan.target_tokens is not None:
             raise UsageError("replan_after makes shares anew, and ranks in lockstep or with a target in tokens keep theirs: leave replan_after out")
-        self._team.votes_every = 1 if self._learner is not None else _TIMED_EVERY
+        self._timed_every = min(_TIMED_EVERY, replan_after or _TIMED_EVERY)
+        self._team.votes_every = 1 if self._learner is not None else self._timed_every
         return Pace(self._team.ranks, self._plan.fleet, device.facts.name, learned=self._learner is None, pairs=self._plan.fleet.pairs, every=replan_after)
 
     def _agreed(self, pace: Pace, announcement: WindowAnnouncement) -> None:
         """Takes new shares, at a window after which all ranks take them."""
         assert self._team is not None
-        if not announcement.careful or self._team.out or announcement.samples < self._plan.target_batch:
-            return
         learner = self._learner
+        if self._team.out or not self._follows:  # the ranks' loaders keep the shares that they have
+            if learner is not None and (self._team.out or not learner.plan.learning):
+                self._learner = None
+            if self._learner is None:
+                self._team.votes_every = 0
+            return
+        if not announcement.careful or announcement.samples < self._plan.target_batch:
+            return
+        self._team.timed()
         fleet = pace.agree(
             settled=learner is None or not learner.plan.learning,
             most=self._rescuer.micro_batch if learner is None else learner.most,
@@ -381,7 +393,7 @@ class Accumulator:
             self._rounds += 1
             if are_new and self._rounds < _MOST_ROUNDS:
                 return
-            self._learner, self._team.votes_every = None, _TIMED_EVERY
+            self._learner, self._team.votes_every = None, self._timed_every
             pace.learned = True
             self._plan = replace(learner.plan, learning=False)
         rank, target = self._plan.rank, self._plan.target_batch
@@ -401,9 +413,9 @@ class Accumulator:
         if learner is not None and rank == 0:
             log.warning("learned in %d windows: %s", self._plan.learned_windows, self._plan)
 
-    def _learned(self, learner: Learner, window: Window) -> None:
+    def _learned(self, learner: Learner, window: Window, *, stepped: bool) -> None:
         """Takes what a window has shown into the plan."""
-        learner.end(window.samples)
+        learner.end(window.samples, stepped=stepped)
         self._plan = learner.plan
         self._rescuer.follow(learner.plan)
         if not learner.plan.learning and self._team is None:
@@ -414,7 +426,7 @@ class Accumulator:
 
     def _may_learn_again(self) -> None:
         """Goes on learning if there is memory for fewer steps now. Looked at every `grow_after` windows."""
-        if self._grow_after is None or self._settled is None or self._learner is not None:
+        if self._grow_after is None or self._settled is None or self._learner is not None or self._team is not None:
             return
         self._quiet += 1
         if self._quiet % self._grow_after == 0 and self._settled.goes_on(self.micro_batch):

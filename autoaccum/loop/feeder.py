@@ -18,11 +18,11 @@ class Fed(NamedTuple):
     last: bool
 
 
-def fed(learner: Learner, window: Window, count: Callable[[Any], float] | None = None) -> Iterator[Fed]:
+def fed(learner: Learner, window: Window, count: Callable[[Any], float] | None = None, *, stepped: Callable[[], bool] = lambda: True) -> Iterator[Fed]:
     """The micro-batches of a window, which the caller trains with one by one and steps after the last; their peaks are read in between.
 
     Nothing here can run a window again in another's loop, so no cap is set, and an out-of-memory comes through.
-    count: as in `Plan.split`. What counts nothing is left out.
+    count: as in `Plan.split`. What counts nothing is left out. stepped: says after the window if the optimizers stepped, which a scaler may skip.
     """
     learner.begin(beforehand=False, given=False)
     total = float(window.samples) if count is None else sum(float(count(part)) for part in window.parts)
@@ -38,7 +38,7 @@ def fed(learner: Learner, window: Window, count: Callable[[Any], float] | None =
             if upcoming is not None or not learner.has_read(index):  # after the last one the optimizer has stepped, too, which may take more
                 learner.read(index, watch.lap_bytes(), base_bytes)
             current = upcoming
-    learner.end(window.samples)
+    learner.end(window.samples, stepped=stepped())
 
 
 def _counting(learner: Learner, window: Window, count: Callable[[Any], float] | None) -> Iterator[tuple[int, Any, int, float]]:

@@ -12,12 +12,14 @@ class LearnedCut:
     """A window, cut while it runs. The first iteration decides the sizes; later ones give the same micro-batches again.
 
     next_size: `next_size(index, remaining)`, the samples of the next micro-batch, between 1 and `remaining`.
+    ahead: True if the next micro-batch may be copied to the device while one computes; the size of a next one may depend on the peak of this one.
     is_limited: True once parts could not be joined, so that micro-batches are no larger than they are.
     sizes: the samples of each micro-batch so far, as they ran. Parts that cannot be joined become micro-batches of their own.
     parts: the window's own parts, for what must be known of all of them before the first one runs.
     """
 
-    def __init__(self, window: Window, next_size: Callable[[int, int], int]) -> None:
+    def __init__(self, window: Window, next_size: Callable[[int, int], int], *, ahead: bool = False) -> None:
+        self.ahead = ahead
         self._window, self._next_size = window, next_size
         self.decided: list[int] = []  # the sizes that were asked for
         self.sizes: list[int] = []

@@ -28,6 +28,7 @@ from autoaccum.window import Job, PhaseCallback, WindowResult, batch_norms
 
 log = logging.getLogger("autoaccum")
 _SECOND = 4  # times the first micro-batch, for the others of a first window that is cut before anything is known
+_LONE_TRIES = 2  # more, of a window in the smallest micro-batches
 _MORE = 1.05  # times the budget under which a size ran out of memory, from where on it is tried again
 _WHOLE_WINDOWS = 2  # that the fewest steps must have run before nothing more is learned
 
@@ -66,14 +67,17 @@ class Learner:
         self._stale: set[tuple[int, bool]] = set()  # readings that the next one of their size replaces, also a smaller one
         self._has_stepped = not self._state_bytes
         self._base_before: int | None = None  # what was held beside the last micro-batch before the first step
-        self._windows = self._whole_windows = 0
+        self._windows = self._whole_windows = self._fixed_windows = self._looked = 0
+        self._lone_tries = 0
+        self._below = 2**63  # the smallest size that ran out in the window that runs
         self._peak_bytes = self._held_bytes = 0
-        self._beforehand = self._given = False
+        self._beforehand = self._given = self._is_fixed = False
         self._lazy: LearnedCut | None = None  # the window that runs, if it is cut while it runs
         self._is_limited = False  # True once parts of windows could not be joined
         self._cut: Sequence[int] = ()  # the sizes of the window that runs, as far as they are decided
         self._window_retries = 0
         self.failed_bytes: tuple[int, int] | None = None  # left and taken, where the last attempt failed
+        self._failed_budget = 0  # the budget of then
         # Of what was free before the first window, if ranks share the device: this rank's part, with what it holds itself.
         memory = device.memory(who=False) if self._limits.sharing_ranks > 1 else None
         self._part_bytes = None if memory is None or memory.binding_limit == RLIMIT else memory.ours_bytes + memory.free_bytes // self._limits.sharing_ranks
@@ -131,20 +135,22 @@ class Learner:
 
         beforehand: True if all micro-batches must be known before the first one runs. given: True if its parts are the micro-batches.
         """
-        self._beforehand, self._given, self._lazy = beforehand, given, None
+        self._lone_tries = 0
+        self._beforehand, self._given, self._lazy, self._below, self._is_fixed = beforehand, given, None, 2**63, False
         if self._device.facts.kind == "cpu":
             steady_malloc()  # what the C library keeps of earlier sizes goes back
         self.budget = self._budget()
-        self._windows += 1
+        self._windows += self.plan.learning
         self._held_bytes = self._device.live_bytes()
 
     def cut(self, window: Window) -> Cut:
         """The window's micro-batches. Parts that only the user can cut are cut before the window runs, others while it runs."""
         if self._given or (window.told and window.split is None):
-            self._cut = window.sizes
+            self._cut, self._is_fixed = window.sizes, True
             return list(zip(window.parts, window.sizes))
         if window.split is None and not self._beforehand:
-            self._lazy = LearnedCut(window, self._next_size)
+            settled = self._search().propose(self.budget.budget_bytes) is None
+            self._lazy = LearnedCut(window, self._next_size, ahead=settled)
             self._cut = self._lazy.sizes
             return self._lazy
         sizes: list[int] = []
@@ -169,6 +175,8 @@ class Learner:
                 yield _Listener(self, watch, self._device.live_bytes, cap, on_phase)
             except Exception:
                 self.failed_bytes = (self.budget.budget_bytes - watch.peak_bytes(), watch.peak_bytes() - held_before)
+                cap.close()
+                self._failed_budget = min(self._budget().budget_bytes, self.budget.budget_bytes)  # a neighbour may have taken memory meanwhile
                 raise
             self._peak_bytes = max(self._peak_bytes, watch.peak_bytes())
             self._window_retries = watch.retries()
@@ -219,23 +227,35 @@ class Learner:
 
     def cut_again(self, window: Window, index: int, phase: str) -> Cut | None:
         """The window in smaller micro-batches, after micro-batch `index` ran out of memory in `phase`; None if nothing smaller is left to try."""
+        if not self.refuse(index, phase) or (window.told and window.split is None):
+            return None
+        self._given = self._is_fixed = False
+        return self.cut(window)
+
+    def refuse(self, index: int, phase: str) -> bool:
+        """Notes that micro-batch `index` of the window ran out of memory. Returns False if nothing smaller is left to try."""
         sizes = self._cut
         if self._lazy is not None and sum(self._lazy.decided) > sum(self._lazy.sizes):  # it ran out where the next micro-batch was put together
             sizes, index = self._lazy.decided, len(self._lazy.decided) - 1
         if not sizes:
-            return None
-        self._refused(sizes[min(index, len(sizes) - 1)], "oom", phase)
+            return False
+        size = sizes[min(index, len(sizes) - 1)]
+        self._refused(size, "oom", phase)
+        self._below = min(self._below, size)
         if self._device.shared_with_host:  # what the C library kept was in the peaks so far, and has been given back
             self._stale = {key for key, each in self._readings.items() if each.fits}
-        if not self._largest_fit() and self._search().propose(self.budget.budget_bytes) is None:
-            return None
-        if window.told and window.split is None:
-            return None  # its parts cannot be cut
-        self._given = False
-        return self.cut(window)
+        if self._below > (self._smallest if self._smallest < 2 else self._smallest + 1):
+            return True
+        self._lone_tries += 1  # it may have been a neighbour's doing
+        return self._lone_tries <= _LONE_TRIES
 
-    def end(self, samples: int) -> None:
-        """Called after each window. samples: those of the window."""
+    def end(self, samples: int, *, stepped: bool = True) -> None:
+        """Called after each window. samples: those of the window. stepped: False if a scaler skipped the optimizers' step."""
+        if not self.plan.learning:
+            return
+        if not self._has_stepped and not stepped:  # what the optimizer's state takes is not there yet
+            self.plan = self._planned(self._start())
+            return
         if not self._has_stepped:
             self._has_stepped = True
             self._state_bytes = optimizer_state.resident_bytes(self._jobs)
@@ -254,7 +274,12 @@ class Learner:
             self._refused(found, "over-budget", "step")  # the allocator flushes its cache in every window, which is slow
             self._whole_windows = 0
         settled = not searching and self._whole_windows >= _WHOLE_WINDOWS
-        self.plan = self._planned(self._start(), learning=not settled)
+        if self._is_fixed:  # micro-batches that are given, or cannot be cut: nothing is decided here
+            self._fixed_windows += 1
+            found, settled = max(self._cut, default=found), self._fixed_windows > _WHOLE_WINDOWS
+            self.plan = self._planned(found, learning=not settled)
+        else:
+            self.plan = self._planned(self._start(), learning=not settled)
         if settled and self._fleet is None:
             log.warning("%s", learned_plan.settled(self.plan))
             if self._peak_bytes > max((each.peak_bytes or 0 for each in self._known()), default=0) and self._peak_bytes > self.budget.budget_bytes:
@@ -272,13 +297,18 @@ class Learner:
     def goes_on(self, micro_batch: int) -> bool:
         """True if the memory of now allows fewer steps than micro-batches of `micro_batch` take, so that learning goes on."""
         self.budget = self._budget()
+        self._looked += 1
+        tries_all = self._looked & (self._looked - 1) == 0  # the first, second, fourth, eighth time: what ran out may have been somebody else's doing
         # An out-of-memory says nothing about a larger budget.
-        for key in [key for key, each in self._readings.items() if not each.fits and (each.budget_bytes or 0) * _MORE < self.budget.budget_bytes]:
+        for key in [
+            key for key, each in self._readings.items() if not each.fits and (tries_all or (each.budget_bytes or 0) * _MORE < self.budget.budget_bytes)
+        ]:
             del self._readings[key]
         now = self._search()
         if max(now.propose(self.budget.budget_bytes) or 0, now.result(self.budget.budget_bytes).micro_batch) <= micro_batch:
             return False
         self._whole_windows = 0
+        self.plan = self._planned(self._start())
         log.info("memory has become free: micro-batches of more than %d are tried", micro_batch)
         return True
 
@@ -295,7 +325,7 @@ class Learner:
             size = _SECOND * self._candidates[0] if self._beforehand else self._candidates[0]  # once more, with gradients and all that the first one loaded
         else:
             size = proposal
-        return self._without_a_lone_sample(min(size, remaining), remaining)
+        return self._without_a_lone_sample(max(min(size, remaining, self._below - 1), 1), remaining)
 
     def _without_a_lone_sample(self, size: int, remaining: int) -> int:
         """BatchNorm forbids a micro-batch of one sample."""
@@ -344,7 +374,9 @@ class Learner:
         # What fitted before at this size or above it says nothing any more.
         for key in [key for key, reading in self._readings.items() if key[0] >= size and reading.fits]:
             del self._readings[key]
-        self._readings[(size, True)] = Reading(size, 1 if size == self._target else 2, outcome, phase, None, 0.0, budget_bytes=self.budget.budget_bytes)
+        self._readings[(size, True)] = Reading(
+            size, 1 if size == self._target else 2, outcome, phase, None, 0.0, budget_bytes=self._failed_budget or self.budget.budget_bytes
+        )
 
     def _budget(self) -> Budget:
         limits, memory = self._limits, self._device.memory(who=False)

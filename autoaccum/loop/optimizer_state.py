@@ -28,14 +28,14 @@ _ASSUMED_COPIES = 2  # of an optimizer that is not torch's
 
 def resident_bytes(jobs: Sequence[Job]) -> int:
     """Bytes of the tensors in the optimizers' states now."""
-    storages = {
-        tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
-        for job in jobs
-        for optimizer in job.optimizers
-        for state in list(optimizer.state.values())
-        for tensor in _tensors(state)
-        if tensor.layout == torch.strided and tensor.device == job.device
-    }
+    storages: dict[int, int] = {}
+    for job in jobs:
+        for tensor in (each for optimizer in job.optimizers for state in list(optimizer.state.values()) for each in _tensors(state)):
+            if tensor.layout != torch.strided or tensor.device != job.device:
+                continue
+            # A wrapper around other tensors has no storage of its own.
+            wraps = hasattr(tensor, "__tensor_flatten__")
+            storages[id(tensor) if wraps else tensor.untyped_storage().data_ptr()] = tensor.nbytes if wraps else tensor.untyped_storage().nbytes()
     return sum(storages.values())
 
 

@@ -144,6 +144,8 @@ class Rescuer:
                     raise
                 before = before or (() if learner is None else learner.sizes)
                 smaller_cut = None
+                if learner is not None and not self._redone(crossing):
+                    learner.refuse(self._index, self._phase)  # for the next window
                 if self._redone(crossing):
                     smaller_cut = self._smaller(window, sizes) if learner is None else learner.cut_again(window, self._index, self._phase)
                 if smaller_cut is None:

@@ -185,7 +185,7 @@ class Rehearsal:
                 reading = trial(self._on_phase)
             if not has_moved or not any(remark.startswith("the loss is ") for remark in reading.remarks):
                 return reading
-        except JobError:
+        except Exception:
             if not has_moved:
                 raise
         with self._here():  # with the job's own values: those of many trials may be far off

@@ -86,7 +86,8 @@ class PhaseListener:
             if phase == "forward" and not index:
                 self._began, self._bases = [], []
             self._began.append(time.perf_counter())
-            self._bases.append(self._live_bytes() if phase == "forward" else self._bases[-1])
+            if phase == "forward":
+                self._bases.append(self._live_bytes())
         if phase == "clip":
             self.activation_bytes = self.watch.lap_bytes() if self.taken is None else self._most_bytes
         if self._on_phase is not None:
@@ -143,13 +144,13 @@ def measure(
             listener.watch.lap_bytes()
             listener.taken = [] if full and len(jobs) == 1 else None
             state.note()
-            drawn = variation.host_draws(jobs[0].model, device.facts.kind) if is_short else ()
+            drawn = variation.host_draws(jobs[0], device.facts.kind) if is_short else ()
             results, seconds = _window(jobs, device, batch, sizes, scalers, listener, timed=is_short and sizes is shown)
             durations.append(seconds)
             if is_short and sizes is shown:
                 whole_seconds.append(listener.seconds_of(micro_batches))
                 more = (listener.grown_bytes * (steps - len(shown))) > allowed.budget_bytes + aside_bytes - listener.watch.peak_bytes()
-                draws = drawn != variation.host_draws(jobs[0].model, device.facts.kind)
+                draws = drawn != variation.host_draws(jobs[0], device.facts.kind)
                 if more or draws or variation.is_spread(listener.taken or []):  # what the others would show
                     to_run[len(durations) :] = [micro_batches] * windows
                     whole_seconds.clear()

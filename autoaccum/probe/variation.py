@@ -5,12 +5,14 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import Any
 
 import torch
 
 from autoaccum.units import KIB, MIB, in_words
+from autoaccum.window import Job
 
 MORE_WINDOWS = 6  # whose draws are seen too, once a spread shows
 PAGES_BYTES = 256 * KIB  # by which the figures of a whole process vary
@@ -45,18 +47,29 @@ def is_spread(taken: Sequence[int]) -> bool:
     return len(taken) > 1 and max(taken) - min(taken) > max(_SHARE * max(taken), _NOISE_BYTES)
 
 
-def host_draws(model: torch.nn.Module, kind: str) -> tuple[object, ...]:
+def host_draws(job: Job, kind: str) -> tuple[object, ...]:
     """What changes if random numbers are drawn on the host, with which sizes are drawn. kind: of the device.
 
-    Dropout draws on the model's own device; on a CPU its draws are left out.
+    Generators of the job's own count if they are in `keep`, or if its loss holds them (a closure). Dropout draws on the model's own device; on a CPU its draws are left out.
     """
     numpy = sys.modules.get("numpy")
     drawn: tuple[object, ...] = (random.getstate(),)
     if numpy is not None:
         state: Any = numpy.random.get_state()
         drawn += (state[1].tobytes(), state[2])
-    if kind != "cpu" or not any("Dropout" in type(module).__name__ or getattr(module, "dropout", 0) for module in model.modules()):
+    if kind != "cpu" or not any("Dropout" in type(module).__name__ or getattr(module, "dropout", 0) for module in job.model.modules()):
         drawn += (torch.get_rng_state().numpy().tobytes(),)
+    held = []
+    for cell in getattr(job.loss, "__closure__", None) or ():
+        with suppress(ValueError):  # an empty cell
+            held.append(cell.cell_contents)
+    for item in (*job.keep, *held, *getattr(job.loss, "__globals__", {}).values()):
+        if isinstance(item, torch.Generator):
+            drawn += (item.get_state().numpy().tobytes(),)
+        elif isinstance(item, random.Random):
+            drawn += (item.getstate(),)
+        elif hasattr(item, "bit_generator"):
+            drawn += (repr(item.bit_generator.state),)
     return drawn
 
 

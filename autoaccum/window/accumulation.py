@@ -117,7 +117,7 @@ def gradients(
     apart: SeparateTerms | None = None
     backwards = 0
     index, crosses = -1, -1 if crossing is None else crossing.crosses_at(pieces, counted)
-    for piece, size in prefetch.feed(pieces, device):
+    for piece, size in prefetch.feed(pieces, device) if parts is None or pieces.ahead else pieces:  # type: ignore[attr-defined]
         index += 1
         on_phase("forward", index)
         if job.count is not None and parts is not None:
@@ -187,7 +187,9 @@ def gradients(
     else:
         factor = weights.late_factor(counts, samples) if counts else None
         if parts is not None and counted and any(counted) and sum(counted) != of_count:
-            factor = torch.tensor(of_count / sum(counted), device=device)  # a count of pieces that is not that of the whole: the pieces are what was trained on
+            factor = torch.tensor(
+                of_count / sum(counted), dtype=torch.float64, device=device
+            )  # a count of pieces that is not that of the whole: the pieces are what was trained on
             of_count = sum(counted)
         window_loss, count_of_all = WindowLoss(losses, factor), sum(counts) if counts else of_count if counted else None
     if apart is not None and apart.has_one_denominator:

@@ -66,7 +66,12 @@ class Snapshot:
                 f"a copy of the training state needs {in_words(self.host_bytes)} of host memory and {in_words(free)} are free: "
                 "free some, or tune in a process of its own, which needs no copy (the command line does)"
             )
-        trained = {_key(tensor) for job in jobs for tensor in (*job.trained(), *_state_tensors(job.optimizers)) if tensor.layout == torch.strided}
+        trained = {
+            _key(tensor)
+            for job in jobs
+            for tensor in (*job.trained(), *_state_tensors(job.optimizers))
+            if tensor.layout == torch.strided and not hasattr(tensor, "__tensor_flatten__")
+        }
         self._contents = [(storage, host_copy(storage)) for storage in self._storages.values()]
         self._grads = [(leaf, leaf.grad) for leaf in self._leaves]
         self.gradient_bytes = sum(_bytes_of(grad) for _, grad in self._grads if grad is not None)
