@@ -186,7 +186,7 @@ class Rehearsal:
             if not has_moved or not any(remark.startswith("the loss is ") for remark in reading.remarks):
                 return reading
         except Exception:
-            if not has_moved:
+            if not has_moved or not self._is_far_off():
                 raise
         with self._here():  # with the job's own values: those of many trials may be far off
             return trial(self._on_phase)
@@ -203,6 +203,17 @@ class Rehearsal:
             except CopyRaised:
                 pass  # once more here, for the exception itself
         return None
+
+    def _is_far_off(self) -> bool:
+        """True if trials have driven the weights to where the job's code may fail though it does not at its own. Writes the job's own back."""
+
+        def largest() -> float:
+            with torch.no_grad():
+                return max((float(tensor.detach().abs().max()) for job in self._jobs for tensor in job.trained() if tensor.numel()), default=0.0)
+
+        now = largest()
+        self._snapshot.rewind()
+        return not now <= _FAR_OFF * largest()
 
     @contextmanager
     def _here(self, *, trains: bool = False) -> Iterator[None]:
@@ -290,6 +301,7 @@ def rehearsing(
             device.release()
 
 
+_FAR_OFF = 10.0  # times the largest weight
 _FROZEN_AT_START = 1000  # Python 3.12 itself starts with 375 frozen objects
 
 

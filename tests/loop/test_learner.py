@@ -96,7 +96,7 @@ def test_windows_that_learn_equal_one_big_batch_each_wherever_memory_runs_out(tr
         optimizers[1].step(closure)
     assert not loop.plan.learning
     for ours, theirs in zip(model.parameters(), straight.parameters()):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-8 if kind == "closure" else 1e-12)  # LBFGS divides by differences of gradients
 
 
 LIMITED = """
