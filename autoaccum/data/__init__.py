@@ -10,6 +10,7 @@ from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
     from autoaccum.data import batches, lengths, prefetch, tokens, variety
+    from autoaccum.data.learned_cut import LearnedCut
     from autoaccum.data.lengths import AtLength
     from autoaccum.data.sampler import TokenSampler, WindowSampler
     from autoaccum.data.tokens import TokenGauge
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazily(
         __name__,
+        learned_cut="LearnedCut",
         lengths="AtLength",
         sampler="TokenSampler WindowSampler",
         tokens="TokenGauge",

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
-    from autoaccum.devices.budget import ASSUMED_OUTSIDE, LEAST_GPU_HEADROOM, SHARED, Budget, budget_terms, drift, make_budget
+    from autoaccum.devices.budget import ASSUMED_OUTSIDE, LEAST_GPU_HEADROOM, Budget, budget_terms, drift, make_budget, part_of_rank, within_part
     from autoaccum.devices.calibration import calibrate
-    from autoaccum.devices.cpu import RLIMIT, Cpu, fill_thread_pools, kept_data_limit
+    from autoaccum.devices.cpu import Cpu, fill_thread_pools, kept_data_limit
     from autoaccum.devices.malloc import LINUX, STEADY_MALLOC, malloc_for_training, steady_malloc, steady_wanted
     from autoaccum.devices.memory import Facts, Memory
     from autoaccum.devices.nvml import driver_version
@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 else:
     __getattr__ = lazily(
         __name__,
-        budget="ASSUMED_OUTSIDE LEAST_GPU_HEADROOM SHARED Budget budget_terms drift make_budget",
+        budget="ASSUMED_OUTSIDE LEAST_GPU_HEADROOM Budget budget_terms drift make_budget part_of_rank within_part",
         calibration="calibrate",
-        cpu="RLIMIT Cpu fill_thread_pools kept_data_limit",
+        cpu="Cpu fill_thread_pools kept_data_limit",
         malloc="LINUX STEADY_MALLOC malloc_for_training steady_malloc steady_wanted",
         memory="Facts Memory",
         nvml="driver_version",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from autoaccum.devices.memory import FRACTION, HOST, Memory
+from autoaccum.devices.memory import FRACTION, HOST, RLIMIT, Memory
+from autoaccum.devices.protocol import Device
 from autoaccum.units import MIB, in_words, parse_headroom
 
 
@@ -34,6 +35,22 @@ LEAST_CPU_HEADROOM = 4 * MIB  # the peaks of two processes that do the same diff
 # Used only if a cap is given and the size of the context is unknown. It is about the size of a CUDA context
 # with cuBLAS and cuDNN loaded on recent cards.
 ASSUMED_OUTSIDE = 512 * MIB
+
+
+def part_of_rank(device: Device, ranks: int) -> int | None:
+    """What this rank may hold, in bytes, of a device that `ranks` of the job share: its part of what is free now, with what it holds itself.
+
+    None for a device of its own, and under a limit that is of this process alone.
+    """
+    memory = device.memory(who=False) if ranks > 1 else None
+    return None if memory is None or memory.binding_limit == RLIMIT else memory.ours_bytes + memory.free_bytes // ranks
+
+
+def within_part(memory: Memory, part_bytes: int | None) -> Memory:
+    """A reading of the memory as a rank sees it that may hold `part_bytes` (`part_of_rank`)."""
+    if part_bytes is None:
+        return memory
+    return replace(memory, free_bytes=max(min(memory.free_bytes, part_bytes - memory.ours_bytes), 0), others=(), binding_limit=SHARED)
 
 
 def make_budget(memory: Memory, *, kind: str, limit_bytes: int | None = None, headroom: str | int = "3%", floor_bytes: int = 0) -> Budget:

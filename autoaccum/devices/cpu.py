@@ -21,13 +21,12 @@ import psutil
 
 from autoaccum.devices import cgroup
 from autoaccum.devices.malloc import LINUX, steady_malloc
-from autoaccum.devices.memory import Consumer, Facts, Memory
+from autoaccum.devices.memory import RLIMIT, Consumer, Facts, Memory
 from autoaccum.devices.protocol import Watch
 from autoaccum.devices.sampled_peak import SampledPeak
 from autoaccum.errors import MemoryUnknown
 from autoaccum.units import KIB, MIB
 
-RLIMIT = "RLIMIT_DATA"  # as a binding limit: a limit of this process alone
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 

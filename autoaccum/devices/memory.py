@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 PHYSICAL, FRACTION, HOST = "physical", "memory fraction", "host memory"  # binding limits
+RLIMIT = "RLIMIT_DATA"  # one of this process alone
 
 
 @dataclass(frozen=True)

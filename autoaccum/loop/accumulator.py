@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -13,20 +12,19 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
 
 from autoaccum import devices, oom
 from autoaccum.data import Cut, TokenGauge, Window, Windows, batches, counted
 from autoaccum.devices import malloc_for_training
-from autoaccum.distributed import AffineCurve, Engine, Fleet, Pace, RankTeam, VoidWindow, WindowAnnouncement, WindowVote, engines, ranks
+from autoaccum.distributed import Pace, VoidWindow, WindowAnnouncement, WindowVote
 from autoaccum.errors import PlanError, UsageError, noted
+from autoaccum.loop import team
 from autoaccum.loop.first_windows import FirstWindows
 from autoaccum.loop.learner import Learner
 from autoaccum.loop.rescue import Rescuer
 from autoaccum.loop.step_result import StepResult
-from autoaccum.plan import Plan, even_shares, micro_batches
+from autoaccum.plan import Plan
 from autoaccum.probe import Request
-from autoaccum.tuner import shared_limits
 from autoaccum.window import (
     Job,
     PerToken,
@@ -35,7 +33,6 @@ from autoaccum.window import (
     WindowResult,
     accumulation,
     as_jobs,
-    batch_norms,
     captured,
     differing,
     fingerprint,
@@ -134,7 +131,7 @@ class Accumulator:
         self._timed_every = _TIMED_EVERY
         self._rounds, self._follows = 0, False
         if known is None:
-            self._learner = self._learning(Request(target_batch, memory_limit, headroom, max_micro_batch, equal), device, rank_timeout_s)
+            self._learner = team.learner_of(self._jobs, device, Request(target_batch, memory_limit, headroom, max_micro_batch, equal), rank_timeout_s)
             self._plan = self._learner.plan
         else:
             self._plan = known
@@ -149,7 +146,7 @@ class Accumulator:
                 malloc_for_training(known.peak_bytes, known.budget_bytes)
         self._settled = self._learner  # what has learned, also once it has settled
         self._stats = [RunningStats(job.model) if correct_running_stats else None for job in self._jobs]
-        self._engines, self._team = self._ranks(on_oom, careful_windows, rank_timeout_s)
+        self._engines, self._team = team.of_plan(self._jobs, self._plan, on_oom, careful_windows, rank_timeout_s)
         self._rescuer = Rescuer(self._jobs, device, self._plan, enabled=on_oom == "rescue", grow_after=grow_after, together=self._team is not None)
         self._pace = self._share_anew(device, replan_after)
         self._tokens = None if self._plan.target_tokens is None else TokenGauge(self._plan.target_tokens, self._jobs[0].count)
@@ -311,13 +308,13 @@ class Accumulator:
             vote = WindowVote(engine, self._team.ranks, announcement, self._team.out, index)
             run: Callable[..., WindowResult] = partial(attempt, samples=part.samples, crossing=vote)
             steps = self._team.steps(announcement)
-            cuts = partial(_in_steps, part.samples, steps) if self._team.lockstep else partial(_no_more, sizes, part)
+            cuts = partial(team.in_steps, part.samples, steps) if self._team.lockstep else partial(team.part_sizes, sizes, part)
             if engine.in_step:
-                run = partial(_filled_up, run, steps, window)
+                run = partial(team.filled_up, run, steps, window)
             if self._learner is not None:
                 run = _read_by(self._learner, run)
             if self._pace is not None and announcement.careful:
-                run = _timed_by(self._pace, self._device, part.samples, run)
+                run = team.timed_by(self._pace, self._device, part.samples, run)
             try:
                 return StepResult(*self._rescuer.run(part, cuts, run, vote, learner=self._learner))
             except VoidWindow as void:
@@ -327,30 +324,6 @@ class Accumulator:
                 if vote.crossed and isinstance(error, RuntimeError) and oom.is_lost_rank(error):
                     raise self._team.ranks.lost(error, "carrying gradients across") from error
                 raise
-
-    def _learning(self, request: Request, device: devices.Device, timeout_s: float) -> Learner:
-        """What learns the plan. Raises `UsageError` where it cannot be learned in training."""
-        if (name := next(filter(None, (captured(job.model, job.loss) for job in self._jobs)), None)) is not None:
-            raise UsageError(
-                f"{name} was captured by torch.cuda.make_graphed_callables and runs one batch size only: tune before it is captured, with equal=True"
-            )
-        world = ranks.here(engines.group_of(self._jobs[0].model), timeout_s)
-        if world is None:
-            return Learner(self._jobs, device, request)
-        engine = engines.parallel(self._jobs[0].model)
-        if (engine is not None and (engine.in_step or isinstance(engine, engines.Fsdp2) or engines.synced_norms(self._jobs[0].model))) or request.equal:
-            raise UsageError(
-                "ranks that run their micro-batches in step (sharded models, SyncBatchNorm, equal=True) need a plan: every rank calls autoaccum.tune, and "
-                "then Accumulator(model, optimizer, plan)"
-            )
-        limits, remarks = shared_limits(request, world, (device.facts.kind, device.facts.uuid, device.facts.index), buckets=False)
-        for remark in remarks if world.rank == 0 else ():
-            warnings.warn(remark, stacklevel=4)
-        shares = even_shares(request.samples, world.world_size)
-        curves = tuple(AffineCurve(max(share, 1), 0.0, 1.0, gpu=device.facts.name) for share in shares)
-        return Learner(
-            self._jobs, device, request, limits=limits, fleet=Fleet(curves, shares, pairs=any(batch_norms(job.model) for job in self._jobs)), rank=world.rank
-        )
 
     def _share_anew(self, device: devices.Device, replan_after: int | None) -> Pace | None:
         """What takes the times of ranks and makes their shares anew; None on one rank, and for a plan of trials unless that was asked for."""
@@ -432,55 +405,6 @@ class Accumulator:
         if self._quiet % self._grow_after == 0 and self._settled.goes_on(self.micro_batch):
             self._learner = self._settled
 
-    def _ranks(self, on_oom: str, careful_windows: int | None, timeout_s: float) -> tuple[list[Engine | None], RankTeam | None]:
-        """The engine of each job, which reduces gradients over the ranks, and the `RankTeam`. For a plan of one rank all are None.
-
-        Raises `UsageError` and `PlanError` if they do not suit the plan.
-        """
-        fleet = self._plan.fleet
-        if careful_windows is not None and (isinstance(careful_windows, bool) or not isinstance(careful_windows, int) or careful_windows < 0):
-            raise UsageError(f"careful_windows must be a number of windows, at least 0, or None for all, not {careful_windows!r}")
-        if fleet is None:
-            # The model may be wrapped although the plan is for one rank; then the world size must be 1.
-            for job in self._jobs:
-                wrapped = engines.parallel(job.model) if dist.is_available() and dist.is_initialized() else None
-                if wrapped is not None and dist.get_world_size(wrapped.group) > 1:
-                    raise PlanError("the model's gradients cross several ranks, and the plan is for one: every rank calls autoaccum.tune under torchrun")
-            return [None] * len(self._jobs), None
-        job_engines = [engines.parallel(job.model, lockstep=fleet.lockstep) for job in self._jobs]
-        for job, engine in zip(self._jobs, job_engines):
-            if engine is None:
-                raise UsageError(
-                    f"the plan is for {self._plan.world_size} ranks, and the model does not cross them: wrap it, "
-                    "torch.nn.parallel.DistributedDataParallel(model), or fully_shard it"
-                )
-            if (synced := engines.synced_norms(job.model)) and not fleet.lockstep:
-                raise UsageError(f"SyncBatchNorm ({synced[0]}) communicates in forward, so every rank must run as many micro-steps: tune(..., equal=True)")
-            if isinstance(engine, engines.Fsdp2) and job.scaler is not None:
-                raise UsageError("a GradScaler sees but this rank's part of sharded gradients: use bfloat16 with FSDP2, which needs none")
-        group = job_engines[0].group if job_engines[0] is not None else None
-        world = ranks.here(group, timeout_s)
-        position = "one process" if world is None else f"rank {world.rank} of {world.world_size}"
-        if world is None or (world.rank, world.world_size) != (self._plan.rank, self._plan.world_size):
-            raise PlanError(
-                f"the plan is for rank {self._plan.rank} of {self._plan.world_size}, and this is {position}: tune again, or Plan.load(path) on each rank"
-            )
-        world.same("on_oom", on_oom)
-        world.same("the plan's shares", (fleet.shares, fleet.lockstep, fleet.steps))
-        world.same("the model, its optimizer and its settings", fingerprint(self._jobs))
-        if not fleet.shares[0] and any(batch_norms(job.model) for job in self._jobs) and isinstance(job_engines[0], engines.Ddp):
-            raise UsageError(
-                "rank 0 has no share, and DistributedDataParallel takes BatchNorm's statistics from rank 0, which would never move: "
-                "start a card that has a share as rank 0"
-            )
-        in_step = any(engine is not None and engine.in_step for engine in job_engines)
-        if in_step and self._plan.target_tokens is not None:
-            raise UsageError(
-                "with windows of tokens the ranks run unlike numbers of micro-batches, and this model's ranks meet in forward: use "
-                "DistributedDataParallel, or tune with target_batch"
-            )
-        return list(job_engines), RankTeam(world, fleet, careful_windows, in_step=in_step, any_sizes=self._plan.target_tokens is not None)
-
     def _check(self, window: Window) -> None:
         samples, share = window.samples, self._plan.share
         if samples < 1:
@@ -550,46 +474,6 @@ def _read_by(learner: Learner, attempt: Callable[..., WindowResult]) -> Callable
             return attempt(cut, on_phase=reading, **settings)
 
     return read
-
-
-def _timed_by(pace: Pace, device: devices.Device, samples: int, attempt: Callable[..., WindowResult]) -> Callable[..., WindowResult]:
-    """Tells `pace` how long this rank computes until its gradients meet the other ranks'."""
-
-    def timed(cut: Cut, *, on_phase: PhaseCallback, **settings: Any) -> WindowResult:
-        last = -1
-
-        def noted(phase: str, index: int) -> None:
-            nonlocal last
-            if phase == "forward":
-                last = index
-            if phase == "sync":
-                device.synchronize()
-                pace.note(last + 1, samples, time.perf_counter() - started)
-            on_phase(phase, index)
-
-        device.synchronize()
-        started = time.perf_counter()
-        return attempt(cut, on_phase=noted, **settings)
-
-    return timed
-
-
-def _no_more(sizes: Callable[[Window, int], Sequence[int]], part: Window, most: int) -> Sequence[int]:
-    return sizes(part, most) if part.samples else ()
-
-
-def _in_steps(samples: int, steps: int, most: int) -> Sequence[int]:
-    """The sizes of `steps` micro-batches, or of `samples` micro-batches if that is fewer. A rescue that lowered `most` gives more."""
-    return micro_batches(samples, max(min(steps, samples), -(-samples // most))) if samples else ()
-
-
-def _filled_up(attempt: Callable[..., WindowResult], steps: int, window: Window, cut: Cut, **settings: Any) -> WindowResult:
-    """Adds micro-batches of one sample with weight 0 up to `steps`: if forward communicates, all ranks must run the same number."""
-    pieces = list(cut)
-    if len(pieces) < steps:
-        stand_in = Window(window.parts[:1], [max(window.sizes[0], 1)], window.split, told=window.told).between(0, 1).parts[0]
-        pieces += [(stand_in, 0)] * (steps - len(pieces))
-    return attempt(pieces, **settings)
 
 
 def _no_loss(model: Any, batch: Any) -> Any:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from autoaccum.devices import Budget, Device, budget_terms
 from autoaccum.distributed import Fleet
 from autoaccum.plan import Plan, PlannedDevice, TrialRecord, arithmetic
-from autoaccum.probe import Reading, Request
+from autoaccum.probe import Reading, Request, refusals
 from autoaccum.tuner import versions
 from autoaccum.units import in_words
 from autoaccum.window import Job, batch_norms, fingerprint
@@ -38,10 +38,7 @@ def of(
     sizes = arithmetic.micro_batches(share, math.ceil(share / micro_batch)) if share else ()
     largest = max(sizes, default=0)
     norms = [name for job in jobs for name in batch_norms(job.model)]
-    warnings: tuple[str, ...] = ()
-    if norms and len(sizes) > 1:
-        layers = ", ".join(norms[:3]) + (" and more" if len(norms) > 3 else "")
-        warnings = (f"BatchNorm ({layers}) sees micro-batches of {largest}, not the whole batch of {target}: its statistics differ from one big batch",)
+    warnings = (refusals.norms_see_parts(norms, largest, target),) if norms and len(sizes) > 1 else ()
     return Plan(
         target_batch=target,
         micro_batch=largest,

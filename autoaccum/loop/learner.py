@@ -13,16 +13,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
 
-from autoaccum.data import Cut, Window
-from autoaccum.devices import RLIMIT, SHARED, Budget, Device, Watch, make_budget, steady_malloc
+from autoaccum.data import Cut, LearnedCut, Window
+from autoaccum.devices import Budget, Device, Watch, make_budget, part_of_rank, steady_malloc, within_part
 from autoaccum.distributed import Fleet
 from autoaccum.errors import NothingFits
 from autoaccum.loop import learned_plan, optimizer_state
-from autoaccum.loop.learned_cut import LearnedCut
 from autoaccum.plan import Plan, arithmetic
-from autoaccum.probe import Limits, Reading, Request, refusals, search
+from autoaccum.probe import Limits, Outcome, Reading, Request, refusals, search
 from autoaccum.units import in_words
 from autoaccum.window import Job, PhaseCallback, WindowResult, batch_norms
 
@@ -51,11 +49,13 @@ class Learner:
         device.prepare()
         self._smallest = 2 if any(batch_norms(job.model) for job in jobs) else 1
         if fleet is None:
-            self._candidates = arithmetic.candidate_sizes(self._target, smallest=self._smallest, most=request.max_micro_batch, equal=request.equal)
+            self._candidates = arithmetic.candidate_sizes(self._target, smallest=self._smallest, most=request.max_micro_batch)
         else:
             self._candidates = arithmetic.sizes_over_ranks(self._target, smallest=self._smallest, most=request.max_micro_batch)
             self._target *= 2  # no micro-batch is the whole window, so gradients are always beside
-        if not self._candidates:
+        # Micro-batches of the first windows differ anyway, so sizes that do not divide the target are tried on the way to one that does.
+        self._divisors = arithmetic.candidate_sizes(self._target, smallest=self._smallest, most=request.max_micro_batch, equal=True) if request.equal else []
+        if not self._candidates or (request.equal and not self._divisors):
             raise refusals.nothing_allowed(self._target, request.max_micro_batch, [name for job in jobs for name in batch_norms(job.model)])
         self._gradient_bytes = max(job.gradient_bytes() for job in jobs)
         self._enforces = device.enforces and (device.facts.kind != "cpu" or request.memory_limit is not None)
@@ -78,9 +78,7 @@ class Learner:
         self._window_retries = 0
         self.failed_bytes: tuple[int, int] | None = None  # left and taken, where the last attempt failed
         self._failed_budget = 0  # the budget of then
-        # Of what was free before the first window, if ranks share the device: this rank's part, with what it holds itself.
-        memory = device.memory(who=False) if self._limits.sharing_ranks > 1 else None
-        self._part_bytes = None if memory is None or memory.binding_limit == RLIMIT else memory.ours_bytes + memory.free_bytes // self._limits.sharing_ranks
+        self._part_bytes = part_of_rank(device, self._limits.sharing_ranks)
         self.budget = refusals.enough(self._budget())
         if device.shared_with_host and self._enforces and self.budget.budget_bytes <= self._floor_bytes:
             raise NothingFits(
@@ -89,8 +87,8 @@ class Learner:
             )
         if norms := [name for job in jobs for name in batch_norms(job.model)]:
             warnings.warn(
-                f"BatchNorm ({', '.join(norms[:3])}{' and more' if len(norms) > 3 else ''}) sees micro-batches of unlike sizes while the plan is learned, and not "
-                "the whole batch: train with a saved plan where its statistics matter",
+                f"{refusals.norms_in_words(norms)} sees micro-batches of unlike sizes while the plan is learned, and not the whole batch: train with a saved "
+                "plan where its statistics matter",
                 stacklevel=5,
             )
         self.plan = self._planned(self._start())
@@ -240,7 +238,7 @@ class Learner:
         if not sizes:
             return False
         size = sizes[min(index, len(sizes) - 1)]
-        self._refused(size, "oom", phase)
+        self._refused(size, "oom", phase, self._failed_budget or self.budget.budget_bytes)
         self._below = min(self._below, size)
         if self._device.shared_with_host:  # what the C library kept was in the peaks so far, and has been given back
             self._stale = {key for key, each in self._readings.items() if each.fits}
@@ -271,7 +269,7 @@ class Learner:
             planned = tuple(self._cut) if max(self._cut) <= found or not searching else planned
         self._whole_windows = self._whole_windows + 1 if tuple(self._cut) == planned else self._whole_windows if samples < self._whole else 0
         if self._whole_windows > 1 and self._window_retries:
-            self._refused(found, "over-budget", "step")  # the allocator flushes its cache in every window, which is slow
+            self._refused(found, "over-budget", "step", self.budget.budget_bytes)  # the allocator flushes its cache in every window, which is slow
             self._whole_windows = 0
         settled = not searching and self._whole_windows >= _WHOLE_WINDOWS
         if self._is_fixed:  # micro-batches that are given, or cannot be cut: nothing is decided here
@@ -319,7 +317,7 @@ class Learner:
         if proposal == self._target:
             size = self._target if index == 0 and remaining == self._target else found or self._candidates[0]
         elif proposal is None or (index == 0 and found and (self._fleet is None or proposal + found <= remaining)):
-            found = found or self._candidates[0]
+            found = min(self._start(), found or self._candidates[0])
             size = arithmetic.micro_batches(remaining, math.ceil(remaining / found))[0]
         elif index and not any(beside for _, beside in self._readings):
             size = _SECOND * self._candidates[0] if self._beforehand else self._candidates[0]  # once more, with gradients and all that the first one loaded
@@ -368,20 +366,19 @@ class Learner:
         return max([found, *(each.micro_batch for each in self._known() if each.fits)])  # a share may lie between the sizes that are tried
 
     def _start(self) -> int:
-        return self._largest_fit() or self._candidates[0]
+        """The micro-batch of a window by what is known so far: the largest that fits, or the largest divisor of the target that does."""
+        fit = self._largest_fit() or self._candidates[0]
+        return max((size for size in self._divisors if size <= fit), default=self._divisors[0]) if self._divisors else fit
 
-    def _refused(self, size: int, outcome: Any, phase: str) -> None:
+    def _refused(self, size: int, outcome: Outcome, phase: str, budget_bytes: int) -> None:
         # What fitted before at this size or above it says nothing any more.
         for key in [key for key, reading in self._readings.items() if key[0] >= size and reading.fits]:
             del self._readings[key]
-        self._readings[(size, True)] = Reading(
-            size, 1 if size == self._target else 2, outcome, phase, None, 0.0, budget_bytes=self._failed_budget or self.budget.budget_bytes
-        )
+        self._readings[(size, True)] = Reading(size, 1 if size == self._target else 2, outcome, phase, None, 0.0, budget_bytes=budget_bytes)
 
     def _budget(self) -> Budget:
         limits, memory = self._limits, self._device.memory(who=False)
-        if self._part_bytes is not None:
-            memory = replace(memory, free_bytes=max(min(memory.free_bytes, self._part_bytes - memory.ours_bytes), 0), binding_limit=SHARED)
+        memory = within_part(memory, self._part_bytes)
         return make_budget(
             memory,
             kind=self._device.facts.kind,

@@ -24,6 +24,16 @@ def enough(budget: Budget) -> Budget:
     )
 
 
+def norms_in_words(names: Sequence[str]) -> str:
+    """`"BatchNorm (1, 3.norm, 5.norm and more)"`: the layers of these names, of which there is at least one."""
+    return f"BatchNorm ({', '.join(names[:3])}{' and more' if len(names) > 3 else ''})"
+
+
+def norms_see_parts(names: Sequence[str], micro_batch: int, target: int) -> str:
+    """The warning that these layers see micro-batches, in samples, and not the whole batch."""
+    return f"{norms_in_words(names)} sees micro-batches of {micro_batch}, not the whole batch of {target}: its statistics differ from one big batch"
+
+
 def nothing_allowed(target: int, most: int | None, batch_norms: Sequence[str]) -> AutoaccumError:
     """The error for a target batch without an allowed micro-batch size, for example because BatchNorm needs two samples."""
     if not batch_norms:

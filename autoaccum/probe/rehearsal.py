@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from autoaccum.data import batches, tokens
-from autoaccum.devices import RLIMIT, SHARED, Budget, Device, kept_data_limit, make_budget
+from autoaccum.devices import Budget, Device, kept_data_limit, make_budget, part_of_rank, within_part
 from autoaccum.errors import JobError, PlanError
 from autoaccum.probe import conditions, equivalence
 from autoaccum.probe.evaluation import Evaluation, measure_evaluation
@@ -68,9 +68,7 @@ class Rehearsal:
         # Memory that only the trials need: the earlier gradients, and the copies if they lie in the measured memory.
         self._aside_bytes = snapshot.gradient_bytes + (snapshot.host_bytes if device.shared_with_host else 0)
         self._floor_bytes = device.held_bytes() - self._aside_bytes
-        # If ranks share the device: this rank's share of what was free before the first trial, with what it holds itself.
-        memory = device.memory(who=False) if limits.sharing_ranks > 1 else None
-        self._share_bytes = None if memory is None or memory.binding_limit == RLIMIT else memory.ours_bytes + memory.free_bytes // limits.sharing_ranks
+        self._part_bytes = part_of_rank(device, limits.sharing_ranks)
         self._bucket_bytes = gradient_bytes(jobs) if limits.buckets else 0
         # False if nothing stops a trial that is too big. Then only sizes that are predicted to fit may run.
         self.enforces = enforce and device.enforces
@@ -118,9 +116,7 @@ class Rehearsal:
 
     def budget(self, *, limited: bool = True) -> Budget:
         """The largest allowed peak of a window, read now. limited: False for the budget without the user's limit."""
-        memory = self._device.memory()
-        if self._share_bytes is not None:
-            memory = replace(memory, free_bytes=max(min(memory.free_bytes, self._share_bytes - memory.ours_bytes), 0), others=(), binding_limit=SHARED)
+        memory = within_part(self._device.memory(), self._part_bytes)
         job_memory = replace(memory, ours_bytes=memory.ours_bytes - self._aside_bytes)
         limit = self._limits.memory_bytes if limited else None
         floor = self._floor_bytes if self._device.shared_with_host else 0

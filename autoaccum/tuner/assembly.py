@@ -11,7 +11,7 @@ from autoaccum.command import Command
 from autoaccum.devices import ASSUMED_OUTSIDE, Budget, budget_terms
 from autoaccum.errors import DeviceError, JobError, JobFailed
 from autoaccum.plan import Plan, PlannedDevice, TrialRecord, window_led_by
-from autoaccum.probe import COMPARED_SAMPLES, Reading, Rehearser, Request, search
+from autoaccum.probe import COMPARED_SAMPLES, Reading, Rehearser, Request, refusals, search
 from autoaccum.tuner.hints import cost_of_equal, hints
 from autoaccum.tuner.trial_log import TrialLog
 from autoaccum.units import in_words
@@ -114,10 +114,7 @@ def _warnings(
     remarks = dict.fromkeys(remark for reading in trials.readings for remark in reading.remarks)
     messages = [*subject.remarks, *remarked, *trials.remarks, *remarks]
     if subject.batch_norms and len(sizes) > 1:
-        layers = ", ".join(subject.batch_norms[:3]) + (" and more" if len(subject.batch_norms) > 3 else "")
-        messages.append(
-            f"BatchNorm ({layers}) sees micro-batches of {sizes[0]}, not the whole batch of {request.samples}: its statistics differ from one big batch"
-        )
+        messages.append(refusals.norms_see_parts(subject.batch_norms, sizes[0], request.samples))
         if sizes[0] == 2:
             messages.append(
                 "an odd last window leaves one sample alone, which BatchNorm may refuse: plan.windows(loader, drop_last=True) leaves that window out"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from autoaccum.data import batches, prefetch
+from autoaccum.data import LearnedCut, batches, prefetch
 from autoaccum.distributed import WindowVote
 from autoaccum.errors import JobError
 from autoaccum.window import weights
@@ -101,11 +101,11 @@ def gradients(
         loss = of_window(job, pieces, samples, device, crossing)
     autocast = torch.autocast(device.type, dtype=job.autocast) if job.autocast is not None else None
     # Counted on the host before the first forward: a weight by count needs the count of the whole window.
-    parts = getattr(pieces, "parts", None)  # of a window that is cut while it runs
-    counted = [float(job.count(piece)) if size else 0.0 for piece, size in pieces] if job.count is not None and parts is None else []
+    learned = pieces if isinstance(pieces, LearnedCut) else None  # a window that is cut while it runs
+    counted = [float(job.count(piece)) if size else 0.0 for piece, size in pieces] if job.count is not None and learned is None else []
     of_samples, of_count = (float(samples), sum(counted)) if crossing is None else crossing.owed(counted)
-    if job.count is not None and parts is not None and crossing is None:
-        of_count = sum(float(job.count(part)) for part in parts)
+    if job.count is not None and learned is not None and crossing is None:
+        of_count = sum(float(job.count(part)) for part in learned.parts)
     for parameter in _graded(job):  # backward adds to gradients that are left from before
         parameter.grad = None
     graphs = job.replays_graphs if graphs is None else graphs
@@ -117,10 +117,10 @@ def gradients(
     apart: SeparateTerms | None = None
     backwards = 0
     index, crosses = -1, -1 if crossing is None else crossing.crosses_at(pieces, counted)
-    for piece, size in prefetch.feed(pieces, device) if parts is None or pieces.ahead else pieces:  # type: ignore[attr-defined]
+    for piece, size in prefetch.feed(pieces, device) if learned is None or learned.ahead else learned:
         index += 1
         on_phase("forward", index)
-        if job.count is not None and parts is not None:
+        if job.count is not None and learned is not None:
             counted.append(float(job.count(piece)) if size else 0.0)
         if stats is not None:
             stats.share(size / samples)
@@ -186,10 +186,9 @@ def gradients(
         window_loss = WindowLoss([term.sum() for term in by_term.values()], None)
     else:
         factor = weights.late_factor(counts, samples) if counts else None
-        if parts is not None and counted and any(counted) and sum(counted) != of_count:
-            factor = torch.tensor(
-                of_count / sum(counted), dtype=torch.float64, device=device
-            )  # a count of pieces that is not that of the whole: the pieces are what was trained on
+        if learned is not None and counted and any(counted) and sum(counted) != of_count:
+            # Where the counts of pieces are not that of the whole, the pieces are what was trained on.
+            factor = torch.tensor(of_count / sum(counted), dtype=torch.float64, device=device)
             of_count = sum(counted)
         window_loss, count_of_all = WindowLoss(losses, factor), sum(counts) if counts else of_count if counted else None
     if apart is not None and apart.has_one_denominator:

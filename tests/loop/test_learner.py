@@ -244,7 +244,13 @@ def test_only_equal_micro_batches_and_none_above_the_most_where_that_is_asked():
     loop = autoaccum.Accumulator(jobs.small(), target_batch=60, equal=True, max_micro_batch=16)
     for _ in range(4):
         loop.step(jobs.pairs(60))
-    assert loop.plan.micro_batches == (15,) * 4
+    assert loop.plan.micro_batches == (15,) * 4 and not loop.plan.learning
+
+
+def test_equal_micro_batches_of_a_prime_target_are_not_learned_one_by_one():
+    loop = autoaccum.Accumulator(jobs.small(), target_batch=101, equal=True)
+    results = [loop.step(jobs.pairs(101)) for _ in range(4)]
+    assert results[0].micro_batches < 12 and loop.plan.micro_batches == (101,)
 
 
 def test_the_learned_plan_is_saved_read_and_trained_with(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from autoaccum.data import Window
+from autoaccum.data.windows import Window
 
 
 class LearnedCut:
