@@ -56,6 +56,7 @@ class Accumulator:
     tuple of results.
     target_batch, memory_limit, headroom, max_micro_batch, equal: as in `tune`, instead of a plan. Micro-batches of the first windows differ in size:
     each one's peak says how large the next may be. The memory limit is enforced while it learns. `plan` is what is known so far.
+    cache: start from what an earlier run of the same job has learned on this device, and keep what this one learns. What no longer fits is rescued.
     scheduler: steps once per window, except after a skipped window.
     scaler, autocast, max_grad_norm, count, split, keep: as in `Job`. They must be the same as when the plan was made; a difference
     gives a warning.
@@ -90,6 +91,7 @@ class Accumulator:
         headroom: int | str = "3%",
         max_micro_batch: int | None = None,
         equal: bool = False,
+        cache: bool = False,
         scheduler: Any = None,
         scaler: Any = None,
         autocast: torch.dtype | None = None,
@@ -108,7 +110,7 @@ class Accumulator:
         settings = {
             "scheduler": scheduler, "scaler": scaler, "autocast": autocast, "max_grad_norm": max_grad_norm, "count": count, "split": split, "samples": samples, "keep": keep,
         }  # fmt: skip
-        asked = {"target_batch": target_batch, "memory_limit": memory_limit, "max_micro_batch": max_micro_batch, "equal": equal or None}
+        asked = {"target_batch": target_batch, "memory_limit": memory_limit, "max_micro_batch": max_micro_batch, "equal": equal or None, "cache": cache or None}
         if isinstance(model, torch.nn.Module):
             known = _plan_if_given(plan, asked, "Accumulator(model, optimizer, plan) takes an optimizer second and a Plan third")
             if optimizer is None or isinstance(optimizer, Plan):
@@ -131,7 +133,8 @@ class Accumulator:
         self._timed_every = _TIMED_EVERY
         self._rounds, self._follows = 0, False
         if known is None:
-            self._learner = team.learner_of(self._jobs, device, Request(target_batch, memory_limit, headroom, max_micro_batch, equal), rank_timeout_s)
+            request = Request(target_batch, memory_limit, headroom, max_micro_batch, equal)
+            self._learner = team.learner_of(self._jobs, device, request, rank_timeout_s, cache=cache)
             self._plan = self._learner.plan
         else:
             self._plan = known

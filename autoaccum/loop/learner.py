@@ -18,7 +18,7 @@ from autoaccum.data import Cut, LearnedCut, Window
 from autoaccum.devices import Budget, Device, Watch, make_budget, part_of_rank, steady_malloc, within_part
 from autoaccum.distributed import Fleet
 from autoaccum.errors import NothingFits
-from autoaccum.loop import learned_plan, optimizer_state
+from autoaccum.loop import learned_cache, learned_plan, optimizer_state
 from autoaccum.plan import Plan, arithmetic
 from autoaccum.probe import Limits, Outcome, Reading, Request, refusals, search
 from autoaccum.units import in_words
@@ -36,12 +36,21 @@ class Learner:
 
     jobs: those that train. request: the target, as `tune` takes it. limits: the limits of `request`, or those of a device that ranks share.
     fleet, rank: the ranks that train together, and which this one is; None for one rank. Over ranks all sizes are tried, because shares follow
-    from what each rank can hold.
+    from what each rank can hold. cache: start from what an earlier run of the same job has learned on this device, and keep what this one learns; one
+    rank only.
     plan: what is known so far. It has settled when `plan.learning` is False.
     """
 
     def __init__(
-        self, jobs: Sequence[Job], device: Device, request: Request, *, limits: Limits | None = None, fleet: Fleet | None = None, rank: int = 0
+        self,
+        jobs: Sequence[Job],
+        device: Device,
+        request: Request,
+        *,
+        limits: Limits | None = None,
+        fleet: Fleet | None = None,
+        rank: int = 0,
+        cache: bool = False,
     ) -> None:
         self._limits, self._fleet, self._rank = limits or request.limits, fleet, rank
         self._whole = request.samples if fleet is None else fleet.shares[rank]  # the samples of this rank in a full window
@@ -91,6 +100,11 @@ class Learner:
                 "plan where its statistics matter",
                 stacklevel=5,
             )
+        self._cache = learned_cache.of(jobs, device) if cache else None
+        self._cache_was_wrong = False
+        if self._cache is not None:
+            earlier = self._cache.known(self._target, self.budget.budget_bytes)
+            self._readings = {(each.micro_batch, True): each for each in earlier if each.micro_batch <= self._target}
         self.plan = self._planned(self._start())
 
     def grows_with_size(self, result: WindowResult) -> bool:
@@ -278,6 +292,10 @@ class Learner:
             self.plan = self._planned(found, learning=not settled)
         else:
             self.plan = self._planned(self._start(), learning=not settled)
+        if settled and self._cache is not None:
+            if self._cache_was_wrong:
+                self._cache.forget()
+            self._cache.keep(self._known(), self._target, self.budget.budget_bytes)
         if settled and self._fleet is None:
             log.warning("%s", learned_plan.settled(self.plan))
             if self._peak_bytes > max((each.peak_bytes or 0 for each in self._known()), default=0) and self._peak_bytes > self.budget.budget_bytes:
@@ -373,6 +391,7 @@ class Learner:
     def _refused(self, size: int, outcome: Outcome, phase: str, budget_bytes: int) -> None:
         # What fitted before at this size or above it says nothing any more.
         for key in [key for key, reading in self._readings.items() if key[0] >= size and reading.fits]:
+            self._cache_was_wrong = self._cache_was_wrong or self._readings[key].cached
             del self._readings[key]
         self._readings[(size, True)] = Reading(size, 1 if size == self._target else 2, outcome, phase, None, 0.0, budget_bytes=budget_bytes)
 

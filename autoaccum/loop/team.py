@@ -68,14 +68,16 @@ def of_plan(jobs: Sequence[Job], plan: Plan, on_oom: str, careful_windows: int |
     return list(job_engines), RankTeam(world, fleet, careful_windows, in_step=in_step, any_sizes=plan.target_tokens is not None)
 
 
-def learner_of(jobs: Sequence[Job], device: Device, request: Request, timeout_s: float) -> Learner:
+def learner_of(jobs: Sequence[Job], device: Device, request: Request, timeout_s: float, *, cache: bool = False) -> Learner:
     """What learns this rank's plan. Every rank calls this. Raises `UsageError` where a plan cannot be learned in training."""
     if (name := next(filter(None, (captured(job.model, job.loss) for job in jobs)), None)) is not None:
         raise UsageError(f"{name} was captured by torch.cuda.make_graphed_callables and runs one batch size only: tune before it is captured, with equal=True")
     model = jobs[0].model
     world = ranks.here(engines.group_of(model), timeout_s)
     if world is None:
-        return Learner(jobs, device, request)
+        return Learner(jobs, device, request, cache=cache)
+    if cache:
+        raise UsageError("cache=True is for one rank: over ranks all learn in the same windows, so leave it out")
     engine = engines.parallel(model)
     in_step = engine is not None and (engine.in_step or isinstance(engine, engines.Fsdp2) or bool(engines.synced_norms(model)))
     if in_step or request.equal:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from autoaccum.tuner.foreign_command import check_command, tune_command
     from autoaccum.tuner.in_place import refuse_unknown_keywords, tune
     from autoaccum.tuner.job_file import check_source, compare_source, tune_source
+    from autoaccum.tuner.one_device import device_key
     from autoaccum.tuner.progress import shown
 else:
     __getattr__ = lazily(
@@ -23,5 +24,6 @@ else:
         foreign_command="check_command tune_command",
         in_place="refuse_unknown_keywords tune",
         job_file="check_source compare_source tune_source",
+        one_device="device_key",
         progress="shown",
     )

@@ -214,15 +214,20 @@ def reading_cache(rehearsal: Rehearser, label: str, origin: Source | None = None
     if conditions is None:
         return None
     subject, memory = rehearsal.subject(), rehearsal.budget().memory
-    about: dict[str, Any] = {
-        "device": subject.device.name,
-        "kind": subject.device.kind,
-        "total_bytes": memory.total_bytes,
-        "driver": driver_version() if subject.device.kind == "cuda" else "",
-        "allocator": subject.allocator,
-        **{name: version for name, version in versions().items() if name != "python"},
-    }
+    about = device_key(subject.device.name, subject.device.kind, memory.total_bytes, subject.allocator)
     if origin is not None:
         about["job"], about["settings"], about["arguments"] = origin.where, repr(sorted(origin.settings.items())), list(origin.argv)
         about["file"] = origin.digest()
     return ReadingCache(label, conditions, about)
+
+
+def device_key(name: str, kind: str, total_bytes: int, allocator: str) -> dict[str, Any]:
+    """What readings depend on beside the job: the device, its driver and allocator, and the versions of libraries."""
+    return {
+        "device": name,
+        "kind": kind,
+        "total_bytes": total_bytes,
+        "driver": driver_version() if kind == "cuda" else "",
+        "allocator": allocator,
+        **{library: version for library, version in versions().items() if library != "python"},
+    }

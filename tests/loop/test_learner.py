@@ -342,3 +342,28 @@ def test_a_plan_that_was_saved_too_early_says_so(tmp_path):
     loop.plan.save(tmp_path / "plan.json")
     with pytest.warns(UserWarning, match="still learned, after 1 windows"):
         autoaccum.Accumulator(job, autoaccum.Plan.load(tmp_path / "plan.json"))
+
+
+def test_what_was_learned_is_remembered_and_the_next_run_begins_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("AUTOACCUM_CACHE_DIR", str(tmp_path))
+    limit = limit_above(100)
+
+    def run(mib=2):
+        loop = autoaccum.Accumulator(jobs.hungry(mib), target_batch=120, memory_limit=limit, cache=True)
+        return [loop.step(torch.zeros(120, 1)) for _ in range(6)], loop
+
+    first, learned = run()
+    assert not learned.plan.learning and len(list(tmp_path.glob("*.json"))) == 1
+    again, remembered = run()
+    assert first[0].micro_batches > again[0].micro_batches == again[-1].micro_batches == learned.plan.accumulation_steps
+    assert remembered.plan.learned_windows == 2 and not any(each.rescued for each in again)
+    longer, grown = run(mib=4)  # samples that take twice the memory: what is remembered is wrong, and is replaced
+    assert longer[0].rescued and longer[-1].micro_batches > again[-1].micro_batches and not grown.plan.learning
+    assert longer[-1].rescued is None
+    once_more, _ = run(mib=4)
+    assert not any(each.rescued for each in once_more) and once_more[0].micro_batches == longer[-1].micro_batches
+
+
+def test_a_plan_and_a_cache_are_two_answers():
+    with pytest.raises(autoaccum.UsageError, match="leave cache out"):
+        autoaccum.Accumulator(jobs.small(), autoaccum.tune(jobs.small(), target_batch=8), cache=True)
