@@ -69,7 +69,8 @@ def _serve(setup: dict[str, Any], requests: Any, reply: Callable[[dict[str, Any]
 
 
 def _simulation(source: Source, setup: dict[str, Any], limits: Limits, on_phase: PhaseCallback) -> Any:
-    from autoaccum.simulate import fake_cuda, profiles, quieten_torch
+    from autoaccum.simulate import profiles
+    from autoaccum.trace import fake_cuda, quieten_torch
     from autoaccum.virtual import simulation, without_memory
 
     card = profiles.load(setup["device"].removeprefix("virtual:"))

@@ -106,7 +106,7 @@ def prepare() -> None:
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         globals()["_library"] = library
-    from autoaccum.simulate import fake
+    from autoaccum.trace import fake
 
     fake.enable()
 

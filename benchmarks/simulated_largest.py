@@ -31,7 +31,7 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
-    from autoaccum.simulate import fake
+    from autoaccum.trace import fake
 
     fake.enable()
     ways = {

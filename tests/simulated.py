@@ -23,7 +23,7 @@ def in_a_process(code, *arguments, timeout=200):
         "from tests.simulated import *\n"
         "from autoaccum.virtual import phantom\n"
         "from autoaccum.virtual.empty_weights import without_memory\n"
-        "from autoaccum.simulate import fake, kernels, tape\n"
+        "from autoaccum.simulate import kernels, tape\nfrom autoaccum.trace import fake\n"
         "from autoaccum.simulate.allocator import Allocator\n"
         "def tell(value): print('\\ntold:' + json.dumps(value))\n"
     )

@@ -13,7 +13,23 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "autoaccum"
 
 DOORSTEP = ["version", "errors", "units", "oom", "doors", "files"]
-ROOMS = ["data", "simulate", "devices", "distributed", "window", "plan", "probe", "command", "tuner", "loop", "virtual", "integrations", "selfcheck", "cli"]
+ROOMS = [
+    "data",
+    "simulate",
+    "trace",
+    "devices",
+    "distributed",
+    "window",
+    "plan",
+    "probe",
+    "command",
+    "tuner",
+    "loop",
+    "virtual",
+    "integrations",
+    "selfcheck",
+    "cli",
+]
 PROGRAMS = ["__init__", "__main__", "capped_process", "startup_hook", "worker"]  # above all rooms; nothing imports them
 NEIGHBOURS = {frozenset(("loop", "virtual"))}  # on one floor: neither imports the other
 MOST_FILES = 14

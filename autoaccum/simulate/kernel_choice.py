@@ -3,10 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from autoaccum.simulate import attention, convolutions
 from autoaccum.simulate.attention import AttentionCall
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What a job may ask about a card. multiprocessors, threads: of the card, and the resident threads of each."""
+
+    name: str = "a simulated card"
+    total_bytes: int = 0
+    multiprocessors: int = 108
+    threads: int = 2048
 
 
 @dataclass(frozen=True)
@@ -14,12 +24,15 @@ class Card:
     """The properties of a card that the rows of `kernels` need. All other differences between cards enter when a tape is replayed.
 
     capability: the compute capability, 75 for sm_75. cublas: True if cuBLAS handles have a workspace.
-    benchmark: True if cuDNN's benchmark mode is on.
+    benchmark: True if cuDNN's benchmark mode is on. facts: what the job is told about the card. told: the card's name if the job asked for
+    any of them, so that cards with other facts have tapes of their own.
     """
 
     capability: int
     cublas: bool = True
     benchmark: bool = False
+    told: str = ""
+    facts: CardFacts = field(default=CardFacts(), compare=False)
 
 
 def same_kernels(first: Card, second: Card, calls: Iterable[AttentionCall], *, convolves: bool) -> bool:

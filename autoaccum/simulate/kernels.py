@@ -68,17 +68,11 @@ def handles(operator: str) -> tuple[str, ...]:
     """The libraries that this operator makes a handle of, if the thread has none yet. The workspace of a handle is never freed."""
     if operator not in _CUBLAS:
         return ()
-    return ("cublas", "cublaslt") if operator == "addmm" and _lt_has_its_own() else ("cublas",)
+    return ("cublas", "cublaslt") if operator == "addmm" else ("cublas",)
 
 
-LT_BYTES = MIB  # at::cuda::getCUDABlasLtWorkspaceSize (CUBLASLT_WORKSPACE_SIZE); measured on an H200
+LT_BYTES = MIB  # at::cuda::getCUDABlasLtWorkspaceSize (CUBLASLT_WORKSPACE_SIZE); measured on an H200 (torch 2.11) and a T4 (2.10, 2.14): one of its own beside cuBLAS's
 _CUBLAS = {"mm", "addmm", "bmm", "baddbmm", "addmv", "mv", "dot", "_scaled_mm", "linear", "matmul"}
-
-
-def _lt_has_its_own() -> bool:
-    """True before torch 2.13. From 2.13 on cuBLAS and cuBLASLt share one workspace."""
-    major, minor = (int(part) for part in torch.__version__.split(".")[:2])
-    return (major, minor) < (2, 13)
 
 
 def _up(value: int, step: int) -> int:
@@ -241,7 +235,8 @@ def _copied(value: Any, begin: float) -> list[Taken]:
 
 
 def _softmax_backward(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
-    return [Taken(results[0].nbytes, 1)]
+    gradient, output = arguments[0], arguments[1]
+    return [Taken(gradient.numel() * torch.promote_types(gradient.dtype, output.dtype).itemsize, 1)]
 
 
 def _safe_softmax(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
@@ -388,7 +383,7 @@ ROWS = (
         "measured",
     ),
     Row(("native_dropout",), lambda *_: (), "nothing; the mask is made first", f"{_ATEN}/cuda/Dropout.cu", "measured", order=lambda _: (1, 0)),
-    Row(("_softmax_backward_data",), _softmax_backward, "the product of both arguments", f"{_ATEN}/cuda/SoftMax.cu", "measured"),
+    Row(("_softmax_backward_data",), _softmax_backward, "the product of both arguments, in the wider of their types", f"{_ATEN}/cuda/SoftMax.cu: host_softmax_backward", "measured"),
     Row(("_safe_softmax",), _safe_softmax, "a mask of the input, one of its rows, a number", f"{_ATEN}/transformers/attention.cpp", "measured"),
     Row(
         ("embedding_dense_backward",),

@@ -168,7 +168,7 @@ def _run_copy(make: Callable[[], Any], request: Request, names: Sequence[str], r
         os.dup2(2, 1)  # stdout belongs to the caller
         import torch
 
-        from autoaccum.simulate import quieten_torch
+        from autoaccum.trace import quieten_torch
 
         quieten_torch()
 
@@ -180,7 +180,7 @@ def _run_copy(make: Callable[[], Any], request: Request, names: Sequence[str], r
 
 
 def _estimate_in_copy(make: Callable[[], Any], request: Request, names: Sequence[str]) -> dict[str, Any]:
-    from autoaccum.simulate import fake_cuda
+    from autoaccum.trace import fake_cuda
     from autoaccum.virtual import simulation
     from autoaccum.virtual.empty_weights import without_memory
     from autoaccum.window import as_jobs

@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autoaccum.data import batches
 from autoaccum.errors import JobError, noted
 from autoaccum.probe import in_eval_mode
-from autoaccum.simulate import AttentionCall, Card, Tape, Tracer, quieten_transformers, trace
+from autoaccum.simulate import AttentionCall, Card, Tape
+from autoaccum.trace import PhantomMode, Tracer, last_line, quieten_transformers, recording
+from autoaccum.virtual.draws import Draws
 from autoaccum.virtual.substitution import Substitution
 from autoaccum.window import Job, accumulation
 
@@ -26,22 +28,25 @@ class Phantom:
 
     def __init__(self, jobs: Sequence[Job], kind: str = "cuda") -> None:
         self._jobs, self._kind = jobs, kind
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self._mode = PhantomMode()
         self._templates: dict[int, Any] = {}
         if jobs[0].split is None:
             self._templates[0] = jobs[0].batch_of(_TEMPLATE)
         quieten_transformers()
         self._substitution = Substitution(kind)
         self.attention: set[AttentionCall] = set()  # the attention calls of all tapes
+        self.draws = Draws()
+        self.asked_for_card = False  # True once the jobs have asked what card they run on
+        self.experts = 0  # among which tokens are split; 0 without a mixture of experts
         with self._mode:
             for job in jobs:
                 self._substitution.swap(job)
         self._states = [[dict(state) for state in optimizer.state.values()] for job in jobs for optimizer in job.optimizers]
 
-    def tape(self, windows: Sequence[Sequence[int]], card: Card) -> Tape:
+    def tape(self, windows: Sequence[Sequence[int]], card: Card, *, uneven: bool = False) -> Tape:
         """The tape of these windows on a card. The optimizer has no state when the first window begins.
 
-        windows: for each window, the sizes of its micro-batches.
+        windows: for each window, the sizes of its micro-batches. uneven: the worst split of tokens over experts, instead of an even one.
         """
 
         def run(tracer: Tracer) -> None:
@@ -53,7 +58,7 @@ class Phantom:
                 self._window(tracer, sizes, scalers)
             del rescue_copies, history
 
-        return self.recorded(run, card)
+        return self.recorded(run, card, uneven=uneven)
 
     def evaluation_tape(self, samples: int, trained: int, card: Card) -> Tape:
         """The tape of an optimizer step of `trained` samples, and then of `samples` samples that run forward only, in eval mode."""
@@ -71,22 +76,26 @@ class Phantom:
 
         return self.recorded(run, card)
 
-    def recorded(self, run: Callable[[Tracer], None], card: Card) -> Tape:
+    def recorded(self, run: Callable[[Tracer], None], card: Card, *, uneven: bool = False) -> Tape:
         """The tape of all that `run` does with the jobs. Afterwards the jobs are in the same state as before."""
-        with trace(card, self._kind, self._mode) as tracer:
+        with recording(card, self._kind, self._mode, uneven=uneven) as tracer:
             for tensor in self._substitution.resident:
                 tracer.track(tensor, "parameter")
             tracer.late = {tensor.untyped_storage()._cdata for tensor in self._substitution.late}
             made_before = [value for states in self._states for state in states for value in state.values() if isinstance(value, FakeTensor)]
             tracer.named([value for value in made_before if value.device.type == self._kind], "optimizer")  # made by its constructor, as Adagrad does
             try:
-                run(tracer)
+                with self.draws.seeded():
+                    run(tracer)
             except Exception as error:
                 raise self._explained(error, tracer) from error
             finally:
                 tape = tracer.finished()
                 self._rewind()
         self.attention |= tracer.attention
+        self.asked_for_card |= tracer.asked_for_card
+        if tracer.unknown.routing.met:
+            self.experts = max(self.experts, tracer.unknown.routing.experts)
         return tape
 
     def shapes(self, micro_batch: int) -> dict[str, tuple[int, ...]]:
@@ -176,6 +185,12 @@ class Phantom:
         if "is not supported for tensor subclasses" in text:
             return JobError(
                 f"{text.rstrip('.')} ({where}): simulated tensors have no values to hand to NumPy or to lists; leave that out of the loss while simulating"
+            )
+        if "shape_env must not be None" in text:
+            return JobError(f"nested tensors cannot be simulated ({where}): give padded samples for this estimate, or tune on a real card")
+        if "INTERNAL ASSERT" in text or "Could not run 'aten::" in text or "Torch not compiled with CUDA" in text:
+            return JobError(
+                f"the job does something that cannot be simulated ({text[:120]}; {where}, at {last_line(error)}): leave that out for the estimate, or tune on a real card"
             )
         if tracer.assumed():
             noted(error, f"autoaccum: simulated without values, so this may be no fault of the job: {'; '.join(tracer.assumed()[:3])}")

@@ -21,6 +21,7 @@ from autoaccum.probe import Equivalence, Limits, Reading, Subject, refusals, var
 from autoaccum.simulate import (
     Allocator,
     Card,
+    CardFacts,
     Margin,
     Profile,
     Replayed,
@@ -33,6 +34,7 @@ from autoaccum.simulate import (
     settings_from_environment,
     tape_as_json,
 )
+from autoaccum.units import in_words
 from autoaccum.virtual.advice import with_advice
 from autoaccum.virtual.estimate import Estimate
 from autoaccum.virtual.phantom import Phantom
@@ -219,8 +221,21 @@ class Simulation:
             hard_largest_micro_batch=self._anchored_most(self._survives) if both and self._jobs[0].split is None else None,
             estimated=tuple(name for name, figure in self._profile.figures() if figure.estimated),
             margin=margin.provenance,
-            warnings=(*self._remarks, *self._card_remarks(), *self._traced.remarks),
+            warnings=(*self._remarks, *self._card_remarks(), *self._traced.remarks, *self._routed(sizes, allowed)),
             measured_at=self._traced.phantom.shapes(size),
+        )
+
+    def _routed(self, sizes: Sequence[int], allowed: int) -> tuple[str, ...]:
+        """For a mixture of experts: the peak if tokens are split in the worst way. The estimate itself is for an even split."""
+        phantom = self._traced.phantom
+        if not phantom.experts:
+            return ()
+        pieces = tuple(sizes[:PIECES])
+        tape = self._on_card(phantom.tape([pieces[:1], pieces], self._card, uneven=True))
+        peak = replay(tape, Allocator(settings=replace(self._settings, memory_fraction=None))).peak_reserved_bytes
+        return (
+            f"tokens were taken to be split evenly over {phantom.experts} experts; if the first experts get all that they can get, an upper bound, the same "
+            f"micro-batches of {sizes[0]} take {in_words(peak)}" + ("" if peak <= allowed else ", more than the budget"),
         )
 
     # -- the same as plain documents, for another process --
@@ -335,7 +350,8 @@ class Simulation:
 def card_of(profile: Profile) -> Card:
     """The properties of a card that change a tape. Cards with equal properties share their traces."""
     # The size of cuBLAS's workspace changes only its own block, so `Tape.on` sets it before the replay.
-    return Card(profile.capability, benchmark=bool(torch.backends.cudnn.benchmark))
+    facts = CardFacts(profile.name, profile.total_bytes, *profile.parallel)
+    return Card(profile.capability, benchmark=bool(torch.backends.cudnn.benchmark), facts=facts)
 
 
 def _largest(candidates: Sequence[int], fits: Callable[[int], bool]) -> int:

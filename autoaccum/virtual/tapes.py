@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoaccum.simulate import Allocator, Card, Growth, NotAlike, Tape, replay, same_kernels, same_tape
@@ -33,6 +33,8 @@ class JobTapes:
 
     def alike(self, card: Card) -> Card:
         """A known card whose tapes are also valid for `card`, because attention and convolutions use the same kernels; else `card`."""
+        if self.phantom.asked_for_card:
+            return replace(card, told=card.facts.name)
         convolves = self._convolves()
         known: dict[Card, None] = dict.fromkeys(key[0] for key in self._growths)
         for other in known:
@@ -50,7 +52,11 @@ class JobTapes:
         if key not in self._tapes:
             if len(self._tapes) > 64:  # a tape of a large model takes a few MB
                 self._tapes.clear()
-            self._tapes[key] = self.phantom.tape([pieces[:1], *([pieces] * (2 if twice else 1))], card)
+            windows = [pieces[:1], *([pieces] * (2 if twice else 1))]
+            draws = self.phantom.draws
+            self._tapes[key] = draws.worst(self.phantom.tape(windows, card), lambda: self.phantom.tape(windows, card))
+            if draws.remark:
+                self.remarks[draws.remark] = None
             self.remarks.update(dict.fromkeys(self._tapes[key].assumed))
         return self._tapes[key]
 

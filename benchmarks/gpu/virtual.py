@@ -93,9 +93,9 @@ def _predicted(task: tuple[str, str, str, list[int], bool]) -> dict[str, Any]:
     import workloads
 
     from autoaccum.probe.readings import Limits
-    from autoaccum.simulate import fake
     from autoaccum.simulate.allocator import Allocator
     from autoaccum.simulate.tape import replay
+    from autoaccum.trace import fake
     from autoaccum.virtual import simulation
 
     warnings.filterwarnings("ignore")

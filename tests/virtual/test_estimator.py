@@ -293,7 +293,7 @@ def test_a_torch_that_cannot_fake_cuda_gets_an_approximation_that_says_so(tmp_pa
     (tmp_path / "sitecustomize.py").write_text(f"""
 import os, sys, torch
 def ensure():
-    if sys._getframe(1).f_code.co_filename.endswith("simulate/fake.py"):
+    if sys._getframe(1).f_code.co_filename.endswith("trace/fake.py"):
         {does}
 torch._C._ensureCUDADeviceGuardSet = ensure
 """)

@@ -16,8 +16,18 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 _kept: list[Any] = []  # C code points to these objects, so they must live as long as the process
+
+
+class PhantomMode(FakeTensorMode):
+    """Makes fake tensors. It never asks for a card, also while the job is told that there is one, and runs nothing on one to learn shapes."""
+
+    avoid_device_init = property(lambda self: True)  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__(allow_fallback_kernels=False, allow_non_fake_inputs=True)
 
 
 class CannotFake(Exception):
@@ -55,8 +65,6 @@ def enable() -> None:
 
 def self_test() -> None:
     """Trains a small network with autocast, and with a fused and an unfused optimizer. Raises `CannotFake` with the failure."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     try:
         with FakeTensorMode():
             model = torch.nn.Linear(4, 4, device="cuda")

@@ -9,47 +9,51 @@ import math
 import sys
 import threading
 import weakref
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode, UnsupportedOperatorException
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoaccum.errors import JobError
-from autoaccum.simulate import kernels
-from autoaccum.simulate.attention import AttentionCall, chosen_for
-from autoaccum.simulate.kernel_choice import Card
-from autoaccum.simulate.tape import Tape, canonical
+from autoaccum.simulate import AttentionCall, Card, Tape, canonical, chosen_for, kernels
+from autoaccum.trace import card_facts, higher_order, packed_sequences, shape_rules
+from autoaccum.trace.unknown_values import UnknownValues
 
 aten = torch.ops.aten
-_INDEXED = frozenset(("index", "index_put", "index_put_", "_index_put_impl_", "_unsafe_index", "_unsafe_index_put"))
-_MASKS = (torch.bool, torch.uint8)
-_IN_TORCH = "an optimizer or another part of torch"
 
 
 @contextmanager
-def trace(card: Card, kind: str, mode: FakeTensorMode) -> Iterator[Tracer]:
+def recording(card: Card, kind: str, mode: FakeTensorMode, *, uneven: bool = False) -> Iterator[Tracer]:
     """Inside, the tracer records the memory of a job on phantom tensors, with the kernels of this card. `finished()` returns the tape.
 
-    kind: the type of the device: "cuda", or "cpu" for an approximation. mode: the mode that made the phantom tensors.
+    kind: the type of the device: "cuda", or "cpu" for an approximation. mode: the mode that made the phantom tensors. uneven: as in `experts.Routing`.
     """
-    tracer = Tracer(card, kind)
-    with torch.compiler.set_stance("force_eager"), chosen_for(card.capability) as tracer.attention, mode, tracer:
-        yield tracer
+    tracer = Tracer(card, kind, uneven=uneven)
+    replaced: tuple[AbstractContextManager[Any], ...] = (
+        torch.compiler.set_stance("force_eager"),
+        card_facts.told(card, kind, tracer.card_asked),
+        higher_order.first_branches(tracer.unknown.assume),
+        packed_sequences.of_full_length(kind, tracer.unknown.assume),
+        shape_rules.ctc_lengths_on_device(kind),
+        tracer.unknown.in_lists(),
+    )
+    with ExitStack() as stack, chosen_for(card.capability) as tracer.attention:
+        for each in replaced:
+            stack.enter_context(each)
+        with mode, tracer:
+            yield tracer
 
 
 class Tracer(TorchDispatchMode):
-    """Records storages on devices of type `kind` ("cuda", or "cpu" for an approximation) in `tape`. Use `trace` to make one.
+    """Records storages on devices of type `kind` ("cuda", or "cpu" for an approximation) in `tape`. Use `recording` to make one.
 
-    Phantom tensors have no values. If an operator's result depends on values, the tracer answers by a rule and records an assumption:
-    a number is 1, a comparison is False, `all()` is True; `nonzero` and masks select every element.
-    attention: the attention calls so far.
+    attention: the attention calls so far. unknown: the rules for operators whose result depends on values, and what was assumed.
     """
 
-    def __init__(self, card: Card, kind: str = "cuda") -> None:
+    def __init__(self, card: Card, kind: str = "cuda", *, uneven: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.tape = Tape()
         self.attention: set[AttentionCall] = set()
@@ -59,8 +63,11 @@ class Tracer(TorchDispatchMode):
         self._live: dict[int, int] = {}
         self._handles: set[tuple[int, str]] = set()
         self._main = threading.get_ident()
-        self._assumed: Counter[str] = Counter()
+        self._threads = {self._main}
+        self.unknown = UnknownValues(kind, lambda: self.phase, uneven=uneven)
         self._done = False
+        self.asked_for_card = False  # True once the job has asked what card it runs on
+        self._flex = higher_order.FlexAttention()
         self._benchmarked: set[Any] = set()
 
     # -- calls from the caller --
@@ -83,6 +90,10 @@ class Tracer(TorchDispatchMode):
             if number is not None:
                 self.tape.kinds[number] = kind
 
+    def card_asked(self) -> None:
+        """Called when the job asks what card it runs on."""
+        self.asked_for_card = True
+
     def finished(self) -> Tape:
         """Ends the recording and returns the tape. Later frees are not recorded."""
         self._done = True
@@ -91,9 +102,11 @@ class Tracer(TorchDispatchMode):
 
     def assumed(self) -> tuple[str, ...]:
         """The assumptions so far, in words."""
-        return tuple(self._assumed)
+        return tuple(self.unknown.assumed)
 
     # -- calls from torch --
+
+    supports_higher_order_operators = True
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -101,22 +114,32 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if threading.get_ident() not in self._threads:  # each thread asks for itself whether torch.tensor(..., device="cuda") may be made on the host first
+            self._threads.add(threading.get_ident())
+            torch._C._set_only_lift_cpu_tensors(True)
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            out, is_one = self._flex.run(func, args, kwargs, self)
+            if is_one:
+                self._made(func.name(), args, _flat(out), True)
+            return out
         name = func._overloadpacket.__name__
+        if name == "to":  # comes undivided where torch runs a function of its own below autograd
+            with self:
+                return func.decompose(*args, **kwargs)
         if func is aten._local_scalar_dense.default:
-            return self._number(func, args)
+            return self.unknown.number(func, args)
+        if name in ("equal", "allclose"):
+            return self.unknown.equal(args)
         if func is aten.nonzero.default and args[0].device.type != "cpu":
-            return self._everywhere(args[0])
+            out = self.unknown.nonzero(args[0])
+            self.track(out, "nonzero")
+            return out
         if self.late:
             self._use_late(args)
-        if name in _INDEXED and any(isinstance(value, torch.Tensor) and value.dtype in _MASKS and self._here(value) for value in args[1] or ()):
-            args = (args[0], self._selecting_all(args[1]), *args[2:])
-        try:
-            out = func(*args, **kwargs)
-        except DynamicOutputShapeException:
-            out = self._all_of(func, args, kwargs)
+        out = self._result(func, name, self.unknown.selecting(name, args), kwargs)
         if func is aten.add.Tensor and self._summed_in_place(args, out):
             return out
-        _follow_truth(name, args, out)
+        self.unknown.follow(name, args, out)
         here = any(self._here(value) for value in args) or bool(args and isinstance(args[0], (list, tuple)) and any(self._here(value) for value in args[0]))
         self._made(name, args, _flat(out), here)
         if here:
@@ -124,6 +147,20 @@ class Tracer(TorchDispatchMode):
         if self._card.benchmark and kernels.is_benchmarked(name) and any(self._here(value) for value in args):
             self._benchmark(name, args, out)
         return out
+
+    def _result(self, func: Any, name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """What the operator returns, by torch's rule for its shapes, or by one of ours."""
+        rule = shape_rules.of(name) if any(self._here(value) for value in args) else None
+        if rule is not None:
+            return rule(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except DynamicOutputShapeException:
+            return self.unknown.all_of(func, args, kwargs)
+        except (UnsupportedOperatorException, AssertionError) as error:
+            if isinstance(error, AssertionError) and "not compiled with CUDA" not in str(error):
+                raise
+            return shape_rules.on_host(func, args, kwargs)
 
     def _made(self, name: str, args: Sequence[Any], results: list[torch.Tensor], here: bool) -> None:
         """Records a call: its results in the order in which a card makes them, and its kernels' temporary memory at the right times."""
@@ -232,54 +269,6 @@ class Tracer(TorchDispatchMode):
         weakref.finalize(summed, self._dropped, summed._cdata, number).atexit = False
         return True
 
-    # -- rules for unknown values --
-
-    def _number(self, func: Any, args: Sequence[Any]) -> Any:
-        try:
-            return func(*args)  # the value of a constant is known
-        except DataDependentOutputException:
-            known = getattr(args[0], "_autoaccum_truth", None)
-            if known is not None:
-                return known
-            where = _where()
-            if self.phase != "step" or where != _IN_TORCH:  # an optimizer reads its own step count, which is no assumption
-                self._assumed[f"a value that is read from the device was taken to be {'False' if args[0].dtype is torch.bool else 1}, at {where}"] += 1
-            if args[0].dtype is torch.bool:
-                return False
-            return 1.0 if args[0].is_floating_point() else 1
-
-    def _everywhere(self, mask: torch.Tensor) -> torch.Tensor:
-        self._assumed[f"nonzero() was taken to find every element, at {_where()}"] += 1
-        out = mask.new_empty((mask.dim(), mask.numel()), dtype=torch.int64).t()
-        self.track(out, "nonzero")
-        return out
-
-    def _selecting_all(self, indices: Sequence[Any]) -> list[Any]:
-        """The indices, with every mask replaced by indices that select every element."""
-        self._assumed[f"a mask was taken to select every element, at {_where()}: an upper bound"] += 1
-        replaced: list[Any] = []
-        for index in indices:
-            if isinstance(index, torch.Tensor) and index.dtype in _MASKS:
-                replaced += [index.new_empty(index.numel(), dtype=torch.int64) for _ in range(index.dim())]
-            else:
-                replaced.append(index)
-        return replaced
-
-    def _all_of(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        name = func._overloadpacket.__name__
-        if name == "masked_select":
-            self._assumed[f"masked_select() was taken to select every element, at {_where()}"] += 1
-            return args[0].new_empty(torch.broadcast_shapes(args[0].shape, args[1].shape).numel())
-        if name in ("_unique2", "unique_dim", "unique_consecutive"):
-            self._assumed[f"unique() was taken to find no duplicates, at {_where()}"] += 1
-            flat = args[0].new_empty(args[0].numel())
-            counts = args[0].new_empty(args[0].numel(), dtype=torch.int64)
-            return flat, counts, counts.clone()
-        raise JobError(
-            f"{name} (at {_where()}) makes a tensor whose shape depends on values, which a simulated card does not have: "
-            "give it a fixed size for this estimate, or tune on a real card"
-        )
-
 
 def _flat(out: Any) -> list[torch.Tensor]:
     if isinstance(out, torch.Tensor):
@@ -287,37 +276,11 @@ def _flat(out: Any) -> list[torch.Tensor]:
     return [tensor for value in out for tensor in _flat(value)] if isinstance(out, (tuple, list)) else []
 
 
-def _follow_truth(name: str, args: Sequence[Any], out: Any) -> None:
-    """Attaches answers that need no values: no gradient overflowed, `any()` is False, and `all()` is True."""
-    if name == "_amp_foreach_non_finite_check_and_unscale_":
-        args[1]._autoaccum_truth = 0.0
-    elif name in ("any", "is_nonzero") and isinstance(out, torch.Tensor):
-        out._autoaccum_truth = False  # type: ignore[attr-defined]
-    elif name == "all" and isinstance(out, torch.Tensor):
-        out._autoaccum_truth = True  # type: ignore[attr-defined]
-    elif name in ("gt", "lt", "ne") and isinstance(out, torch.Tensor) and getattr(args[0], "_autoaccum_truth", None) == 0.0:
-        out._autoaccum_truth = False  # type: ignore[attr-defined]
-
-
-def _where() -> str:
-    """The user's line that runs this operator: the innermost line outside torch and outside autoaccum."""
-    frame: Any = sys._getframe(2)
-    here = __file__.rsplit("/", 2)[0]
-    while frame is not None:
-        path = frame.f_code.co_filename
-        if path.startswith(here) and not path.endswith("simulate/tracer.py"):
-            return _IN_TORCH  # autoaccum called torch directly, without a line of the user
-        if "/torch/" not in path and not path.startswith(here) and "<" not in path:
-            return f"{path.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-        frame = frame.f_back
-    return _IN_TORCH
-
-
 def _asked_by_the_engine() -> bool:
     """True if autograd's engine called this operator with no Python code in between, except torch's wrappers."""
     frame: Any = sys._getframe(1)
     while frame is not None:
-        if not frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py", "simulate/tracer.py")):
+        if not frame.f_code.co_filename.endswith(("torch/_compile.py", "torch/_dynamo/eval_frame.py", "trace/tracer.py")):
             return False
         frame = frame.f_back
     return True
