@@ -77,6 +77,15 @@ def unit_for(bytes_: int) -> str:
     return "B"
 
 
+def unit_of_all(sizes: Sequence[int]) -> str:
+    """The unit for sizes that are read together: that of the largest, or a smaller one in which none of them is printed as nought."""
+    units = ["TiB", "GiB", "MiB", "KiB", "B"]
+    unit = unit_for(max(map(abs, sizes), default=0))
+    while unit != "KiB" and unit != "B" and any(size and not float(number(size, unit)) for size in sizes):
+        unit = units[units.index(unit) + 1]
+    return unit
+
+
 def seconds_in_words(seconds: float) -> str:
     """A duration as text: `"0.4 s"`, `"9 s"`, `"2 min 5 s"`."""
     if seconds < 1:

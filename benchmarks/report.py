@@ -1,4 +1,4 @@
-"""Makes the README's tables of measurements, and two pictures, from the raw results; nothing of them is typed by hand.
+"""Makes the tables of measurements in README and docs, and two pictures, from the raw results; nothing of them is typed by hand.
 
     python benchmarks/report.py [--check]
 
@@ -164,7 +164,32 @@ def _on_a_card(table: str) -> Callable[[dict[str, Any]], str]:
 
 
 # name -> its raw results, what makes the table of them, and the code that they measure
+# The six of whom both are known: how targets were hit (`policy`), and the gradient's error (`loop`).
+_BOTH = (
+    ("autoaccum", "autoaccum", "autoaccum"),
+    ("by hand, the largest batch by doubling and bisection", "textbook", "by hand"),
+    ("Accelerate", "Accelerate", "accelerate"),
+    ("Composer", "Composer", "composer"),
+    ("HF Trainer", "HF Trainer", "transformers"),
+    ("Lightning", "Lightning, power", "lightning"),
+)
+
+
+def summary(document: dict[str, Any]) -> str:
+    """Six systems: how often the target was hit, whether the answer trains, and the worst error of the gradient."""
+    errors = json.loads((RESULTS / "loop.json").read_text())["gradient_errors"]
+    found = policies(document)
+    lines = ["| | target hit exactly | answer trains | worst gradient error |", "| --- | --- | --- | --- |"]
+    for shown, searched, looped in _BOTH:
+        each, worst = found[searched], max(errors[looped].values())
+        lines.append(
+            f"| {shown} | {each['exact']} of {each['targets']} | {each['trains']} of {each['asked']} | {f'{worst:.2f}' if worst > 1e-3 else f'{worst:.0e}'} |"
+        )
+    return "\n".join(lines)
+
+
 TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] = {
+    "summary": ("side_by_side.json", summary, (*SEARCHING, "benchmarks/simulated.py", "benchmarks/contestant.py", "benchmarks/work.py", "benchmarks/peers")),
     "policy": ("side_by_side.json", policy, (*SEARCHING, "benchmarks/simulated.py", "benchmarks/contestant.py", "benchmarks/work.py", "benchmarks/peers")),
     "real": ("side_by_side.json", real, (*SEARCHING, "benchmarks/networks.py", "benchmarks/contestant.py", "benchmarks/work.py", "benchmarks/peers")),
     "loop": ("loop.json", _loop, ("autoaccum/loop/accumulator.py", "autoaccum/window", "autoaccum/data/prefetch.py")),
@@ -188,7 +213,7 @@ def last_change(*paths: str) -> int:
 
 
 def tables(*, marked: bool = True) -> dict[str, str]:
-    """Every table as it should stand in the README; marked: with the line under those that are older than their code."""
+    """Every table as it should stand in README and docs; marked: with the line under those that are older than their code."""
     found = {}
     for name, (file, make, code) in TABLES.items():
         text = make(json.loads((RESULTS / file).read_text()))
@@ -198,12 +223,25 @@ def tables(*, marked: bool = True) -> dict[str, str]:
     return found
 
 
-def put(readme: str, name: str, table: str) -> str:
-    """The README with a table in its place. Raises `ClickException` where there is none."""
+def pages() -> list[Path]:
+    """The README and the pages of the documentation."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def page_of(name: str) -> Path:
+    """The page with the place of a table. Raises `ClickException` where there is none."""
+    found = next((page for page in pages() if f"<!-- table: {name} -->" in page.read_text()), None)
+    if found is None:
+        raise click.ClickException(f"no page has a place for the table {name!r}: <!-- table: {name} -->")
+    return found
+
+
+def put(text: str, name: str, table: str) -> str:
+    """A page with a table in its place. Raises `ClickException` where there is none."""
     place = re.compile(rf"(<!-- table: {re.escape(name)} -->\n)(?:(?!<!-- table).)*?(<!-- end of table -->)", re.S)
-    if not place.search(readme):
-        raise click.ClickException(f"README.md has no place for the table {name!r}: <!-- table: {name} -->")
-    return place.sub(lambda found: found[1] + table + "\n" + found[2], readme)
+    if not place.search(text):
+        raise click.ClickException(f"no page has a place for the table {name!r}: <!-- table: {name} -->")
+    return place.sub(lambda found: found[1] + table + "\n" + found[2], text)
 
 
 def pictures(document: dict[str, Any]) -> None:
@@ -270,18 +308,18 @@ def _save(figure: Any, name: str) -> None:
 
 
 @click.command()
-@click.option("--check", is_flag=True, help="Change nothing; fail where the README does not say what the results say.")
+@click.option("--check", is_flag=True, help="Change nothing; fail where README and docs do not say what the results say.")
 def main(check: bool) -> None:
-    readme = ROOT / "README.md"
-    text = readme.read_text()
     for name, made in tables(marked=not check).items():
+        page = page_of(name)
+        text = page.read_text()
         if check and made not in text:
-            raise click.ClickException(f"README.md's table {name!r} is not that of the results: run python benchmarks/report.py")
+            raise click.ClickException(f"{page.name}'s table {name!r} is not that of the results: run python benchmarks/report.py")
         if name in ("policy", "real", "loop") and not check:
             click.echo(f"{made}\n")
-        text = put(text, name, made)
+        if not check:
+            page.write_text(put(text, name, made))
     if not check:
-        readme.write_text(text)
         pictures(json.loads((RESULTS / "side_by_side.json").read_text()))
 
 

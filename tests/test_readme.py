@@ -1,4 +1,4 @@
-"""What the README shows is true: its commands run, its outputs are real, its code works."""
+"""What README and pages show is true: commands run, outputs are real, code works."""
 
 import json
 import re
@@ -11,11 +11,14 @@ import pytest
 from autoaccum.simulate import profiles
 from tests.command_line import ROOT, autoaccum
 
-TEXT = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text()
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+TEXT = README + "".join(page.read_text() for page in PAGES)
 
 
 def blocks(kind):
-    return re.findall(rf"```{kind}\n(.*?)```", TEXT, re.S)
+    """The blocks of README and pages; a page's own code is run by `test_docs.py`."""
+    return re.findall(rf"```{kind}\n(.*?)```", README if kind in ("python", "sh") else TEXT, re.S)
 
 
 def skeleton(text):
@@ -63,7 +66,9 @@ def test_every_command_and_file_that_is_named_exists():
 
 
 def test_every_flag_that_is_named_exists():
-    known = "".join(autoaccum(name, "--help").stdout for name in ("tune", "check", "train", "estimate", "fleet")) + " --batch-size --accum --max-steps"
+    known = (
+        "".join(autoaccum(name, "--help").stdout for name in ("tune", "check", "train", "estimate", "fleet", "selfcheck")) + " --batch-size --accum --max-steps"
+    )
     for flag in set(re.findall(r"--[a-z][a-z-]+", TEXT)):
         assert flag in known, flag
 
@@ -95,8 +100,10 @@ def test_what_became_of_the_longest_sample_is_of_the_committed_run():
 
 
 def test_pictures_that_are_shown_are_there():
-    for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", TEXT):
-        assert (ROOT / path).read_bytes()[:4] == b"\x89PNG"
+    found = [path for page in PAGES for path in re.findall(r"!\[[^\]]+\]\(([^)]+)\)", page.read_text())]
+    assert found
+    for path in found:
+        assert (ROOT / "docs" / path).read_bytes()[:4] == b"\x89PNG"
 
 
 def test_the_figures_of_several_ranks_are_those_of_the_committed_runs():
@@ -107,3 +114,11 @@ def test_the_figures_of_several_ranks_are_those_of_the_committed_runs():
     took = {row["ranks"]: f"{row['median_seconds'] * 1000:.0f} ms" for row in fleets["solve"]}
     assert f"10,000 ranks of 64 kinds are shared out in {took[10_000]}, 100,000 in {took[100_000]}" in TEXT
     assert f"are {fleets['against_proportional']['proportional_over_exact_mean']:.2f} times as slow" in TEXT
+
+
+def test_the_readme_is_short_and_pages_are_pages():
+    words = len(re.sub(r"```.*?```", "", README, flags=re.S).split())
+    assert 500 <= words <= 950 and README.count("<!-- table:") == 1, words
+    assert 12 <= len(PAGES) <= 18
+    for page in PAGES:
+        assert page.read_text().startswith("# ") and f"docs/{page.name}" in README, page.name

@@ -1,7 +1,7 @@
 import pytest
 
 from autoaccum.errors import UsageError
-from autoaccum.units import GIB, MIB, in_words, parse_headroom, parse_size, seconds_in_words
+from autoaccum.units import GIB, KIB, MIB, in_words, parse_headroom, parse_size, seconds_in_words, unit_of_all
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,10 @@ def test_figures_are_shown_in_the_unit_that_suits_them():
     assert in_words(12) == "12 B"
     assert in_words(100 * MIB, "GiB") == "0.1 GiB"
     assert [seconds_in_words(s) for s in (0.42, 9.2, 125, 120)] == ["0.4 s", "9 s", "2 min 5 s", "2 min"]
+
+
+def test_sizes_that_are_read_together_share_a_unit_in_which_none_is_nought():
+    assert unit_of_all([14 * GIB, GIB // 2]) == "GiB"
+    assert unit_of_all([14 * GIB, 20 * MIB]) == "MiB"
+    assert unit_of_all([14 * GIB, 0, 3 * KIB]) == "KiB"
+    assert unit_of_all([3 * MIB, 100]) == "KiB" and unit_of_all([]) == "B"

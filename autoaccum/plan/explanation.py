@@ -9,7 +9,7 @@ from html import escape
 from autoaccum.distributed import Fleet
 from autoaccum.plan.notation import runs, window_notation
 from autoaccum.plan.record import PlanRecord, TrialRecord
-from autoaccum.units import duration_in_words, in_words, number, seconds_in_words, unit_for
+from autoaccum.units import duration_in_words, in_words, number, seconds_in_words, unit_for, unit_of_all
 
 _OUTCOMES = {
     "oom": "ran out in {phase}",
@@ -82,7 +82,7 @@ def over_ranks(fleet: Fleet) -> Iterator[str]:
 
 
 def _why(plan: PlanRecord) -> str:
-    unit = unit_for(plan.budget_bytes)
+    unit = _unit(plan)
     if plan.peak_bytes is None or plan.spare_bytes is None:
         parts = [f"{plan.micro_batch} ran within {in_words(plan.budget_bytes, unit)}"]
     else:
@@ -148,8 +148,13 @@ def _between(plan: PlanRecord) -> str:
     return str(first) if first == last else f"{first} {'and' if last == first + 1 else 'to'} {last}"
 
 
+def _unit(plan: PlanRecord) -> str:
+    """One unit for both lines of figures: none of them is printed as nought."""
+    return unit_of_all([plan.budget_bytes, plan.spare_bytes or 0, *(bytes_ for bytes_, word in plan.arithmetic if word != "gradient buckets")])
+
+
 def _budget(plan: PlanRecord) -> str:
-    unit = unit_for(plan.budget_bytes)
+    unit = _unit(plan)
     terms = [f"{number(bytes_, unit)} {word}" for bytes_, word in plan.arithmetic if word != "gradient buckets" or float(number(bytes_, unit))]
     parts = [f"{number(plan.budget_bytes, unit)} = {' - '.join(terms)}"] if terms else []
     if plan.shapes:

@@ -33,9 +33,8 @@ class Estimates:
         lines = [
             f"{self.target_batch} samples a step of {self.job}"
             + (f", simulated at {shape_text}" if shape_text else "")
-            + "; from weights on what is held at the peak"
+            + "; the columns from weights on break down the memory at the peak (rest: workspaces, the optimizer's temporaries, fragmentation)"
         ]
-        lines[0] += ", the rest being workspaces, a step's own, and free between blocks"
         lines.append("".join(f"{title:<{width}}" for title, width in _TABLE).rstrip())
         lines += [_row(estimate) for estimate in self.gpus]
         for estimate in self.gpus:
