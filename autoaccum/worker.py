@@ -48,7 +48,7 @@ def main(receive: int, send: int, parent: int) -> None:
 
 def _serve(setup: dict[str, Any], requests: Any, reply: Callable[[dict[str, Any]], None]) -> None:
     sys.path[:] = [*sys.path, *(folder for folder in setup["path"] if folder not in sys.path)]
-    source = Source(**{**setup["source"], "argv": tuple(setup["source"]["argv"])})
+    source = Source(**{**setup["source"], "argv": tuple(setup["source"]["argv"]), "changes": tuple(setup["source"]["changes"])})
     sys.argv = [source.parts[0], *source.argv]
     from autoaccum import devices
     from autoaccum.probe import rehearsing  # imports torch, which the parent does not need
@@ -71,12 +71,12 @@ def _serve(setup: dict[str, Any], requests: Any, reply: Callable[[dict[str, Any]
 def _simulation(source: Source, setup: dict[str, Any], limits: Limits, on_phase: PhaseCallback) -> Any:
     from autoaccum.simulate import profiles
     from autoaccum.trace import fake_cuda, quieten_torch
-    from autoaccum.virtual import simulation, without_memory
+    from autoaccum.virtual import changes, simulation, without_memory
 
     card = profiles.load(setup["device"].removeprefix("virtual:"))
     quieten_torch()
     with without_memory():
-        jobs = as_jobs(load(source, device="cpu"))
+        jobs = changes.changed(as_jobs(load(source, device="cpu")), source.changes)
     approximate = setup["approximate"]
     if not approximate:
         on_phase("self-test", 0)

@@ -16,10 +16,10 @@ DOORSTEP = ["version", "errors", "units", "oom", "doors", "files"]
 ROOMS = [
     "data",
     "simulate",
-    "trace",
     "devices",
     "distributed",
     "window",
+    "trace",
     "plan",
     "probe",
     "command",

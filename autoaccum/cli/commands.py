@@ -11,6 +11,7 @@ import sys
 import traceback as traces
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -172,6 +173,9 @@ def train(rest: list[str] | None, /, epochs: int, **given: Any) -> None:
 @click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of the budget free.")
 @click.option("--max-micro-batch", type=int, metavar="M", help="Consider no larger micro-batch.")
 @click.option("--equal", is_flag=True, help="Equal micro-batches only, as most frameworks need.")
+@click.option("--what-if", is_flag=True, help="Also trace it with changes that make it need less memory.")
+@click.option("--length", type=int, metavar="TOKENS", help="Tokens of a sample, for hf:config.json.")
+@click.option("--lora", metavar="r=16[,alpha=32,targets=q_proj+v_proj]", help="Train LoRA matrices alone, for hf:config.json.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated.")
 @click.option(
     "--timeline", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE", help=".png, .svg, .pdf: a picture. .pickle: for PyTorch's memory viewer."
@@ -191,6 +195,9 @@ def estimate(
     headroom: str,
     max_micro_batch: int | None,
     equal: bool,
+    what_if: bool,
+    length: int | None,
+    lora: str | None,
     settings: tuple[str, ...],
     timeline: Path | None,
     as_json: bool,
@@ -217,12 +224,19 @@ def estimate(
         timeline_picture.ready(timeline)
     names = profiles.names() if all_gpus else list(gpus)
     request = Request(target_batch, None, headroom, max_micro_batch, equal)
+    if what_if and len(names) > 4:
+        raise UsageError(f"--what-if traces nine changed jobs for each card: name up to four cards with --gpu, not {len(names)}")
+    of_configuration = {name: value for name, value in (("length", length), ("lora", lora)) if value is not None}
+    if of_configuration and not (job or "").startswith("hf:"):
+        raise UsageError(f"--{' and --'.join(of_configuration)} belong to JOB hf:path/to/config.json: give your own job's with --set")
+    source = parse_source(job, settings, rest or ())
     estimates = estimate_source(
-        parse_source(job, settings, rest or ()),
+        replace(source, settings={**source.settings, **of_configuration}),
         request,
         names,
         on_output=write_nothing if quiet else write_stderr,
         timeline=gpus[0] if timeline is not None else None,
+        what_if=what_if,
     )
     click.echo(report.as_json(estimates.as_dict()) if as_json else estimates.explain())
     if output is not None:

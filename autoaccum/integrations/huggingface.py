@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from types import MethodType
 from typing import Any
@@ -25,6 +25,7 @@ from autoaccum.integrations.module_attributes import attributes_kept, own_attrib
 from autoaccum.plan import Plan, framework_arguments
 from autoaccum.probe import COMPARED_SAMPLES, compare_values
 from autoaccum.tuner import tune as tune_in_place
+from autoaccum.virtual import Estimates, estimator
 from autoaccum.window import Job, RngState
 
 
@@ -96,6 +97,52 @@ def tune(
         rng.put_back()
     trainer._autoaccum_compared = plan.job_fingerprint
     return plan
+
+
+def estimate(
+    trainer: Any,
+    *,
+    target_batch: int,
+    gpus: Sequence[str] | str | None = None,
+    max_length: int | None = None,
+    length: lengths.Length | None = None,
+    **request: Any,
+) -> Estimates:
+    """Estimates a `transformers.Trainer` on cards that are not here, in a copy of this process: the Trainer does not change.
+
+    The job is the Trainer's: its model, loss, collator, optimizer, precision, clipping and activation checkpointing, and the longest samples of
+    its training set. gpus, request: as in `autoaccum.estimate`. max_length, length: as in `tune`.
+    Raises `UsageError` for trainers that generate, and what `autoaccum.estimate` raises.
+    """
+    needed("transformers", "huggingface")
+    check_trainer(trainer)
+    if rollouts.generates(trainer):
+        raise UsageError(f"{type(trainer).__name__} generates what it trains on, which has no memory here: tune on a real card")
+
+    def make_job() -> Job:
+        args, model = trainer.args, trainer.model
+        model.train()
+        _checkpoint(args, model)
+        if trainer.optimizer is None:
+            trainer.create_optimizer()
+        make_batch, collate = trainer_samples.longest(trainer, max_length, length)
+        trainer._prepare_inputs = lambda inputs: inputs  # they are on the simulated card already
+        trainer.compute_loss_context_manager = nullcontext  # the job's autocast is the card's
+        precision = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else None
+        if precision is not None:
+            model.forward = convert_outputs_to_fp32(model.forward)  # as `accelerator.prepare` does
+        return Job(
+            model,
+            getattr(trainer.optimizer, "optimizer", trainer.optimizer),
+            _loss_of(trainer, collate),
+            make_batch,
+            scaler=torch.amp.GradScaler("cpu") if args.fp16 else None,
+            autocast=precision,
+            max_grad_norm=args.max_grad_norm or None,
+        )
+
+    convert_outputs_to_fp32 = needed("accelerate", "accelerate").utils.convert_outputs_to_fp32
+    return estimator.estimate(make_job, target_batch=target_batch, gpus=gpus, **request)
 
 
 def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = None) -> None:

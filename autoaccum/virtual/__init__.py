@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
-    from autoaccum.virtual import forecaster, simulation
+    from autoaccum.virtual import changes, estimator, forecaster, simulation
     from autoaccum.virtual.empty_weights import without_memory
     from autoaccum.virtual.estimate import Estimate, Estimates
     from autoaccum.virtual.estimator import estimate_source

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from autoaccum.plan import window_notation
 from autoaccum.units import in_words, number, unit_for
+from autoaccum.virtual.changes import WhatIf
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,7 @@ class Estimates:
     """Estimates of one job on several cards, in the order of the request.
 
     gpus: one `Estimate` for each card. seconds: the time that the estimates took. tape: the tape of one card's window, if requested.
+    what_if: by card, the job with changes that make it need less memory, if requested; the quickest first.
     """
 
     job: str
@@ -22,6 +24,7 @@ class Estimates:
     gpus: tuple[Estimate, ...]
     seconds: float
     tape: dict[str, Any] | None = field(default=None, repr=False)
+    what_if: dict[str, tuple[WhatIf, ...]] = field(default_factory=dict)
 
     def __str__(self) -> str:
         return self.explain()
@@ -38,7 +41,9 @@ class Estimates:
         lines.append("".join(f"{title:<{width}}" for title, width in _TABLE).rstrip())
         lines += [_row(estimate) for estimate in self.gpus]
         for estimate in self.gpus:
-            lines += _notes_on(estimate)
+            lines += _notes_on(estimate, traced=estimate.gpu in self.what_if)
+        for gpu, rows in self.what_if.items():
+            lines += _changed(gpu, rows)
         lines += [f"warning: {warning}" for warning in dict.fromkeys(warning for estimate in self.gpus for warning in estimate.warnings)]
         lines += [f"margin: {margin}" for margin in dict.fromkeys(estimate.margin for estimate in self.gpus)]
         guessed = sorted({name for estimate in self.gpus for name in estimate.estimated if name in ("total_bytes", "context_bytes", "cublas_workspace_bytes")})
@@ -55,6 +60,7 @@ class Estimates:
             "target_batch": self.target_batch,
             "gpus": [estimate.as_dict() for estimate in self.gpus],
             "seconds": self.seconds,
+            **({"what_if": {gpu: [asdict(row) for row in rows] for gpu, rows in self.what_if.items()}} if self.what_if else {}),
         }
 
 
@@ -85,12 +91,23 @@ def _row(estimate: Estimate) -> str:
     return "".join(f"{cell:<{max(width, len(cell) + 1)}}" for cell, (_, width) in zip(cells, _TABLE)).rstrip()
 
 
-def _notes_on(estimate: Estimate) -> Iterator[str]:
+def _changed(gpu: str, rows: Sequence[WhatIf]) -> Iterator[str]:
+    """The table of a job with changes, each traced."""
+    yield f"{gpu}, what if: each traced; time is the arithmetic of a sample at the card's rates beside the job's as it is, the least that can be expected"
+    for row in rows:
+        plan = window_notation(row.micro_batches) if row.fits else "does not fit"
+        yield f"  {row.words:<64}{plan:<22}{in_words(row.peak_bytes):<11}time x {row.times:.2f}"
+    if not rows:
+        yield "  the job can have none of the changes that are known"
+
+
+def _notes_on(estimate: Estimate, *, traced: bool = False) -> Iterator[str]:
     if not estimate.fits:
         need, there = in_words(estimate.peak_bytes), in_words(estimate.budget_bytes)
         close = " by the simulation, which may be off by more than what is left" if estimate.peak_bytes <= estimate.budget_bytes else ""
         yield f"{estimate.gpu}: the smallest micro-batch needs {need} of {there}{close}"
-        yield from (f"  with {change}" for change in estimate.advice)
+        if not traced:  # figures by parts of the breakdown, where the changed job itself was not traced
+            yield from (f"  with {change}" for change in estimate.advice)
     elif estimate.largest_micro_batch is not None and estimate.hard_largest_micro_batch is not None:
         flushed = estimate.hard_largest_micro_batch
         more = f", {flushed} if the allocator flushes its cache on the way, which is slow" if flushed > estimate.largest_micro_batch else ""

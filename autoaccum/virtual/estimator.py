@@ -17,6 +17,7 @@ from autoaccum.errors import JobError, UsageError, as_document, from_document
 from autoaccum.probe import Child, Limits, Request, die_with_parent
 from autoaccum.simulate import profiles
 from autoaccum.units import in_words, parse_headroom
+from autoaccum.virtual import changes
 from autoaccum.virtual.estimate import Estimate, Estimates
 from autoaccum.window import Source, parse_source
 
@@ -31,25 +32,30 @@ def estimate(
     headroom: int | str = "3%",
     max_micro_batch: int | None = None,
     equal: bool = False,
+    what_if: bool = False,
 ) -> Estimates:
     """Estimates a job on cards that are not here: if it fits, its plan, its peak, and a breakdown of the memory.
 
     job: `"train.py:make_job"`, or a function that builds the `Job` (or a list of jobs). The function runs in a copy of this
     process, so this process does not change.
     gpus: a name or a size (`"t4"`, `"24GiB"`), or a list of them; None for all known cards.
+    what_if: also trace the job with changes that make it need less memory: bfloat16 autocast, blocks checkpointed, a fused optimizer, LoRA, half
+    the length, and several of them. For a job's file; `Estimates.what_if` has them by card.
     The other keywords are those of `tune`.
 
     Raises `UsageError` for an unknown card, `ProfileError` for an invalid data file, `JobError` for a job that cannot be traced.
     """
     request = Request(target_batch, None, headroom, max_micro_batch, equal)
     names = [gpus] if isinstance(gpus, str) else profiles.names() if gpus is None else list(gpus)
+    if callable(job) and what_if:
+        raise UsageError("what_if=True builds the job several times, each in a process of its own: give the job's file, 'train.py:make_job'")
     if callable(job):
         return _forked(job, request, names)
     if not isinstance(job, (str, Source)):
         raise UsageError(
             f"estimate needs a function that builds the job, or its file ('train.py:make_job'), not a {type(job).__name__}: the job itself is torn apart"
         )
-    return estimate_source(job, request, names)
+    return estimate_source(job, request, names, what_if=what_if)
 
 
 def estimate_source(
@@ -60,11 +66,12 @@ def estimate_source(
     on_output: Callable[[str], None] | None = None,
     timeline: str | None = None,
     buckets: bool = False,
+    what_if: bool = False,
 ) -> Estimates:
     """Does the same as `estimate`, for a job that a file builds.
 
     on_output: called with the text that the job prints. timeline: the card whose window is also returned as a tape.
-    buckets: True to keep memory free for the gradient buckets of DistributedDataParallel.
+    buckets: True to keep memory free for the gradient buckets of DistributedDataParallel. what_if: as in `estimate`.
     """
     started = time.monotonic()
     _check_cards(names, request)
@@ -78,7 +85,28 @@ def estimate_source(
         if timeline is not None:
             chosen = _estimate_card(child, timeline, request, len(names))
             tape = child.simulated("tape", sizes=list(chosen.micro_batches))
-    return Estimates(origin.label, request.samples, tuple(estimates), round(time.monotonic() - started, 3), tape)
+    found = _what_if(origin, request, names, replace(request.limits, buckets=buckets)) if what_if else {}
+    return Estimates(origin.label, request.samples, tuple(estimates), round(time.monotonic() - started, 3), tape, found)
+
+
+def _what_if(origin: Source, request: Request, names: Sequence[str], limits: Limits) -> dict[str, tuple[changes.WhatIf, ...]]:
+    """By card: the job with each set of changes that it can have, traced, the quickest first and those that do not fit last."""
+    found: dict[str, list[changes.WhatIf]] = {name: [] for name in names}
+
+    def tried(wanted: tuple[str, ...]) -> None:
+        try:
+            with Child(replace(origin, changes=wanted), f"virtual:{names[0]}", limits) as child:
+                for name in names:
+                    card, told = profiles.load(name), _estimate_card(child, name, request, _DETAILED + 1)
+                    fp32, half = card.flops.get("fp32"), card.flops.get("bf16") or card.flops.get("fp16")
+                    rate = half.value / fp32.value if fp32 and half else 1.0
+                    found[name].append(changes.WhatIf(wanted, told.fits, told.micro_batches, told.peak_bytes, changes.times(wanted, rate)))
+        except (UsageError, JobError):  # the job has it already, or cannot have it
+            return
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(tried, changes.TRIED))
+    return {name: tuple(sorted(rows, key=lambda row: (not row.fits, row.times, row.peak_bytes))) for name, rows in found.items()}
 
 
 def _side_by_side(origin: Source, request: Request, names: Sequence[str], limits: Limits, on_output: Callable[[str], None] | None) -> tuple[Estimate, ...]:

@@ -12,9 +12,7 @@ from autoaccum.data import batches
 from autoaccum.errors import JobError, noted
 from autoaccum.probe import in_eval_mode
 from autoaccum.simulate import AttentionCall, Card, Tape
-from autoaccum.trace import PhantomMode, Tracer, last_line, quieten_transformers, recording
-from autoaccum.virtual.draws import Draws
-from autoaccum.virtual.substitution import Substitution
+from autoaccum.trace import Draws, PhantomMode, Substitution, Tracer, last_line, quieten_transformers, recording
 from autoaccum.window import Job, accumulation
 
 _TEMPLATE = 2  # samples of the real batch that shows the shapes

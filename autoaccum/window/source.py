@@ -20,20 +20,23 @@ from autoaccum.errors import JobError, UsageError, in_brief
 from autoaccum.window.job import Job, as_jobs
 
 DEMO = "autoaccum.cli.demo:make_job"
+CONFIGURATION = "hf:"  # before the path of a configuration file of Transformers
 
 
 @dataclass(frozen=True)
 class Source:
-    """The place of a job: `file.py[:make_job]` or `package.module[:make_job]`, with its arguments.
+    """The place of a job: `file.py[:make_job]`, `package.module[:make_job]` or `hf:config.json`, with its arguments.
 
     settings: keyword arguments of the function, read as Python literals where they are some. argv: what the file sees as `sys.argv[1:]`.
     texts: the settings as they were written. Which of the two the function gets depends on what it takes.
+    changes: of the job, once it is built, for a simulated card (`virtual.changes`).
     """
 
     where: str
     settings: dict[str, Any] = field(default_factory=dict)
     argv: tuple[str, ...] = ()
     texts: dict[str, str] = field(default_factory=dict)
+    changes: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
@@ -43,11 +46,15 @@ class Source:
     @property
     def parts(self) -> tuple[str, str]:
         """The file or module, and the name of the function in it."""
+        if self.where.startswith(CONFIGURATION):
+            return "autoaccum.integrations.config_job", "make_job"
         place, _, function = self.where.rpartition(":") if ":" in self.where else (self.where, "", "")
         return place, function or "make_job"
 
     def digest(self) -> str:
         """Hash of the file's text, 16 hex digits; "" for a module, whose file is not known before the import."""
+        if self.where.startswith(CONFIGURATION):
+            return hashlib.sha256(_configuration(self.where).read_bytes()).hexdigest()[:16]
         place, _ = self.parts
         return hashlib.sha256(Path(place).read_bytes()).hexdigest()[:16] if place.endswith(".py") else ""
 
@@ -72,6 +79,8 @@ def parse_source(where: str | None, settings: Iterable[str] = (), argv: Iterable
             values[name] = ast.literal_eval(value)
         except (ValueError, SyntaxError, MemoryError, RecursionError):
             values[name] = value
+    if where is not None and where.startswith(CONFIGURATION):
+        return Source(where, {**values, "config": str(_configuration(where))}, tuple(argv), texts)
     source = Source(DEMO if where in (None, "demo") else where, values, tuple(argv), texts)
     place, function = source.parts
     if not function.isidentifier():
@@ -82,6 +91,15 @@ def parse_source(where: str | None, settings: Iterable[str] = (), argv: Iterable
     elif "/" in place or not all(part.isidentifier() for part in place.split(".")):
         raise UsageError(f"JOB {in_brief(place)} is neither a .py file nor a module's dotted name: write file.py:make_job or package.module:make_job")
     return source
+
+
+def _configuration(where: str) -> Path:
+    """The file that `hf:path` names. Raises `UsageError` if it is not there."""
+    path = Path(where.removeprefix(CONFIGURATION))
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise UsageError(f"there is no file {in_brief(path)}: JOB is hf:path/to/config.json, a configuration file of Transformers, or its folder")
+    return path
 
 
 def load(where: Source | str, *, device: str | None = None) -> Job | Sequence[Job]:

@@ -1,0 +1,175 @@
+"""What would make a job fit: the same job with one thing or several changed, to be traced like any other.
+
+torch is imported only where a job is changed: the process that asks does without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from autoaccum.errors import UsageError, in_brief
+
+if TYPE_CHECKING:
+    import torch
+
+    from autoaccum.window import Job
+
+# Names of changes that are tried together, those that cost the least first.
+TRIED: tuple[tuple[str, ...], ...] = (
+    ("bf16",),
+    ("fused",),
+    ("checkpointing",),
+    ("bf16", "checkpointing"),
+    ("lora",),
+    ("lora", "checkpointing"),
+    ("lora", "bf16", "checkpointing"),
+    ("half-length",),
+    ("lora", "bf16", "checkpointing", "half-length"),
+)
+IN_WORDS = {
+    "bf16": "bfloat16 autocast", "fused": "a fused optimizer", "checkpointing": "blocks checkpointed", "lora": "frozen base with LoRA (r=16)", "half-length": "half the length",
+}  # fmt: skip
+_FEWEST_BLOCKS = 2
+_SHORTEST = 8  # a dimension that is shorter is no length
+
+
+class NotApplicable(UsageError):
+    """The job has this change already, or cannot have it."""
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """A changed job on a card. changes: names of `IN_WORDS`. times: the arithmetic of a sample, as a multiple of the unchanged job's."""
+
+    changes: tuple[str, ...]
+    fits: bool
+    micro_batches: tuple[int, ...]
+    peak_bytes: int
+    times: float
+
+    @property
+    def words(self) -> str:
+        return " + ".join(IN_WORDS[change] for change in self.changes)
+
+
+def changed(jobs: Sequence[Job], names: Sequence[str]) -> tuple[Job, ...]:
+    """The jobs with these changes. Their models change in place. Raises `NotApplicable` with the reason."""
+    for name in names:
+        if name not in _CHANGES:
+            raise UsageError(f"there is no change {in_brief(name)}: {', '.join(_CHANGES)}")
+        jobs = tuple(_CHANGES[name](job) for job in jobs)
+    return tuple(jobs)
+
+
+def times(names: Sequence[str], half_rate: float) -> float:
+    """The arithmetic of a sample, as a multiple of the unchanged job's: forward counts 1 and backward 2.
+
+    half_rate: how many times as fast the card computes in half precision. Checkpointing runs forward once more; with a frozen base, backward
+    computes no gradients of weights (Hu et al. 2021, arXiv 2106.09685).
+    """
+    forward, backward = 1.0, 1.0 if "lora" in names else 2.0
+    total = forward * (2 if "checkpointing" in names else 1) + backward
+    return total / 3 / (half_rate if "bf16" in names else 1.0) / (2 if "half-length" in names else 1)
+
+
+def _bf16(job: Job) -> Job:
+    if job.autocast is not None or all(parameter.element_size() <= 2 for parameter in job.model.parameters()):
+        raise NotApplicable("the job computes in half precision already")
+    import torch
+
+    return replace(job, autocast=torch.bfloat16)
+
+
+def _fused(job: Job) -> Job:
+    for optimizer in job.optimizers:
+        if "fused" not in optimizer.defaults or optimizer.defaults["fused"]:
+            raise NotApplicable(f"{type(optimizer).__name__} has no fused form, or is fused already")
+        for group in optimizer.param_groups:
+            group["fused"], group["foreach"] = True, None
+        optimizer.defaults["fused"] = True
+    return job
+
+
+def _checkpointing(job: Job) -> Job:
+    model: Any = job.model
+    if any(getattr(each, "gradient_checkpointing", False) is True for each in model.modules()):
+        raise NotApplicable("blocks are checkpointed already")
+    if hasattr(model, "gradient_checkpointing_enable") and getattr(model, "supports_gradient_checkpointing", True):
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        return job
+    blocks = _repeated(model)
+    if not blocks:
+        raise NotApplicable("the model has no repeated blocks")
+    for block in blocks:
+        block.forward = _again(block.forward)
+    return job
+
+
+def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+    from torch.utils.checkpoint import checkpoint
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **kwargs) if torch.is_grad_enabled() else forward(*args, **kwargs)
+
+    return run
+
+
+def _repeated(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The outermost blocks of one class that stand side by side in a `ModuleList` or `Sequential`."""
+    import torch
+
+    found: list[torch.nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():
+        if id(module) in inside or not isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)):
+            continue
+        children = list(module)
+        kinds = {type(child) for child in children}
+        if len(children) >= _FEWEST_BLOCKS and len(kinds) == 1 and any(True for _ in children[0].children()):
+            found += children
+            inside |= {id(each) for child in children for each in child.modules()}
+    return found
+
+
+def _lora(job: Job) -> Job:
+    model: Any = job.model
+    if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
+        raise NotApplicable("LoRA is tried for models of Transformers")
+    if any("lora_" in name for name, _ in model.named_parameters()):
+        raise NotApplicable("the model has LoRA matrices already")
+    try:
+        import peft
+    except ImportError:
+        raise NotApplicable("LoRA needs peft: pip install peft") from None
+    if len(job.optimizers) != 1:
+        raise NotApplicable("LoRA is tried with one optimizer")
+    try:
+        adapted = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise NotApplicable(f"PEFT cannot adapt this model: {str(error)[:100]}") from None
+    adapted.enable_input_require_grads()
+    optimizer = job.optimizers[0]
+    options = {
+        name: value
+        for name, value in optimizer.defaults.items()
+        if name in ("lr", "betas", "eps", "weight_decay", "momentum", "fused", "foreach") and value is not None
+    }
+    trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    return replace(job, model=adapted.train(), optimizer=type(optimizer)(trained, **options))
+
+
+def _half_length(job: Job) -> Job:
+    from autoaccum.data import batches
+
+    batch = job.batch_of(2)
+    lengths = {tensor.shape[1] for _, tensor in batches.tensors(batch) if tensor.dim() == 2 and not tensor.is_floating_point()}
+    if len(lengths) != 1 or (length := lengths.pop()) < _SHORTEST:
+        raise NotApplicable("the batch has no length: integers of one second dimension")
+    halved = batches.changed(batch, lambda tensor: tensor[:, : length // 2].clone() if tensor.dim() >= 2 and tensor.shape[1] == length else tensor)
+    return replace(job, batch=halved)
+
+
+_CHANGES: dict[str, Callable[[Job], Job]] = {"bf16": _bf16, "fused": _fused, "checkpointing": _checkpointing, "lora": _lora, "half-length": _half_length}

@@ -1,0 +1,110 @@
+"""What would make it fit: the job with a change is traced, and is what tracing the changed job by hand gives."""
+
+import json
+
+import pytest
+
+import autoaccum
+from autoaccum.virtual import changes
+from tests import command_line
+from tests.simulated import in_a_process
+
+JOB = """
+import torch, autoaccum
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+
+class Block(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.body = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+class Net(nn.Module):
+    def __init__(self, width, again):
+        super().__init__()
+        self.again, self.embed, self.blocks, self.head = again, nn.Embedding(100, width), nn.ModuleList(Block(width) for _ in range(6)), nn.Linear(width, 100)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.again else block(x)
+        return self.head(x)
+
+
+def make_job(width: int = 128, again: bool = False, bf16: bool = False, fused: bool = False, length: int = 64):
+    model = Net(width, again)
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused or None)
+    ids = torch.zeros(2, length, dtype=torch.long)
+    return autoaccum.Job(model, optimizer, lambda m, b: nn.functional.cross_entropy(m(b).flatten(0, 1), b.flatten()), ids, autocast=torch.bfloat16 if bf16 else None)
+"""
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    path = tmp_path_factory.mktemp("what_if") / "train.py"
+    path.write_text(JOB)
+    return f"{path}:make_job"
+
+
+def estimated(job, *more):
+    told = command_line.autoaccum("estimate", job, "-b", 4096, "-g", "2GiB", "--json", *more)
+    assert told.returncode in (0, 3), told.stderr
+    return json.loads(told.stdout)
+
+
+def test_a_changed_job_is_what_the_job_changed_by_hand_is_and_the_quickest_comes_first(job):
+    told = estimated(job, "--what-if")
+    rows = {tuple(row["changes"]): row for row in told["what_if"]["2GiB"]}
+    assert set(rows) == {("bf16",), ("fused",), ("checkpointing",), ("bf16", "checkpointing"), ("half-length",)}  # LoRA is for Transformers
+    by_hand = {
+        ("bf16", "checkpointing"): ("--set", "again=true", "--set", "bf16=true"),
+        ("fused",): ("--set", "fused=true"),
+        ("half-length",): ("--set", "length=32"),
+    }
+    for names, settings in by_hand.items():
+        card = estimated(job, *settings)["gpus"][0]
+        assert rows[names]["micro_batches"] == card["micro_batches"], names
+        assert rows[names]["peak_bytes"] == pytest.approx(card["peak_bytes"], rel=0.01), names
+    order = [row["times"] for row in told["what_if"]["2GiB"] if row["fits"]]
+    assert order == sorted(order)
+    assert len(rows["checkpointing",]["micro_batches"]) < told["gpus"][0]["accumulation_steps"]
+
+
+def test_the_table_is_in_words_and_guesses_give_way_to_what_was_traced(job):
+    told = command_line.autoaccum("estimate", job, "-b", 4096, "-g", "270MiB", "--headroom", "1MiB", "--set", "width=1024", "--what-if")
+    assert told.returncode == 3, told.stderr
+    assert "what if: each traced" in told.stdout and "blocks checkpointed" in told.stdout and "activations about a third" not in told.stdout
+
+
+def test_relative_times_count_forward_and_backward():
+    assert changes.times(("checkpointing",), 2.0) == pytest.approx(4 / 3)
+    assert changes.times(("lora",), 2.0) == pytest.approx(2 / 3)
+    assert changes.times(("lora", "bf16", "checkpointing", "half-length"), 2.0) == pytest.approx(1 / 4)
+
+
+def test_a_change_that_the_job_has_already_is_left_out_and_an_unknown_one_is_refused():
+    told = in_a_process(
+        """
+from autoaccum.virtual import changes
+def refused(job, *names):
+    try: changes.changed([job], names)
+    except autoaccum.UsageError as error: return str(error)
+told = [refused(mlp(autocast=torch.bfloat16), "bf16"), refused(mlp(), "lora"), refused(mlp(), "half-length"), refused(mlp(), "faster")]
+told.append(refused(decoder(again=False), "checkpointing"))
+tell(told)
+"""
+    )
+    assert "half precision already" in told[0] and "Transformers" in told[1] and "no length" in told[2] and "there is no change" in told[3]
+    assert told[4] is None
+
+
+def test_what_if_asks_for_a_file_and_for_few_cards(job):
+    with pytest.raises(autoaccum.UsageError, match="give the job's file"):
+        autoaccum.estimate(lambda: None, target_batch=8, gpus="t4", what_if=True)
+    told = command_line.autoaccum("estimate", job, "-b", 8, "--all-gpus", "--what-if")
+    assert told.returncode == 2 and "name up to four cards" in told.stderr
