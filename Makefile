@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: tune test lint types bench clean
+.PHONY: tune test lint types docs bench clean
 
 tune: $(VENV)/installed
 	@$(BIN)/autoaccum tune --target-batch 120 $(ARGS)
@@ -18,6 +18,10 @@ lint: $(VENV)/tested
 
 types: $(VENV)/tested
 	$(BIN)/mypy
+
+docs: $(VENV)/tested
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet -f site/mkdocs.yml
+	@echo "build/site/index.html"
 
 bench: $(VENV)/tested
 	$(BIN)/python benchmarks/side_by_side.py --again --output benchmarks/results/side_by_side.json

@@ -100,6 +100,8 @@ def test_a_trainer_is_estimated_as_it_stands_and_stays_as_it_is(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.split("told:")[1])
     assert all(each["same"] for each in told.values())
-    assert told["plain"]["parts"]["optimizer"] == pytest.approx(2 * told["plain"]["parts"]["parameters"], rel=0.05) and told["sgd"]["parts"]["optimizer"] < 2**20
+    assert (
+        told["plain"]["parts"]["optimizer"] == pytest.approx(2 * told["plain"]["parts"]["parameters"], rel=0.05) and told["sgd"]["parts"]["optimizer"] < 2**20
+    )
     steps = {name: len(each["sizes"]) for name, each in told.items()}
     assert steps["checkpointed"] < steps["plain"] and steps["bf16"] <= steps["plain"]
