@@ -101,6 +101,21 @@ def devices(as_json: bool) -> None:
     click.echo(report.as_json(report.devices_document(listed)) if as_json else report.devices(listed))
 
 
+@cli.command("report")
+@click.argument("plan", required=False, type=click.Path(dir_okay=False, path_type=Path), metavar="[PLAN.json]")
+def report_of_fault(plan: Path | None) -> None:
+    """What to give with a report of a fault: versions, devices, and a plan if there is one. As one JSON document."""
+    import platform
+
+    from autoaccum import devices as found
+    from autoaccum.plan import Plan
+    from autoaccum.tuner import versions
+
+    told = None if plan is None else Plan.load(plan).as_dict()
+    surroundings = {"python": platform.python_version(), "system": platform.platform(), **versions()}
+    click.echo(report.as_json({**report.devices_document(found.list()), "schema": "autoaccum.report/1", "versions": surroundings, "plan": told}))
+
+
 @cli.command(epilog=_EPILOG)
 @_shared
 @click.option("--evaluate", is_flag=True, help="Also search the largest batch for evaluation: the loss, forward only, with the optimizer's state resident.")

@@ -13,6 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from autoaccum.errors import JobError
 from autoaccum.window import Job
 
+_QUANTISED = ("auto_gptq", "gptqmodel", "awq", "autoawq", "bitsandbytes", "hqq", "quanto", "optimum")
+
 
 class Substitution:
     """Replaces the tensors of jobs permanently. kind: the device type that the new tensors have.
@@ -44,6 +46,11 @@ class Substitution:
 
     def _swap_module(self, root: torch.nn.Module) -> None:
         def visit(module: torch.nn.Module) -> None:  # the same order as Module.to()
+            if type(module).__module__.split(".")[0] in _QUANTISED:
+                raise JobError(
+                    f"{type(module).__name__} keeps its weights packed, and its kernels are not known here: estimate the job with plain weights, which is an upper "
+                    "bound, or tune on a real card"
+                )
             for child in module.children():
                 visit(child)
             for slots in (module._parameters, module._buffers):
@@ -130,19 +137,32 @@ class Substitution:
             return tensor
         if id(tensor) in self._swapped:
             return self._swapped[id(tensor)]
-        if tensor.layout != torch.strided or (type(tensor) not in (torch.Tensor, torch.nn.Parameter) and not isinstance(tensor, torch.nn.Parameter)):
-            raise JobError(f"a {type(tensor).__name__} of layout {tensor.layout} cannot be simulated: tune on a real card")
+        if tensor.layout != torch.strided:
+            raise JobError(f"a tensor of layout {tensor.layout} cannot be simulated: use dense ones, or tune on a real card")
+        if not _is_plain(type(tensor)):
+            raise JobError(
+                f"a {type(tensor).__name__} holds its values in a form of its own (quantised, distributed), which cannot be simulated yet: estimate the job with "
+                "plain weights, which is an upper bound, or tune on a real card"
+            )
         if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
             raise JobError("a parameter has a hook on its gradient, which a simulation would leave out: take it off for the estimate, or tune on a real card")
         blank: torch.Tensor = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self._kind)
         if isinstance(tensor, torch.nn.Parameter):
             blank = torch.nn.Parameter(blank, tensor.requires_grad)
+            if type(tensor) is not torch.nn.Parameter:  # a label of the user's, with what it carries
+                vars(blank).update(vars(tensor))
         elif tensor.is_leaf and tensor.requires_grad:
             blank.requires_grad_()
         self._swapped[id(tensor)] = blank
         self._originals.append(tensor)  # keep the original alive, so that its id is not reused
         (self.late if late else self.resident).append(blank)
         return blank
+
+
+def _is_plain(kind: type) -> bool:
+    """True for a tensor's class that changes nothing of what tensors do."""
+    own = [each for each in kind.__mro__ if each not in torch.nn.Parameter.__mro__ and not each.__module__.startswith("torch.nn.parameter")]
+    return not any(callable(value) or isinstance(value, (staticmethod, classmethod, property)) for each in own for value in vars(each).values())
 
 
 def _names(code: types.CodeType) -> set[str]:

@@ -222,3 +222,31 @@ tell([made.requested_peak(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss 
     peak, resident = in_a_process(code)
     assert peak > 100 * 2**30
     assert resident < 2 * 2**30
+
+
+def test_tensors_of_classes_of_their_own_are_kept_or_refused_and_never_flattened():
+    told = in_a_process(
+        """
+class Labelled(torch.nn.Parameter):
+    "A plain parameter with an attribute."
+class Packed(torch.nn.Parameter):
+    def cuda(self, device=None): return self
+def job(kind):
+    model = nn.Linear(8, 8)
+    model.weight = kind(torch.randn(8, 8))
+    model.weight.lr_scale = 3
+    return autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.1), lambda m, b: m(b).mean() * m.weight.lr_scale, torch.randn(4, 8))
+fake.enable()
+from autoaccum.simulate import Card
+told = [len(phantom.Phantom([job(Labelled)]).tape([(2,)], Card(80)).events) > 5]
+layer = type("WQLinear", (nn.Module,), {"__module__": "awq.modules.linear", "forward": lambda self, x: x})
+try: phantom.Phantom([job(Packed)])
+except autoaccum.JobError as error: told.append(str(error))
+made = job(torch.nn.Parameter)
+made.model.extra = layer()
+try: phantom.Phantom([made])
+except autoaccum.JobError as error: told.append(str(error))
+tell(told)
+"""
+    )
+    assert told[0] is True and told[1].startswith("a Packed holds its values in a form of its own") and told[2].startswith("WQLinear keeps its weights packed")
