@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import difflib
 import functools
+import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +25,7 @@ if sys.version_info >= (3, 11):
 else:  # tomllib is in the standard library from Python 3.11
     import tomli as tomllib
 
+OWN_FOLDER = "AUTOACCUM_PROFILES_DIR"
 BACKENDS = ("cuda", "rocm", "xpu", "mps")
 DTYPES = ("fp32", "tf32", "fp16", "bf16")
 _NUMBERS = ("total_bytes", "context_bytes", "cublas_workspace_bytes", "multiprocessors", "bandwidth_bytes_per_second")
@@ -105,9 +108,34 @@ def folder() -> Path:
     return installed if installed.is_dir() else here.parent / "profiles"
 
 
+def own_folder() -> Path:
+    """The folder of the user's own data files: AUTOACCUM_PROFILES_DIR, or `profiles` in the system's folder for settings."""
+    configured = os.environ.get(OWN_FOLDER)
+    if configured:
+        return Path(configured)
+    import platformdirs
+
+    return Path(platformdirs.user_config_dir("autoaccum")) / "profiles"
+
+
+def _places() -> dict[str, Path]:
+    """The data file of each label. A file of the user's stands for the package's of the same name."""
+    return {path.stem: path for place in (folder(), own_folder()) for path in sorted(place.glob("*.toml"))}
+
+
 def names() -> list[str]:
-    """The labels of all cards, in alphabetical order."""
-    return sorted(path.stem for path in folder().glob("*.toml"))
+    """The labels of all cards, in alphabetical order. A file of the user's own that cannot be read is named in a warning, and left out."""
+    return sorted(name for name, path in _places().items() if path.parent == folder() or _is_sound(str(path)))
+
+
+@functools.cache
+def _is_sound(path: str) -> bool:
+    try:
+        read(Path(path))
+    except ProfileError as error:
+        warnings.warn(f"{error}: the file is left out, mend it in {in_brief(Path(path).parent)}", stacklevel=3)
+        return False
+    return True
 
 
 def load(label: str) -> Profile:
@@ -116,8 +144,7 @@ def load(label: str) -> Profile:
     Raises `UsageError` with the nearest names if the card is unknown, and `ProfileError` if its data file is wrong.
     """
     wanted = label.strip().lower().replace(" ", "-").replace("_", "-")
-    file = folder() / f"{wanted}.toml"
-    if len(wanted) < 100 and re.fullmatch(r"[\w.-]+", wanted) and file.is_file():
+    if (file := _places().get(wanted)) is not None:
         return read(file)
     if re.fullmatch(r"\d+(\.\d+)?-?(b|[kmgt](i?b)?)|\d{8,}", wanted) and not re.fullmatch(
         r"\d{1,7}", wanted
@@ -126,7 +153,7 @@ def load(label: str) -> Profile:
     spellings = _spellings() if len(wanted) < 100 else {}
     labels = spellings.get(wanted, ())
     if len(labels) == 1:
-        return read(folder() / f"{labels[0]}.toml")
+        return read(_places()[labels[0]])
     if labels:
         raise UsageError(f"{label!r} is what the driver calls {' and '.join(labels)}: say which")
     near = sorted((name for name in spellings if wanted and name.startswith(wanted)), key=len) + difflib.get_close_matches(wanted, spellings, n=4, cutoff=0.5)
@@ -158,7 +185,8 @@ def of_size(nbytes: int, label: str = "") -> Profile:
 def _spellings() -> dict[str, tuple[str, ...]]:
     """The labels that each spelling may mean. A file's name or an alias means one card; a driver's name may mean two."""
     labels: dict[str, tuple[str, ...]] = {}
-    cards = [read(folder() / f"{name}.toml") for name in names()]
+    places = _places()
+    cards = [read(places[name]) for name in names()]
     for card in cards:
         for spelling in (card.label, *card.aliases):
             labels[spelling] = (card.label,)

@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from autoaccum.errors import ProfileError, UsageError
@@ -108,3 +112,21 @@ def test_what_is_written_is_what_is_read(tmp_path):
     again = tmp_path / "again" / "card.toml"
     again.write_text(profiles.written(found))
     assert profiles.read(again) == found
+
+
+def test_cards_of_ones_own_are_known_and_a_broken_file_is_named_and_left_out(tmp_path):
+    own = (profiles.folder() / "t4.toml").read_text().replace('"Tesla T4"', '"Our card"').replace('aliases = ["nvidia-t4", "tesla-t4"]', 'aliases = ["ours"]')
+    (tmp_path / "lab-card.toml").write_text(own)
+    (tmp_path / "broken.toml").write_text("name = 3")
+    environment = {**os.environ, "AUTOACCUM_PROFILES_DIR": str(tmp_path)}
+
+    def run(*words):
+        return subprocess.run([sys.executable, "-m", "autoaccum", *words], capture_output=True, text=True, check=False, env=environment)
+
+    listed = run("profiles", "list")
+    assert listed.returncode == 0 and "lab-card" in listed.stdout and "broken" not in listed.stdout
+    assert "broken.toml" in listed.stderr and "left out" in listed.stderr and "Traceback" not in listed.stderr
+    shown = run("profiles", "show", "ours")
+    assert shown.returncode == 0 and "Our card" in shown.stdout
+    refused = run("profiles", "show", "broken")
+    assert refused.returncode == 2 and "broken.toml: backend is None" in refused.stderr
