@@ -131,7 +131,7 @@ def test_the_allocators_settings_count():
 def test_a_named_card_has_its_context_taken_off():
     gpu = autoaccum.VirtualGpu("t4")
     assert gpu.allocator.available_bytes == gpu.profile.total_bytes - gpu.profile.context_bytes
-    assert repr(gpu) == "<VirtualGpu Tesla T4: 0 B of 14.6 GiB reserved>"
+    assert repr(gpu) == "<VirtualGpu Tesla T4: 0 B of 14.4 GiB reserved>"
 
 
 def test_bad_ones_are_told():
