@@ -220,7 +220,10 @@ def estimate(
     quiet: bool,
     traceback: bool,
 ) -> int:
-    """The same plan for GPUs that are not here: simulated, no hardware needed."""
+    """The same plan for GPUs that are not here: simulated, no hardware needed.
+
+    JOB is as in tune, or hf:path/to/config.json: a configuration file of Transformers, without weights.
+    """
     if target_batch is None:
         raise UsageError("Missing option '-b' / '--target-batch': the effective batch")
     if bool(gpus) == all_gpus:
