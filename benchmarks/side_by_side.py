@@ -148,17 +148,24 @@ def main(output: Path, only: tuple[str, ...], again: bool) -> None:
     document |= {"schema": "autoaccum.side_by_side/1", "asked": asked_of_all}
     for part in ("systems", "cannot", "policy", "real", "oracle"):
         document.setdefault(part, {})
-    document["machine"] = {
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "python": platform.python_version(),
-        "cores": os.cpu_count(),
-        "processor": devices.get("cpu").facts.name,
+    now = {
+        "machine": {
+            "machine": platform.machine(),
+            "system": platform.system(),
+            "python": platform.python_version(),
+            "cores": os.cpu_count(),
+            "processor": devices.get("cpu").facts.name,
+        },
+        "when": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
+        "commit": subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip(),
     }
+    document = {**now, **document}  # of the first rows; those that are added later say where and when in "later"
+
+    def measured(system: str) -> None:
+        if any(document[name] != now[name] for name in now):
+            document.setdefault("later", {})[system] = now
 
     def keep() -> None:
-        document["when"] = datetime.now(timezone.utc).strftime("%Y-%m-%d")
-        document["commit"] = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=ROOT, check=False).stdout.strip()
         beside = output.with_suffix(".new")  # a run that is killed leaves a whole file
         beside.write_text(text(document))
         beside.replace(output)
@@ -193,6 +200,7 @@ def main(output: Path, only: tuple[str, ...], again: bool) -> None:
     with ThreadPoolExecutor(os.cpu_count() or 1) as pool:  # its clock is simulated, so that two may run at once
         for system, rows in pool.map(policy, waiting):
             document["policy"][system] = rows
+            measured(system)
             click.echo(f"policy  {system:36} {len(rows)} runs, {sum(bool(row.get('survives')) for row in rows)} survive")
             keep()
         for network in NETWORKS:
@@ -211,6 +219,7 @@ def main(output: Path, only: tuple[str, ...], again: bool) -> None:
                     key: each for found in told(python, name, system, "real", 400, asked) for key, each in found.items()
                 }
                 rows.append(row)
+                measured(system)
                 click.echo(f"real    {system:36} {network:12} {row.get('micro_batch', '-'):>5} of {document['oracle'][network]['largest']}  "
                            f"{row.get('seconds') or 0:6.1f} s  {'survives' if row.get('survives') else 'does not survive'}  {row.get('died') or row.get('refused') or row.get('error') or ''}")  # fmt: skip
                 keep()

@@ -37,6 +37,9 @@ def test_a_command_prints_what_is_shown(block):
     words = [sys.executable if word == "python" else word for word in words[1:]]
     finished = autoaccum(*words)
     printed = finished.stdout if finished.returncode == 0 else finished.stderr.splitlines()[-1]
+    if shown.endswith("...\n"):  # the first lines of it
+        shown = shown.removesuffix("...\n")
+        printed = "".join(printed.splitlines(keepends=True)[: shown.count("\n")])
     assert skeleton(printed) == skeleton(shown)
     assert printed.split("     ")[0].split(";")[0] == shown.split("     ")[0].split(";")[0].rstrip(), "the plan itself is the same"
 
@@ -117,8 +120,8 @@ def test_the_figures_of_several_ranks_are_those_of_the_committed_runs():
 
 
 def test_the_readme_is_short_and_pages_are_pages():
-    words = len(re.sub(r"```.*?```", "", README, flags=re.S).split())
-    assert 500 <= words <= 950 and README.count("<!-- table:") == 1, words
+    words = len(README.split())
+    assert 600 <= words <= 900 and README.count("<!-- table:") == 1, words
     assert 12 <= len(PAGES) <= 18
     for page in PAGES:
         assert page.read_text().startswith("# ") and f"docs/{page.name}" in README, page.name

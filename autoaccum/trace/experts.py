@@ -124,7 +124,11 @@ class Routing:
             return
         if mark.part is None:
             other = next((value for value in args[:2] if _mark_of(value) is not mark), None)
-            names_an_expert = isinstance(other, torch.Tensor) or (isinstance(other, int) and 0 <= other < mark.choice.experts)
+            # Labels of the samples have the shape of their classes: that is no expert.
+            asked = next((value for value in args[:2] if _mark_of(value) is mark), None)
+            names_an_expert = (isinstance(other, torch.Tensor) and asked is not None and other.shape != asked.shape) or (
+                isinstance(other, int) and 0 <= other < mark.choice.experts
+            )
             if name in ("eq", "ne") and names_an_expert:
                 part = 1 / mark.choice.experts
                 _set(out, _Mark(mark.choice, part if name == "eq" else 1 - part))

@@ -92,18 +92,26 @@ class UnknownValues:
 
     @contextmanager
     def in_lists(self) -> Iterator[None]:
-        """Inside, `tolist` of simulated tensors answers: torch would read memory that is not there."""
-        original: Any = FakeTensor.tolist
+        """Inside, `tolist` of simulated tensors answers, and `numpy` of experts' numbers of tokens: torch would read memory that is not there."""
+        original, original_numpy = FakeTensor.tolist, FakeTensor.numpy
 
         def tolist(tensor: torch.Tensor) -> Any:
             return self.numbers(tensor)
 
+        def as_numpy(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            counts = self.routing.counts(tensor)
+            if counts is None:
+                return original_numpy(tensor, *args, **kwargs)
+            import numpy
+
+            return numpy.array(counts)
+
         tensors: Any = FakeTensor
-        tensors.tolist = tolist
+        tensors.tolist, tensors.numpy = tolist, as_numpy
         try:
             yield
         finally:
-            tensors.tolist = original
+            tensors.tolist, tensors.numpy = original, original_numpy
 
     def equal(self, args: Sequence[Any]) -> bool:
         """`torch.equal` and `torch.allclose`: two tensors are equal if they are one."""

@@ -35,19 +35,19 @@ _FEWEST_BLOCKS = 2
 _SHORTEST = 8  # a dimension that is shorter is no length
 
 
-class NotApplicable(UsageError):
-    """The job has this change already, or cannot have it."""
-
-
 @dataclass(frozen=True)
 class WhatIf:
-    """A changed job on a card. changes: names of `IN_WORDS`. times: the arithmetic of a sample, as a multiple of the unchanged job's."""
+    """A changed job on a card. changes: names of `IN_WORDS`. times: the arithmetic of a sample, as a multiple of the unchanged job's.
+
+    error: why the changed job could not be traced; "" if it was.
+    """
 
     changes: tuple[str, ...]
     fits: bool
     micro_batches: tuple[int, ...]
     peak_bytes: int
     times: float
+    error: str = ""
 
     @property
     def words(self) -> str:
@@ -55,7 +55,7 @@ class WhatIf:
 
 
 def changed(jobs: Sequence[Job], names: Sequence[str]) -> tuple[Job, ...]:
-    """The jobs with these changes. Their models change in place. Raises `NotApplicable` with the reason."""
+    """The jobs with these changes. Their models change in place. Raises `UsageError` with the reason for what the job has already, or cannot have."""
     for name in names:
         if name not in _CHANGES:
             raise UsageError(f"there is no change {in_brief(name)}: {', '.join(_CHANGES)}")
@@ -76,7 +76,7 @@ def times(names: Sequence[str], half_rate: float) -> float:
 
 def _bf16(job: Job) -> Job:
     if job.autocast is not None or all(parameter.element_size() <= 2 for parameter in job.model.parameters()):
-        raise NotApplicable("the job computes in half precision already")
+        raise UsageError("the job computes in half precision already")
     import torch
 
     return replace(job, autocast=torch.bfloat16)
@@ -85,7 +85,7 @@ def _bf16(job: Job) -> Job:
 def _fused(job: Job) -> Job:
     for optimizer in job.optimizers:
         if "fused" not in optimizer.defaults or optimizer.defaults["fused"]:
-            raise NotApplicable(f"{type(optimizer).__name__} has no fused form, or is fused already")
+            raise UsageError(f"{type(optimizer).__name__} has no fused form, or is fused already")
         for group in optimizer.param_groups:
             group["fused"], group["foreach"] = True, None
         optimizer.defaults["fused"] = True
@@ -95,13 +95,13 @@ def _fused(job: Job) -> Job:
 def _checkpointing(job: Job) -> Job:
     model: Any = job.model
     if any(getattr(each, "gradient_checkpointing", False) is True for each in model.modules()):
-        raise NotApplicable("blocks are checkpointed already")
+        raise UsageError("blocks are checkpointed already")
     if hasattr(model, "gradient_checkpointing_enable") and getattr(model, "supports_gradient_checkpointing", True):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return job
     blocks = _repeated(model)
     if not blocks:
-        raise NotApplicable("the model has no repeated blocks")
+        raise UsageError("the model has no repeated blocks")
     for block in blocks:
         block.forward = _again(block.forward)
     return job
@@ -137,19 +137,19 @@ def _repeated(model: torch.nn.Module) -> list[torch.nn.Module]:
 def _lora(job: Job) -> Job:
     model: Any = job.model
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
-        raise NotApplicable("LoRA is tried for models of Transformers")
+        raise UsageError("LoRA is tried for models of Transformers")
     if any("lora_" in name for name, _ in model.named_parameters()):
-        raise NotApplicable("the model has LoRA matrices already")
+        raise UsageError("the model has LoRA matrices already")
     try:
         import peft
     except ImportError:
-        raise NotApplicable("LoRA needs peft: pip install peft") from None
+        raise UsageError("LoRA needs peft: pip install peft") from None
     if len(job.optimizers) != 1:
-        raise NotApplicable("LoRA is tried with one optimizer")
+        raise UsageError("LoRA is tried with one optimizer")
     try:
         adapted = peft.get_peft_model(model, peft.LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     except (ValueError, TypeError, AttributeError) as error:
-        raise NotApplicable(f"PEFT cannot adapt this model: {str(error)[:100]}") from None
+        raise UsageError(f"PEFT cannot adapt this model: {str(error)[:100]}") from None
     adapted.enable_input_require_grads()
     optimizer = job.optimizers[0]
     options = {
@@ -167,7 +167,7 @@ def _half_length(job: Job) -> Job:
     batch = job.batch_of(2)
     lengths = {tensor.shape[1] for _, tensor in batches.tensors(batch) if tensor.dim() == 2 and not tensor.is_floating_point()}
     if len(lengths) != 1 or (length := lengths.pop()) < _SHORTEST:
-        raise NotApplicable("the batch has no length: integers of one second dimension")
+        raise UsageError("the batch has no length: integers of one second dimension")
     halved = batches.changed(batch, lambda tensor: tensor[:, : length // 2].clone() if tensor.dim() >= 2 and tensor.shape[1] == length else tensor)
     return replace(job, batch=halved)
 

@@ -95,6 +95,9 @@ def _changed(gpu: str, rows: Sequence[WhatIf]) -> Iterator[str]:
     """The table of a job with changes, each traced."""
     yield f"{gpu}, what if: each traced; time is the arithmetic of a sample at the card's rates beside the job's as it is, the least that can be expected"
     for row in rows:
+        if row.error:
+            yield f"  {row.words:<64}could not be traced: {row.error}"
+            continue
         plan = window_notation(row.micro_batches) if row.fits else "does not fit"
         yield f"  {row.words:<64}{plan:<22}{in_words(row.peak_bytes):<11}time x {row.times:.2f}"
     if not rows:

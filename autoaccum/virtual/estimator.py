@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, NoReturn
 
 from autoaccum.devices import LEAST_GPU_HEADROOM
-from autoaccum.errors import JobError, UsageError, as_document, from_document
+from autoaccum.errors import AutoaccumError, JobError, UsageError, as_document, from_document
 from autoaccum.probe import Child, Limits, Request, die_with_parent
 from autoaccum.simulate import profiles
 from autoaccum.units import in_words, parse_headroom
@@ -101,8 +101,11 @@ def _what_if(origin: Source, request: Request, names: Sequence[str], limits: Lim
                     fp32, half = card.flops.get("fp32"), card.flops.get("bf16") or card.flops.get("fp16")
                     rate = half.value / fp32.value if fp32 and half else 1.0
                     found[name].append(changes.WhatIf(wanted, told.fits, told.micro_batches, told.peak_bytes, changes.times(wanted, rate)))
-        except (UsageError, JobError):  # the job has it already, or cannot have it
+        except UsageError:  # the job has it already, or cannot have it
             return
+        except AutoaccumError as error:
+            for name in names:
+                found[name].append(changes.WhatIf(wanted, False, (), 0, changes.times(wanted, 1.0), str(error)[:200]))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(tried, changes.TRIED))

@@ -221,15 +221,20 @@ class Simulation:
             hard_largest_micro_batch=self._anchored_most(self._survives) if both and self._jobs[0].split is None else None,
             estimated=tuple(name for name, figure in self._profile.figures() if figure.estimated),
             margin=margin.provenance,
-            warnings=(*self._remarks, *self._card_remarks(), *self._traced.remarks, *self._routed(sizes, allowed)),
+            warnings=(*self._remarks, *self._card_remarks(), *self._traced.remarks, *self._routed(sizes, allowed, traced=both)),
             measured_at=self._traced.phantom.shapes(size),
         )
 
-    def _routed(self, sizes: Sequence[int], allowed: int) -> tuple[str, ...]:
-        """For a mixture of experts: the peak if tokens are split in the worst way. The estimate itself is for an even split."""
+    def _routed(self, sizes: Sequence[int], allowed: int, *, traced: bool) -> tuple[str, ...]:
+        """For a mixture of experts: the peak if tokens are split in the worst way. The estimate itself is for an even split.
+
+        traced: False for many cards, where one more trace for each would take long.
+        """
         phantom = self._traced.phantom
         if not phantom.experts:
             return ()
+        if not traced:
+            return (f"tokens were taken to be split evenly over {phantom.experts} experts: name up to eight cards to see the worst split",)
         pieces = tuple(sizes[:PIECES])
         tape = self._on_card(phantom.tape([pieces[:1], pieces], self._card, uneven=True))
         peak = replay(tape, Allocator(settings=replace(self._settings, memory_fraction=None))).peak_reserved_bytes

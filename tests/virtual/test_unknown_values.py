@@ -117,6 +117,7 @@ WAYS = {
     "where": "token, place = torch.where(chosen == number); out.index_add_(0, token, expert(flat[token]) * weights[token, place, None])",
     "mask": "mask = (chosen == number).any(-1)\n            if mask.any(): out[mask] = out[mask] + expert(flat[mask])",
     "one_hot": "token = F.one_hot(chosen, 8).permute(2, 1, 0)[number].nonzero()[:, 1]; out.index_add_(0, token, expert(flat[token]))",
+    "numpy": "parts = flat.repeat(2, 1).split([int(each) for each in torch.bincount(chosen.flatten(), minlength=8).cpu().numpy()]); out = out + expert(parts[number]).sum()",
     "counts": "parts = flat.repeat(2, 1).split(torch.bincount(chosen.flatten(), minlength=8).tolist()); out = out + expert(parts[number]).sum()",
 }
 
@@ -142,6 +143,21 @@ told["{way}"] = [even.requested_peak(), worst.requested_peak(), twice.requested_
 """
         )
     return in_a_process(code + "tell(told)")
+
+
+def test_classes_that_are_compared_with_labels_are_no_experts():
+    told = in_a_process(
+        HEAD
+        + """
+def loss(m, b):
+    scores = m(b)
+    labels = torch.zeros(len(b), dtype=torch.long, device=b.device)
+    return F.cross_entropy(scores, labels) + scores[scores.argmax(1) != labels].mean()
+tape, made = traced(nn.Linear(16, 8), loss, torch.rand(4, 16))
+tell([made.experts, list(tape.assumed)])
+"""
+    )
+    assert told[0] == 0 and "an upper bound" in told[1][0]
 
 
 @pytest.mark.parametrize("way", WAYS)
