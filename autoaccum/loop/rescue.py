@@ -87,7 +87,7 @@ class Rescuer:
 
     def follow(self, plan: Plan) -> None:
         """Runs windows by this plan from now on."""
-        self._plan = plan
+        self._plan, self._left = plan, []  # sizes from before an earlier rescue may be smaller than the plan's by now
         # A rank without a share may still get samples from other ranks.
         self.micro_batch = plan.micro_batch or (plan.fleet.curves[plan.rank].most if plan.fleet is not None else 0)
 
