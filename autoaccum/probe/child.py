@@ -87,7 +87,7 @@ class Child:
 
     def _trial(self, verb: str, size: int, steps: int, whole: bool, timeout_s: float | None, **arguments: Any) -> Reading:
         started = time.monotonic()
-        self._phase = "batch"
+        self._phase, self._has_run = "batch", True
         try:
             answer = self._ask(verb, timeout_s=timeout_s, **arguments)
         except _Died as death:
@@ -106,7 +106,7 @@ class Child:
             raise errors.JobFailed(f"the job's process ended while it made a batch (exit code {death.code})", text=self._tail.strip()) from None
 
     def compare(self, samples: int) -> Equivalence | None:
-        self._phase = "compare"
+        self._phase, self._has_run = "compare", True
         try:
             answer = self._ask("compare", timeout_s=self._limits.timeout_s, samples=samples)
         except _Died:
@@ -124,7 +124,7 @@ class Child:
             return None
 
     def fresh(self) -> None:
-        if not self._subject["predicted"]:
+        if self._has_run and not self._subject["predicted"]:
             self._end()
             self._start()
 
@@ -173,7 +173,7 @@ class Child:
         os.close(theirs_in)
         os.close(theirs_out)
         self._in, self._out, self._buffer = ours_in, ours_out, b""
-        self._tail = ""
+        self._tail, self._has_run = "", False
         self._listener = threading.Thread(target=self._listen, args=(self._process,), name="autoaccum-child-output", daemon=True)
         self._listener.start()
         self._phase = "build"

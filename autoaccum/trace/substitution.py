@@ -11,6 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autoaccum.errors import JobError
+from autoaccum.trace import quantised_layers
 from autoaccum.window import Job
 
 _QUANTISED = ("auto_gptq", "gptqmodel", "awq", "autoawq", "bitsandbytes", "hqq", "quanto", "optimum")
@@ -46,7 +47,7 @@ class Substitution:
 
     def _swap_module(self, root: torch.nn.Module) -> None:
         def visit(module: torch.nn.Module) -> None:  # the same order as Module.to()
-            if type(module).__module__.split(".")[0] in _QUANTISED:
+            if type(module).__module__.split(".")[0] in _QUANTISED and not quantised_layers.is_packed(module._parameters.get("weight")):
                 raise JobError(
                     f"{type(module).__name__} keeps its weights packed, and its kernels are not known here: estimate the job with plain weights, which is an upper "
                     "bound, or tune on a real card"
@@ -137,6 +138,12 @@ class Substitution:
             return tensor
         if id(tensor) in self._swapped:
             return self._swapped[id(tensor)]
+        if quantised_layers.is_packed(tensor):
+            packed, held = quantised_layers.without_values(tensor, self._blank, self._kind)
+            self._swapped[id(tensor)] = packed
+            self._originals.append(tensor)
+            self.resident += held
+            return packed
         if tensor.layout != torch.strided:
             raise JobError(f"a tensor of layout {tensor.layout} cannot be simulated: use dense ones, or tune on a real card")
         if not _is_plain(type(tensor)):
@@ -146,7 +153,7 @@ class Substitution:
             )
         if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
             raise JobError("a parameter has a hook on its gradient, which a simulation would leave out: take it off for the estimate, or tune on a real card")
-        blank: torch.Tensor = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self._kind)
+        blank = self._blank(tensor)
         if isinstance(tensor, torch.nn.Parameter):
             blank = torch.nn.Parameter(blank, tensor.requires_grad)
             if type(tensor) is not torch.nn.Parameter:  # a label of the user's, with what it carries
@@ -157,6 +164,9 @@ class Substitution:
         self._originals.append(tensor)  # keep the original alive, so that its id is not reused
         (self.late if late else self.resident).append(blank)
         return blank
+
+    def _blank(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=self._kind)
 
 
 def _is_plain(kind: type) -> bool:

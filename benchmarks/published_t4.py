@@ -1,0 +1,125 @@
+"""LoRA and QLoRA runs on a Tesla T4 that others measured, and the same loop on a simulated card.
+
+Source: github.com/Anassbzdd/fitcheck (MIT); `benchmarks/data/t4_lora_dev.csv`. The loop: weights in float16, or packed in nf4 with the rest in
+float32; LoRA matrices (q, k, v and o projections) in float32; gradient checkpointing; AdamW on the LoRA parameters; labels are the inputs; the
+batch stays on the card; what the model returned is held until the step is over.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+# vocab, hidden, intermediate, layers, heads, key-value heads, tied: from the models' published configurations
+SIZES = {
+    "Qwen/Qwen2.5-1.5B-Instruct": ("Qwen2Config", 151936, 1536, 8960, 28, 12, 2, True),
+    "HuggingFaceTB/SmolLM2-1.7B": ("LlamaConfig", 49152, 2048, 8192, 24, 32, 32, True),
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": ("LlamaConfig", 32000, 2048, 5632, 22, 32, 4, False),
+    "mistralai/Mistral-7B-Instruct-v0.3": ("MistralConfig", 32768, 4096, 14336, 32, 32, 8, False),
+    "deepseek-ai/deepseek-coder-1.3b-instruct": ("LlamaConfig", 32256, 2048, 5504, 24, 16, 16, False),
+    "meta-llama/Llama-3.2-1B-Instruct": ("LlamaConfig", 128256, 2048, 8192, 16, 32, 8, True),
+}
+STEPS = 3  # one to warm up, and two that were measured
+
+
+def job_of(row: dict[str, str]) -> Any:
+    """The job of a row. Needs transformers, peft, and bitsandbytes for rows in nf4."""
+    import peft
+    import torch
+    import transformers
+
+    from autoaccum import Job
+
+    kind, vocab, hidden, intermediate, layers, heads, key_value_heads, tied = SIZES[row["model"]]
+    config = getattr(transformers, kind)(
+        vocab_size=vocab,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        tie_word_embeddings=tied,
+        max_position_embeddings=8192,
+        use_cache=False,
+    )
+    if row["attention"] == "sdpa":
+        import transformers.integrations.sdpa_attention as attention
+
+        attention.use_gqa_in_sdpa = lambda *_, **__: False  # keys and values repeated by hand
+    packed = row["quantization"] == "nf4"
+    torch.set_default_dtype(torch.float16)
+    try:
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=row["attention"])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    if packed:
+        model = transformers.integrations.bitsandbytes.replace_with_bnb_linear(
+            model,
+            quantization_config=transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float16),
+            modules_to_not_convert=["lm_head"],
+        )
+        model.is_loaded_in_4bit = True
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+            if type(parameter).__name__ != "Params4bit":
+                parameter.data = parameter.data.float()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.enable_input_require_grads()
+    model = peft.get_peft_model(
+        model,
+        peft.LoraConfig(
+            r=int(row["lora_rank"]), lora_alpha=2 * int(row["lora_rank"]), target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], task_type="CAUSAL_LM"
+        ),
+    )
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    model.train()
+    ids = torch.zeros(2, int(row["seq"]), dtype=torch.long)
+
+    def loss(model, batch):
+        out = model(input_ids=batch[0], labels=batch[0])
+        return out.loss, out
+
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1e-4)
+    return Job(model, optimizer, loss, (ids,))
+
+
+def loop(job: Any, batch: Any, tracer: Any) -> None:
+    """What was measured."""
+    import torch
+
+    from autoaccum.data import batches
+
+    inputs = batches.move(batch, torch.device("cuda"))
+    for step in range(STEPS):
+        tracer.window = step
+        tracer.on_phase("forward", 0)
+        job.optimizer.zero_grad(set_to_none=True)
+        loss, outputs = job.loss(job.model, inputs)
+        tracer.on_phase("backward", 0)
+        loss.backward()
+        tracer.on_phase("step", 0)
+        job.optimizer.step()
+        del loss, outputs
+
+
+def predicted(row: dict[str, str]) -> dict[str, Any]:
+    """The simulated peak of a row, and the measured one, in bytes."""
+    from autoaccum.simulate import profiles
+    from autoaccum.simulate.allocator import Allocator
+    from autoaccum.simulate.kernel_choice import Card
+    from autoaccum.simulate.tape import replay
+    from autoaccum.virtual import phantom, without_memory
+
+    with without_memory():
+        job = job_of(row)
+    made, card = phantom.Phantom([job]), profiles.load("t4")
+    tape = made.recorded(lambda tracer: loop(job, made.batch(int(row["batch"])), tracer), Card(card.capability))
+    replayed = replay(tape.on(card.cublas_workspace.value, *card.parallel), Allocator(card.total_bytes, available_bytes=card.available_bytes))
+    return {
+        "predicted_bytes": replayed.peak_reserved_bytes,
+        "predicted_requested_bytes": tape.requested_peak(),
+        "measured_bytes": int(float(row["peak_reserved_mib"]) * 2**20),
+        "measured_allocated_bytes": int(float(row["peak_allocated_mib"]) * 2**20),
+        "family": "others",
+    }
