@@ -9,10 +9,12 @@ import torch
 
 from autoaccum.errors import UsageError
 from autoaccum.integrations import needed
+from autoaccum.virtual import in_four_bits
 from autoaccum.window import Job, token_mean
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}
 _OPTIMIZERS = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD, "adafactor": torch.optim.Adafactor}
+_OF_BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit"}
 _LORA = {"r": "16", "alpha": "", "targets": "all-linear", "dropout": "0"}
 
 
@@ -24,6 +26,7 @@ def make_job(
     checkpointing: bool = False,
     optimizer: str = "adamw",
     attention: str = "sdpa",
+    quantize: str = "",
 ) -> Job:
     """A causal language model of this configuration, as it is usually fine-tuned.
 
@@ -31,14 +34,19 @@ def make_job(
     lora: such as `"r=16"`, or `"r=8,alpha=16,targets=q_proj+v_proj,dropout=0.1"`: the base is frozen, in the precision's type. Without it all
     parameters are trained, in fp32.
     precision: the type of autocast, bf16 or fp16, or fp32 for none. checkpointing: each block's activations are computed again in backward.
-    optimizer: adamw, adam, sgd or adafactor. attention: sdpa or eager.
+    optimizer: adamw, adam, sgd, adafactor, or with bitsandbytes adamw8bit and paged_adamw8bit. attention: sdpa or eager.
+    quantize: nf4 packs the frozen base into four bits (QLoRA); it needs bitsandbytes and `lora`.
     Raises `UsageError` for a file that is no configuration of a causal language model, and for other values.
     """
     transformers = needed("transformers", "huggingface")
     if precision not in _PRECISIONS:
         raise UsageError(f"precision must be one of {', '.join(_PRECISIONS)}, not {precision!r}")
-    if optimizer not in _OPTIMIZERS:
-        raise UsageError(f"optimizer must be one of {', '.join(_OPTIMIZERS)}, not {optimizer!r}")
+    if optimizer not in (*_OPTIMIZERS, *_OF_BITSANDBYTES):
+        raise UsageError(f"optimizer must be one of {', '.join((*_OPTIMIZERS, *_OF_BITSANDBYTES))}, not {optimizer!r}")
+    if quantize not in ("", "nf4"):
+        raise UsageError(f"quantize must be nf4, or left out, not {quantize!r}")
+    if quantize and lora is None:
+        raise UsageError("quantize=nf4 packs a base that is frozen: give --lora, such as --lora r=16, too")
     known = _configuration(transformers, config)
     positions = getattr(known, "max_position_embeddings", None) or 2**31
     tokens = min(1024, positions) if length is None else length
@@ -56,12 +64,19 @@ def make_job(
         torch.set_default_dtype(before)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if quantize:
+        needed("bitsandbytes", "bitsandbytes")
+        in_four_bits(model, dtype)
+        for parameter in model.parameters():  # as PEFT's prepare_model_for_kbit_training does
+            if parameter.is_floating_point() and not hasattr(parameter, "quant_state"):
+                parameter.data = parameter.data.float()
     if lora is not None:
         model = _with_lora(model, lora)
     model.train()
     ids = torch.zeros(2, tokens, dtype=torch.long)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return Job(model, _OPTIMIZERS[optimizer](trained, lr=1e-4), token_mean, {"input_ids": ids, "labels": ids.clone()}, autocast=dtype)
+    kind = _OPTIMIZERS.get(optimizer) or getattr(needed("bitsandbytes", "bitsandbytes").optim, _OF_BITSANDBYTES[optimizer])
+    return Job(model, kind(trained, lr=1e-4), token_mean, {"input_ids": ids, "labels": ids.clone()}, autocast=dtype)
 
 
 def _configuration(transformers: Any, place: str) -> Any:

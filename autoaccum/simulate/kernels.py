@@ -258,6 +258,22 @@ def _norms(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequ
     return [Taken(4 * len(arguments[0]) * chunks)]
 
 
+def _four_bit_product(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    value, _, shape, *_ = arguments
+    rows, columns = shape
+    scales = 4 * -(-rows * columns // arguments[4]) if len(arguments) > 7 and arguments[7] is not None else 0  # packed themselves
+    return [Taken(scales), Taken(value.element_size() * rows * columns)]
+
+
+def _eight_bit_rows(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    has_threshold = len(arguments) > 1 and arguments[1]
+    return [Taken(arguments[0].nbytes, 2, 2.5), Taken(arguments[0].numel(), 2)] if has_threshold else []
+
+
+def _eight_bit_product(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
+    return [Taken(4 * results[0].numel())]
+
+
 def _rnn(arguments: Sequence[Any], results: Sequence[Any], card: Card) -> Sequence[Taken]:
     return [Taken(16 * arguments[0].numel(), len(results))]
 
@@ -403,6 +419,9 @@ ROWS = (
     Row(("sort", "topk", "multinomial"), _scan, "the input and 8 bytes an element", "cub: DeviceRadixSort and DeviceScan storage"),
     Row(("cumsum", "cumprod"), _cumulative, "a copy of an input of another type", f"{_ATEN}/cuda/ScanKernels.cpp", "measured"),
     Row(("_foreach_norm",), _norms, "4 bytes for each tensor and each 65,536 elements of the largest", f"{_ATEN}/cuda/ForeachReduceOp.cu", "measured"),
+    Row(("gemm_4bit",), _four_bit_product, "the weight in the type of the input, and its scales in fp32 where they are packed", "bitsandbytes 0.50, backends/cuda/ops.py"),
+    Row(("int8_vectorwise_quant",), _eight_bit_rows, "with a threshold: absolute values, and a mask", "bitsandbytes 0.50, backends/cuda/ops.py"),
+    Row(("int8_scaled_mm", "int8_mixed_scaled_mm"), _eight_bit_product, "the product in int32", "bitsandbytes 0.50, backends/default/ops.py"),
     Row(("_cudnn_rnn", "_cudnn_rnn_backward"), _rnn, "16 bytes an element of the input", "no public formula: a guess"),
     Row(
         ("convolution", "cudnn_convolution"),

@@ -183,7 +183,21 @@ def _grouped_product(first: Any, second: Any, offsets: Any = None, bias: Any = N
     return first.new_empty_strided((rows, columns), (width, 1), dtype=dtype)
 
 
+def _rows_in_eight_bits(values: Any, threshold: float = 0.0) -> Any:
+    """bitsandbytes, _ops.py. Columns with outliers depend on values: few (Dettmers et al. 2022, arXiv 2208.07339, section 3.2), here none."""
+    rows = values.numel() // values.shape[-1]
+    outliers = values.new_empty(0, dtype=torch.int64) if threshold else None
+    return values.new_empty(values.shape, dtype=torch.int8), values.new_empty(rows, dtype=torch.float32), outliers
+
+
+def _mixed_product(values: Any, packed: Any, weight: Any, *_: Any) -> Any:
+    """bitsandbytes, backends/default/ops.py: the product, and the columns with outliers."""
+    return values.new_empty(*packed.shape[:-1], weight.shape[0]), values.new_empty(0)
+
+
 _RULES: dict[str, Callable[..., Any]] = {
+    "int8_vectorwise_quant": _rows_in_eight_bits,
+    "int8_mixed_scaled_mm": _mixed_product,
     "_thnn_fused_gru_cell": _gru_cell,
     "_thnn_fused_gru_cell_backward": _gru_cell_backward,
     "_thnn_fused_lstm_cell": _lstm_cell,

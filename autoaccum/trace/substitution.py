@@ -20,13 +20,15 @@ _QUANTISED = ("auto_gptq", "gptqmodel", "awq", "autoawq", "bitsandbytes", "hqq",
 class Substitution:
     """Replaces the tensors of jobs permanently. kind: the device type that the new tensors have.
 
-    resident: the new tensors of models and optimizers. late: the new tensors of the loss, which count only after an operator has used them.
+    resident: the new tensors of models and optimizers. made_from: by id of such a tensor, the bytes that are on the card beside it while it is made.
+    late: the new tensors of the loss, which count only after an operator has used them.
     Raises `JobError` for a tensor that has no substitute.
     """
 
     def __init__(self, kind: str) -> None:
         self._kind = kind
         self.resident: list[torch.Tensor] = []
+        self.made_from: dict[int, int] = {}
         self.late: list[torch.Tensor] = []
         self._swapped: dict[int, torch.Tensor] = {}
         self._originals: list[torch.Tensor] = []
@@ -58,6 +60,7 @@ class Substitution:
                 for name, tensor in slots.items():
                     if tensor is not None:
                         slots[name] = self._swap_tensor(tensor)
+            quantised_layers.state_without_values(module, self._resident)
             for name, value in list(vars(module).items()):
                 if (type(value) is torch.Tensor and value.dim()) or _is_cpu(value):
                     vars(module)[name] = self._on_device(value, {})
@@ -140,6 +143,7 @@ class Substitution:
             return self._swapped[id(tensor)]
         if quantised_layers.is_packed(tensor):
             packed, held = quantised_layers.without_values(tensor, self._blank, self._kind)
+            self.made_from[id(packed)] = quantised_layers.whole_bytes(packed)
             self._swapped[id(tensor)] = packed
             self._originals.append(tensor)
             self.resident += held
@@ -163,6 +167,11 @@ class Substitution:
         self._swapped[id(tensor)] = blank
         self._originals.append(tensor)  # keep the original alive, so that its id is not reused
         (self.late if late else self.resident).append(blank)
+        return blank
+
+    def _resident(self, tensor: torch.Tensor) -> torch.Tensor:
+        blank = self._blank(tensor)
+        self.resident.append(blank)
         return blank
 
     def _blank(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoaccum.errors import JobError
 from autoaccum.simulate import AttentionCall, Card, Tape, canonical, chosen_for, kernels
-from autoaccum.trace import card_facts, higher_order, packed_sequences, shape_rules
+from autoaccum.trace import card_facts, higher_order, packed_sequences, quantised_layers, shape_rules
 from autoaccum.trace.unknown_values import UnknownValues
 
 aten = torch.ops.aten
@@ -38,6 +38,7 @@ def recording(card: Card, kind: str, mode: FakeTensorMode, *, uneven: bool = Fal
         higher_order.first_branches(tracer.unknown.assume),
         packed_sequences.of_full_length(kind, tracer.unknown.assume),
         shape_rules.ctc_lengths_on_device(kind),
+        quantised_layers.pages_in_host_memory(),
         tracer.unknown.in_lists(),
     )
     with ExitStack() as stack, chosen_for(card.capability) as tracer.attention:

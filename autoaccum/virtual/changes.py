@@ -5,7 +5,7 @@ torch is imported only where a job is changed: the process that asks does withou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -16,22 +16,24 @@ if TYPE_CHECKING:
 
     from autoaccum.window import Job
 
-# Names of changes that are tried together, those that cost the least first.
-TRIED: tuple[tuple[str, ...], ...] = (
-    ("bf16",),
-    ("fused",),
-    ("checkpointing",),
+# Names of changes, those that cost the least first: first each alone, then several together.
+ALONE: tuple[tuple[str, ...], ...] = (("bf16",), ("fused",), ("8-bit-optimizer",), ("checkpointing",), ("lora",), ("half-length",))
+_TOGETHER: tuple[tuple[str, ...], ...] = (
     ("bf16", "checkpointing"),
-    ("lora",),
+    ("bf16", "checkpointing", "8-bit-optimizer"),
     ("lora", "checkpointing"),
     ("lora", "bf16", "checkpointing"),
-    ("half-length",),
+    ("nf4", "lora", "bf16", "checkpointing"),
     ("lora", "bf16", "checkpointing", "half-length"),
+    ("nf4", "lora", "bf16", "checkpointing", "half-length"),
 )
 IN_WORDS = {
-    "bf16": "bfloat16 autocast", "fused": "a fused optimizer", "checkpointing": "blocks checkpointed", "lora": "frozen base with LoRA (r=16)", "half-length": "half the length",
+    "bf16": "bfloat16 autocast", "fused": "a fused optimizer", "8-bit-optimizer": "an 8-bit optimizer", "checkpointing": "blocks checkpointed",
+    "nf4": "base packed in 4 bits", "lora": "frozen base with LoRA (r=16)", "half-length": "half the length",
 }  # fmt: skip
+_ALREADY = "already"  # in the sentence about a change that the job has
 _FEWEST_BLOCKS = 2
+_OPTIONS = ("lr", "betas", "eps", "weight_decay")  # of an optimizer, that another one takes as they are
 _SHORTEST = 8  # a dimension that is shorter is no length
 
 
@@ -63,6 +65,16 @@ def changed(jobs: Sequence[Job], names: Sequence[str]) -> tuple[Job, ...]:
     return tuple(jobs)
 
 
+def together(refused: Mapping[str, str]) -> list[tuple[str, ...]]:
+    """Changes to be tried together. refused: by change, why the job cannot have it: what it has already is left out, and so is all with what it cannot have."""
+    found: dict[tuple[str, ...], None] = {}
+    for names in _TOGETHER:
+        rest = tuple(name for name in names if _ALREADY not in refused.get(name, ""))
+        if len(rest) > 1 and not any(name in refused for name in rest):
+            found[rest] = None
+    return list(found)
+
+
 def times(names: Sequence[str], half_rate: float) -> float:
     """The arithmetic of a sample, as a multiple of the unchanged job's: forward counts 1 and backward 2.
 
@@ -76,7 +88,7 @@ def times(names: Sequence[str], half_rate: float) -> float:
 
 def _bf16(job: Job) -> Job:
     if job.autocast is not None or all(parameter.element_size() <= 2 for parameter in job.model.parameters()):
-        raise UsageError("the job computes in half precision already")
+        raise UsageError(f"the job computes in half precision {_ALREADY}")
     import torch
 
     return replace(job, autocast=torch.bfloat16)
@@ -85,17 +97,71 @@ def _bf16(job: Job) -> Job:
 def _fused(job: Job) -> Job:
     for optimizer in job.optimizers:
         if "fused" not in optimizer.defaults or optimizer.defaults["fused"]:
-            raise UsageError(f"{type(optimizer).__name__} has no fused form, or is fused already")
+            raise UsageError(f"{type(optimizer).__name__} has no fused form, or is fused")
         for group in optimizer.param_groups:
             group["fused"], group["foreach"] = True, None
         optimizer.defaults["fused"] = True
     return job
 
 
+def _eight_bit_optimizer(job: Job) -> Job:
+    bitsandbytes = _bitsandbytes()
+    for optimizer in job.optimizers:
+        if type(optimizer).__name__ not in ("Adam", "AdamW") or not type(optimizer).__module__.startswith("torch."):
+            raise UsageError("an 8-bit optimizer is tried in the place of torch's Adam and AdamW")
+    made = []
+    for optimizer in job.optimizers:
+        groups = [{name: value for name, value in group.items() if name in ("params", *_OPTIONS)} for group in optimizer.param_groups]
+        made.append(getattr(bitsandbytes.optim, f"{type(optimizer).__name__}8bit")(groups))
+    return replace(job, optimizer=made if len(made) > 1 else made[0])
+
+
+def _nf4(job: Job) -> Job:
+    model: Any = job.model
+    if not hasattr(model, "config") or not hasattr(model, "get_output_embeddings"):
+        raise UsageError("4-bit weights are tried for models of Transformers")
+    in_four_bits(model)
+    return job
+
+
+def in_four_bits(model: Any, dtype: torch.dtype | None = None) -> None:
+    """Packs the weights of a model's linear layers into four bits (nf4, its scales packed too), except those of its head, in place, without quantising them.
+
+    The layers are frozen, and are those of bitsandbytes; the weights have no values any more. dtype: what they compute in, and what a weight is unpacked
+    to; None for the type of their input, and bfloat16. Raises `UsageError` without bitsandbytes.
+    """
+    import torch
+
+    bitsandbytes = _bitsandbytes()
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for module in list(model.modules()):
+        for name, layer in list(module.named_children()):
+            if type(layer) is not torch.nn.Linear or layer is head:
+                continue
+            packed = bitsandbytes.nn.Linear4bit(
+                layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
+            )
+            packed.weight = bitsandbytes.nn.Params4bit(
+                torch.empty(layer.weight.shape, dtype=dtype or torch.bfloat16), requires_grad=False, quant_type="nf4", module=packed
+            )
+            if layer.bias is not None:
+                packed.bias = torch.nn.Parameter(layer.bias.data, requires_grad=False)
+            setattr(module, name, packed)
+    model.is_loaded_in_4bit = True
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError:
+        raise UsageError("4 and 8 bits need bitsandbytes: pip install bitsandbytes") from None
+    return bitsandbytes
+
+
 def _checkpointing(job: Job) -> Job:
     model: Any = job.model
     if any(getattr(each, "gradient_checkpointing", False) is True for each in model.modules()):
-        raise UsageError("blocks are checkpointed already")
+        raise UsageError(f"blocks are checkpointed {_ALREADY}")
     if hasattr(model, "gradient_checkpointing_enable") and getattr(model, "supports_gradient_checkpointing", True):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return job
@@ -139,7 +205,7 @@ def _lora(job: Job) -> Job:
     if not hasattr(model, "config") or not hasattr(model, "get_input_embeddings"):
         raise UsageError("LoRA is tried for models of Transformers")
     if any("lora_" in name for name, _ in model.named_parameters()):
-        raise UsageError("the model has LoRA matrices already")
+        raise UsageError(f"the model has LoRA matrices {_ALREADY}")
     try:
         import peft
     except ImportError:
@@ -152,11 +218,7 @@ def _lora(job: Job) -> Job:
         raise UsageError(f"PEFT cannot adapt this model: {str(error)[:100]}") from None
     adapted.enable_input_require_grads()
     optimizer = job.optimizers[0]
-    options = {
-        name: value
-        for name, value in optimizer.defaults.items()
-        if name in ("lr", "betas", "eps", "weight_decay", "momentum", "fused", "foreach") and value is not None
-    }
+    options = {name: value for name, value in optimizer.defaults.items() if name in (*_OPTIONS, "momentum", "fused", "foreach") and value is not None}
     trained = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
     return replace(job, model=adapted.train(), optimizer=type(optimizer)(trained, **options))
 
@@ -172,4 +234,6 @@ def _half_length(job: Job) -> Job:
     return replace(job, batch=halved)
 
 
-_CHANGES: dict[str, Callable[[Job], Job]] = {"bf16": _bf16, "fused": _fused, "checkpointing": _checkpointing, "lora": _lora, "half-length": _half_length}
+_CHANGES: dict[str, Callable[[Job], Job]] = {
+    "bf16": _bf16, "fused": _fused, "8-bit-optimizer": _eight_bit_optimizer, "checkpointing": _checkpointing, "nf4": _nf4, "lora": _lora, "half-length": _half_length,
+}  # fmt: skip

@@ -92,6 +92,7 @@ def estimate_source(
 def _what_if(origin: Source, request: Request, names: Sequence[str], limits: Limits) -> dict[str, tuple[changes.WhatIf, ...]]:
     """By card: the job with each set of changes that it can have, traced, the quickest first and those that do not fit last."""
     found: dict[str, list[changes.WhatIf]] = {name: [] for name in names}
+    refused: dict[str, str] = {}  # by change: why the job cannot have it
 
     def tried(wanted: tuple[str, ...]) -> None:
         try:
@@ -101,14 +102,16 @@ def _what_if(origin: Source, request: Request, names: Sequence[str], limits: Lim
                     fp32, half = card.flops.get("fp32"), card.flops.get("bf16") or card.flops.get("fp16")
                     rate = half.value / fp32.value if fp32 and half else 1.0
                     found[name].append(changes.WhatIf(wanted, told.fits, told.micro_batches, told.peak_bytes, changes.times(wanted, rate)))
-        except UsageError:  # the job has it already, or cannot have it
-            return
+        except UsageError as error:  # the job has it already, or cannot have it
+            if len(wanted) == 1:
+                refused[wanted[0]] = str(error)
         except AutoaccumError as error:
             for name in names:
                 found[name].append(changes.WhatIf(wanted, False, (), 0, changes.times(wanted, 1.0), str(error)[:200]))
 
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(tried, changes.TRIED))
+        list(pool.map(tried, changes.ALONE))
+        list(pool.map(tried, changes.together(refused)))
     return {name: tuple(sorted(rows, key=lambda row: (not row.fits, row.times, row.peak_bytes))) for name, rows in found.items()}
 
 

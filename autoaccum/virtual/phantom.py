@@ -78,7 +78,11 @@ class Phantom:
         """The tape of all that `run` does with the jobs. Afterwards the jobs are in the same state as before."""
         with recording(card, self._kind, self._mode, uneven=uneven) as tracer:
             for tensor in self._substitution.resident:
+                whole = self._substitution.made_from.get(id(tensor), 0)
+                number = tracer.tape.born(whole, "parameters", "packing") if whole else None
                 tracer.track(tensor, "parameter")
+                if number is not None:
+                    tracer.tape.died(number)
             tracer.late = {tensor.untyped_storage()._cdata for tensor in self._substitution.late}
             made_before = [value for states in self._states for state in states for value in state.values() if isinstance(value, FakeTensor)]
             tracer.named([value for value in made_before if value.device.type == self._kind], "optimizer")  # made by its constructor, as Adagrad does

@@ -118,13 +118,13 @@ class Job:
     def takes_closure(self) -> bool:
         """True if the one optimizer is not of torch and its `step` takes a closure: it may evaluate again (SAM).
 
-        torch's own optimizers except LBFGS evaluate a closure first, once, so they need none.
+        The optimizers of torch, except LBFGS, and of bitsandbytes evaluate a closure first, once, so they need none.
         """
         (optimizer, *others) = self.optimizers
         steps = type(optimizer).step
         parameters = inspect.signature(steps).parameters.values()
         takes = any(parameter.name == "closure" or parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD) for parameter in parameters)
-        return not others and not steps.__module__.startswith("torch.optim") and takes
+        return not others and not steps.__module__.startswith(("torch.optim", "bitsandbytes.optim")) and takes
 
     @property
     def device(self) -> torch.device:

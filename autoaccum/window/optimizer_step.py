@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoaccum.errors import JobError
@@ -103,7 +104,8 @@ class _EvaluationState:
 
     def __init__(self, job: Job) -> None:
         self._tensors = job.stepped()
-        self._by_figures = job.wants_closure != "LBFGS"
+        has_values = not any(isinstance(tensor, FakeTensor) for tensor in self._tensors)
+        self._by_figures = job.wants_closure != "LBFGS" and has_values
         self.note()
 
     def note(self) -> None:

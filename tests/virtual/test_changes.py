@@ -60,7 +60,8 @@ def estimated(job, *more):
 def test_a_changed_job_is_what_the_job_changed_by_hand_is_and_the_quickest_comes_first(job):
     told = estimated(job, "--what-if")
     rows = {tuple(row["changes"]): row for row in told["what_if"]["2GiB"]}
-    assert set(rows) == {("bf16",), ("fused",), ("checkpointing",), ("bf16", "checkpointing"), ("half-length",)}  # LoRA is for Transformers
+    of_bitsandbytes = {("8-bit-optimizer",), ("bf16", "checkpointing", "8-bit-optimizer")}  # LoRA is for Transformers
+    assert set(rows) - of_bitsandbytes == {("bf16",), ("fused",), ("checkpointing",), ("bf16", "checkpointing"), ("half-length",)}
     by_hand = {
         ("bf16", "checkpointing"): ("--set", "again=true", "--set", "bf16=true"),
         ("half-length",): ("--set", "length=32"),
@@ -78,6 +79,15 @@ def test_the_table_is_in_words_and_guesses_give_way_to_what_was_traced(job):
     told = command_line.autoaccum("estimate", job, "-b", 4096, "-g", "180MiB", "--headroom", "1MiB", "--set", "width=1024", "--what-if")
     assert told.returncode == 3, told.stderr
     assert "what if: each traced" in told.stdout and "blocks checkpointed" in told.stdout and "activations about a third" not in told.stdout
+
+
+def test_what_the_job_has_already_is_left_out_of_changes_together_and_what_it_cannot_have_with_all_of_them():
+    everything = changes.together({})
+    assert ("lora", "bf16", "checkpointing") in everything and all(len(names) > 1 for names in everything)
+    half = changes.together({"bf16": "the job computes in half precision already"})
+    assert ("lora", "checkpointing") in half and not any("bf16" in names for names in half) and len(half) == len(set(half))
+    without = changes.together({"lora": "LoRA is tried for models of Transformers", "8-bit-optimizer": "no bitsandbytes"})
+    assert without == [("bf16", "checkpointing")]
 
 
 def test_relative_times_count_forward_and_backward():
