@@ -626,6 +626,40 @@ def killed_after(victim, seconds, careful):
     return None
 
 
+def going_on(kind, engine, folder, windows, asks):
+    """Goes on from what `folder` has, for at most so many windows, after which rank `asks` asks to stop; then rank 0 saves. Three epochs of 150 samples."""
+    from torch.distributed.checkpoint import state_dict as checkpoint
+
+    rank, world = meet()
+    data, net = texts(150), words()
+    model = net if world == 1 else wrapped(net, engine, world)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    if kind == "learned":
+        loop = autoaccum.Accumulator(model, optimizer, target_batch=40, max_micro_batch=7)
+        loader = DataLoader(data, batch_size=16)
+    else:
+        plan = by_hand(None, 40, 11) if world == 1 else fleet_plan(rank, world, {2: [31, 9], 3: [20, 13, 7], 4: [17, 11, 8, 4]}[world], [9, 13, 4, 4][:world])
+        loop = autoaccum.Accumulator(model, optimizer, plan)
+        loader = DataLoader(data, batch_sampler=plan.batch_sampler(data, seed=3))
+    whole_state = checkpoint.StateDictOptions(full_state_dict=True)
+    saved = Path(folder) / "run.pt"
+    if saved.exists():
+        state = torch.load(saved, weights_only=False)
+        loop.load_state_dict(state["loop"])
+        checkpoint.set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"], options=whole_state)
+    samples, done = [], 0
+    for _ in range(loop.epoch, 3):
+        for window in loop.windows(loader):
+            samples.append(loop.step(window, summed).samples)
+            done += 1
+            if done == windows and rank == asks:
+                loop.stop_at_window_end()
+    states = checkpoint.get_state_dict(model, optimizer, options=whole_state)
+    if rank == 0:
+        torch.save({"model": states[0], "optimizer": states[1], "loop": loop.state_dict()}, saved)
+    return {"samples": samples, "stopping": loop.is_stopping, "loop": loop.state_dict()}
+
+
 def in_a_framework(name, target, most, folder, left):
     """Trains two windows and `left` samples through a framework, as torchrun would start it. Per window: the gradient's distance from the whole batch's, and this rank's samples."""
     from tests.integrations import in_ranks

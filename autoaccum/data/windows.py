@@ -30,7 +30,10 @@ class Window:
     arranged: True if the parts are micro-batches already, whose sizes depend on the length of their samples.
     of_all: the samples of this window over all ranks; by default `samples`.
     regrouped: True if `Windows` made it. A smaller window is then the last one of an epoch; of other batches that can only be guessed.
+    position: the place in the data behind this window, for `Windows.load_state_dict`; None if `Windows` did not make it, or if the place cannot be found again.
     """
+
+    position: dict[str, int] | None = None
 
     def __init__(
         self,
@@ -192,6 +195,7 @@ class Windows:
             raise PlanError(f"windows takes a loader of batches, not one batch (a {type(loader).__name__}): give the DataLoader itself")
         self._loader, self._share, self._samples, self._split, self._drop_last = loader, share, samples, split, drop_last
         self._shares, self._rank, self._alike, self._gauge = shares, rank, alike, gauge
+        self.ends: Callable[[], bool] = lambda: False  # asked before and after each window; a loop that is to stop answers True
         self._sampler = _window_sampler(loader)
         if self._sampler is not None:
             if drop_last != self._sampler.drop_last:
@@ -211,9 +215,22 @@ class Windows:
         return self
 
     def __iter__(self) -> Iterator[Window]:
-        for window in self._windows():
+        if self.ends():
+            return
+        finds_again = self._sampler is not None or not _shuffles(self._loader)
+        to_skip, self._to_skip = self._to_skip, 0
+        for number, window in enumerate(self._windows()):
+            if self._sampler is None:
+                self._done = number + 1
+            if number < to_skip:
+                continue
             window.regrouped = True
+            window.position = self.state_dict() if finds_again else None
             yield window
+            if self.ends():
+                return
+        if self._sampler is None:
+            self._epoch, self._done = self._epoch + 1, 0
 
     def _windows(self) -> Iterator[Window]:
         if self._sampler is not None:
@@ -241,24 +258,39 @@ class Windows:
         return start, start + shares[self._rank]
 
     def state_dict(self) -> dict[str, int]:
-        """The position after the last yielded window, for `load_state_dict`. Only for a loader with `Plan.batch_sampler`.
+        """The position after the last yielded window, for `load_state_dict`.
 
-        The sampler's own state is the position up to which the loader has read, which may be later.
-        Raises `PlanError` for another loader.
+        With `Plan.batch_sampler` it is a place in the data. The sampler's own state is the position up to which the loader has read, which may be
+        later. Any other loader has to give the same batches again: the windows before the position are read and left out.
+        Raises `PlanError` for a loader that shuffles by itself, whose order is another one in every run.
         """
-        return self._required_sampler().state_of(self._epoch, self._done)
+        if self._sampler is not None:
+            return self._sampler.state_of(self._epoch, self._done)
+        if _shuffles(self._loader):
+            raise PlanError(
+                "the loader shuffles by itself, in another order in every run, so no place in it can be found again: "
+                "DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset)) shuffles by seed and epoch"
+            )
+        return {"epoch": self._epoch, "windows": self._done}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues from a state, with any number of ranks. Raises `PlanError` for other data or another order."""
-        self._required_sampler().load_state_dict(state)
-        self._epoch, self._done = state["epoch"], state["done"]
+        if ("windows" in state) == (self._sampler is not None):
+            raise PlanError("the state is of a loader with plan.batch_sampler, and this one has none, or the other way round: use the same kind of loader")
+        if self._sampler is not None:
+            self._sampler.load_state_dict(state)
+            self._epoch, self._done = state["epoch"], state["done"]
+            return
+        self.state_dict()  # raises where no place can be found again
+        self._epoch = state["epoch"]
+        self._done = self._to_skip = state["windows"]
 
-    _epoch = _done = 0
-
-    def _required_sampler(self) -> WindowSampler:
+    def after(self, before: Windows) -> None:
+        """Counts the epochs of a plain loader on from the windows of an earlier epoch, also of one that was left early. A sampler counts its own."""
         if self._sampler is None:
-            raise PlanError("only a loader with plan.batch_sampler(dataset) has a state: DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset))")
-        return self._sampler
+            self._epoch = before._epoch + (1 if before._done else 0)
+
+    _epoch = _done = _to_skip = 0  # of a plain loader, `_done` counts windows, otherwise samples
 
     def _sampled(self, sampler: WindowSampler) -> Iterator[Window]:
         """The windows of a loader with a `WindowSampler`.
@@ -374,6 +406,11 @@ def _checksum(batch: Any) -> int:
 def _window_sampler(loader: Any) -> WindowSampler | None:
     sampler = getattr(loader, "batch_sampler", None)
     return sampler if isinstance(sampler, WindowSampler) else None
+
+
+def _shuffles(loader: Any) -> bool:
+    """True for a loader that draws an order of its own."""
+    return isinstance(getattr(loader, "sampler", None), RandomSampler)
 
 
 def _check_unsharded(loader: Any) -> None:

@@ -22,12 +22,13 @@ class WindowAnnouncement:
 
     held: samples of each rank.
     counts: for each job, the sum of `job.count` over all ranks; None for a job without `count`.
-    careful: True if the ranks vote on this window.
+    careful: True if the ranks vote on this window. stops: True if a rank has been asked to stop after it.
     """
 
     held: tuple[int, ...]
     counts: tuple[float | None, ...]
     careful: bool
+    stops: bool = False
 
     @property
     def samples(self) -> int:
@@ -59,10 +60,10 @@ class RankTeam:
         """Shares windows out by this fleet from now on. Called on all ranks at the same window."""
         self._fleet = fleet
 
-    def announce(self, whole: Window, counts: Sequence[Callable[[Any], Any] | None]) -> WindowAnnouncement:
+    def announce(self, whole: Window, counts: Sequence[Callable[[Any], Any] | None], *, stops: bool = False) -> WindowAnnouncement:
         """Tells all ranks the samples and counts of this rank's window, and returns those of all ranks.
 
-        whole: this rank's window, before ranks that cannot run hand over samples. counts: `count` of each job.
+        stops: this rank has been asked to stop after this window. whole: this rank's window, before ranks that cannot run hand over samples. counts: `count` of each job.
         Raises `PlanError` on every rank if the loaders do not match the plan. If `count` fails on one rank, that rank raises
         the error and the others raise `RanksDisagree`.
         """
@@ -79,16 +80,16 @@ class RankTeam:
             counted = [0.0 if count is None else sum(float(count(part)) for part, _ in parts) for count in counts]
         except Exception as error:  # raised after the other ranks know about it
             failure = error
-        table = self.ranks.table([whole.samples, careful, bool(whole.parts), failure is not None, *counted], "announcing a window")
+        table = self.ranks.table([whole.samples, careful, bool(whole.parts), failure is not None, stops, *counted], "announcing a window")
         if failure is not None:
             raise failure
         if failed := [rank for rank, row in enumerate(table) if row[3]]:
             raise RanksDisagree(f"{ranks_in_words(failed)} failed in counting this window, so no rank steps: its own output says why")
         samples_by_rank = tuple(int(row[0]) for row in table)
-        totals = tuple(None if count is None else sum(row[4 + job] for row in table) for job, count in enumerate(counts))
+        totals = tuple(None if count is None else sum(row[5 + job] for row in table) for job, count in enumerate(counts))
         self._check(
             whole,
-            announcement := WindowAnnouncement(samples_by_rank, totals, any(row[1] for row in table)),
+            announcement := WindowAnnouncement(samples_by_rank, totals, any(row[1] for row in table), any(row[4] for row in table)),
             [rank for rank, row in enumerate(table) if not row[2]],
         )
         return announcement

@@ -21,6 +21,7 @@ from autoaccum.errors import PlanError, UsageError, noted
 from autoaccum.loop import team
 from autoaccum.loop.first_windows import FirstWindows
 from autoaccum.loop.learner import Learner
+from autoaccum.loop.progress import Progress
 from autoaccum.loop.rescue import Rescuer
 from autoaccum.loop.step_result import StepResult
 from autoaccum.plan import Plan
@@ -161,6 +162,7 @@ class Accumulator:
         self._one_size = 0
         self._turn = threading.Lock()
         self._first = FirstWindows.of(self._plan, self._jobs)
+        self._progress = Progress(self._plan.target_tokens or self._plan.target_batch)
 
     @property
     def micro_batch(self) -> int:
@@ -173,14 +175,47 @@ class Accumulator:
         return self._plan
 
     def windows(self, loader: Iterable[Any], **settings: Any) -> Windows:
-        """The loader's batches, of any size, as windows of exactly the target. The settings, and what is raised, are those of `Plan.windows`."""
+        """The loader's batches, of any size, as windows of exactly the target. The settings, and what is raised, are those of `Plan.windows`.
+
+        They begin where a loaded state ends, and end early after `stop_at_window_end`.
+        """
         job = self._jobs[0]
         mine = {name: value for name, value in (("samples", job.samples), ("split", job.split)) if value is not None}
-        windows = self._plan.windows(loader, **{**mine, **settings})
+        windows = self._progress.through(self._plan.windows(loader, **{**mine, **settings}))
         if self._pace is None:
             return windows
         self._follows = True
         return windows.shared_by(lambda samples: self._plan.shares_of(samples))
+
+    @property
+    def epoch(self) -> int:
+        """The epoch of the last finished window, also of one before `load_state_dict`: `for epoch in range(loop.epoch, epochs)`."""
+        return self._progress.epoch
+
+    @property
+    def is_stopping(self) -> bool:
+        """True once the loop has ended early, after `stop_at_window_end`; on all ranks after the same window."""
+        return self._progress.is_stopping
+
+    def stop_at_window_end(self, *signals: int) -> None:
+        """Ends `loop.windows` after the window that runs; with `signals`, such as `signal.SIGTERM`, when one of them comes.
+
+        One rank that is asked is enough: all ranks end after the same window, and `is_stopping` says so. A second signal does what it did before.
+        Raises `UsageError` for signals outside the main thread.
+        """
+        self._progress.stop_on(*signals)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the loop stands after the last finished window: the place in the data, to be saved beside the model, the optimizer and random states.
+
+        It is the same on every rank and knows no ranks, so that a run goes on with others. Only for windows of `loop.windows` or `plan.windows`.
+        Raises `PlanError` if the loader shuffles by itself, so that the place cannot be found again.
+        """
+        return self._progress.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on behind the window of the state: the next `loop.windows(loader)` begins there. Raises `PlanError` for another target or other data."""
+        self._progress.load(state)
 
     def step(self, batch: Any, loss: Loss | None = None) -> Any:
         """Runs one optimizer step on a window, cut into micro-batches.
@@ -226,13 +261,14 @@ class Accumulator:
             self._turn.release()
 
     def _trained(self, window: Window, loss: Loss | None, sizes: Callable[[Window, int], Sequence[int]], *, given: bool) -> Any:
+        of_loader = window
         if self._jobs[0].split is not None:
             window = window.cut_by(self._jobs[0].split)
         if loss is not None and len(self._jobs) > 1:
             raise UsageError("several jobs run in turn, each with its own loss: call step(batch) without one")
         if self._team is None:
             self._check(window)
-        announcement = None if self._team is None else self._team.announce(window, [job.count for job in self._jobs])
+        announcement = None if self._team is None else self._team.announce(window, [job.count for job in self._jobs], stops=self._progress.is_asked)
         if not self._begun:
             self._graphs = [job.device.type == "cuda" and replays_graphs(job.model, loss or job.loss) for job in self._jobs]
             self._captured = next(filter(None, (captured(job.model, loss or job.loss) for job in self._jobs)), None)
@@ -278,6 +314,7 @@ class Accumulator:
             self._team.went_by(any(result.rescued is not None for result in results))
         if self._pace is not None and announcement is not None:
             self._agreed(self._pace, announcement)
+        self._progress.finished(of_loader, stops=self._progress.is_asked if announcement is None else announcement.stops)
         return results[0] if len(results) == 1 else tuple(results)
 
     def _of_one_size(self, sizes: Callable[[Window, int], Sequence[int]], window: Window, most: int) -> Sequence[int]:
