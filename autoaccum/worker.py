@@ -101,8 +101,8 @@ def _answer(rehearsal: Any, requests: Any, reply: Callable[[dict[str, Any]], Non
             reply({"answer": rehearsal.sample_tokens()})
         elif verb == "conditions":
             reply({"answer": asdict(rehearsal.conditions())})
-        elif verb in ("estimate", "tape"):
-            reply({"answer": getattr(rehearsal, verb + "d")(**request)})
+        elif verb in ("estimated", "taped", "timed"):
+            reply({"answer": getattr(rehearsal, verb)(**request)})
         else:
             bytes_before = live_bytes()
             reading = getattr(rehearsal, verb)(**request)  # "measure" or "evaluate"

@@ -163,6 +163,33 @@ def _on_a_card(table: str) -> Callable[[dict[str, Any]], str]:
     return make
 
 
+def _elastic(document: dict[str, Any]) -> str:
+    """What is left of runs in which a worker was killed."""
+    killed = [row for row in document["rows"] if row["killed_in"] is not None]
+    early = sum(row["killed_in"] == "before the first window" for row in killed)
+    good = sum(row["good"] for row in killed)
+    return (
+        f"In {len(killed)} runs of it over three gloo ranks a random worker was killed at a random moment, {early} times before the first window and {len(killed) - early} times in one "
+        f"(`benchmarks/elastic.py`): {good} ended after all {document['undisturbed']['windows']} windows, with parameters within "
+        f"{max(row['difference'] for row in killed if row['difference'] is not None):.0e} of one process's, the longest in {max(row['seconds'] for row in killed):.0f} s "
+        f"where an undisturbed run took {document['undisturbed']['seconds']:.0f} s."
+    )
+
+
+def _fine_tuning(document: dict[str, Any]) -> str:
+    """Runs on a T4: our errors and those of who measured them."""
+    lines = ["| | rows | median error | 90th percentile | worst |", "| --- | --- | --- | --- | --- |"]
+    for weights, what in (("plain weights", "LoRA, weights in fp16"), ("nf4", "QLoRA, weights in 4 bits")):
+        for name, label in (
+            ("reserved", "reserved peak"),
+            ("allocated", "allocated peak"),
+            ("fitcheck itself, its total", "fitcheck's own total, beside reserved"),
+        ):
+            each = document[weights][name]
+            lines.append(f"| {what}: {label} | {each['rows']} | {each['median_percent']:.1f}% | {each['p90_percent']:.1f}% | {each['worst_percent']:.1f}% |")
+    return "\n".join(lines)
+
+
 # name -> its raw results, what makes the table of them, and the code that they measure
 # The six of whom both are known: how targets were hit (`policy`), and the gradient's error (`loop`).
 _BOTH = (
@@ -199,6 +226,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] 
     "boundaries on a card": ("gpu.json", _on_a_card("boundaries"), ("benchmarks/gpu/workloads.py",)),
     "plans on a card": ("gpu.json", _on_a_card("plans"), (*SEARCHING, "autoaccum/devices/cuda.py")),
     "peers on a card": ("gpu.json", _on_a_card("peers"), (*SEARCHING, "autoaccum/devices/cuda.py", "benchmarks/work.py", "benchmarks/peers")),
+    "elastic": ("elastic.json", _elastic, ("autoaccum/loop/progress.py", "autoaccum/data/windows.py")),
+    "published fine-tuning": ("published_t4.json", _fine_tuning, ("autoaccum/simulate", "autoaccum/virtual/phantom.py", "autoaccum/trace")),
     "published peaks": ("estimate_published.json", _published, ("autoaccum/simulate", "autoaccum/virtual/phantom.py")),
 }
 

@@ -18,7 +18,7 @@ def example(name, *words):
 def test_there_is_no_example_that_is_not_run_here():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
         "plain_loop.py", "own_loop.py", "mixed_precision.py", "token_weighted_lm.py", "oom_rescue.py", "tiny_gpt.py", "conv_net.py", "unmodified_script.py",
-        "ddp.py", "fsdp2.py", "unlike_ranks.py", "with_transformers.py", "with_lightning.py", "with_accelerate.py",
+        "ddp.py", "fsdp2.py", "unlike_ranks.py", "elastic.py", "with_transformers.py", "with_lightning.py", "with_accelerate.py",
     }  # fmt: skip
 
 
@@ -70,6 +70,13 @@ def test_ddp_also_where_there_is_no_numpy(tmp_path):
 def test_fsdp2():
     lines = over_ranks("fsdp2.py")
     assert lines[0].startswith("60 = ") and len(losses_of(lines)) == 2
+
+
+def test_a_worker_is_killed_and_the_job_goes_on_as_if_nothing_had_been():
+    import elastic  # benchmarks/ is on pytest's path
+
+    found = elastic.run(seed=3, seconds=6.0, timeout_s=100, expected=elastic.undisturbed())
+    assert found["good"], found
 
 
 def test_unlike_ranks():

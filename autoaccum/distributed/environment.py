@@ -31,3 +31,18 @@ def launched() -> Launched | None:
             f"the environment has RANK={launch.rank} and WORLD_SIZE={launch.world_size}: ranks are counted from 0; unset both, or start with torchrun"
         )
     return launch if launch.world_size > 1 else None
+
+
+def restart_hazard() -> str:
+    """A sentence if workers that torchrun starts again would hang, because they share a store with the life before; "" otherwise.
+
+    https://github.com/pytorch/pytorch/issues/135712
+    """
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    shares = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") != "1"
+    if not shares or not restarts.isdigit() or not int(restarts):
+        return ""
+    return (
+        f"torchrun may start workers again ({restarts} times), and with torch's default they then look for each other at the addresses of the life before, and hang: "
+        "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 before torchrun"
+    )

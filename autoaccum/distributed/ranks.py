@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 import socket
 import time
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -18,7 +19,7 @@ from weakref import WeakKeyDictionary
 import torch
 import torch.distributed as dist
 
-from autoaccum.distributed.environment import launched
+from autoaccum.distributed.environment import launched, restart_hazard
 from autoaccum.errors import RanksDisagree, UsageError
 
 TIMEOUT_S = 1800.0
@@ -45,7 +46,9 @@ def here(group: Any = None, timeout_s: float = TIMEOUT_S) -> Ranks | None:
     ranks_by_key = _ranks_by_world.setdefault(dist.group.WORLD, {})
     key = (tuple(members), timeout_s)
     if key not in ranks_by_key:
-        ranks_by_key[key] = Ranks(members, timeout_s)
+        ranks_by_key[key] = made = Ranks(members, timeout_s)
+        if made.rank == 0 and (hazard := restart_hazard()):
+            warnings.warn(hazard, stacklevel=3)
     return ranks_by_key[key]
 
 

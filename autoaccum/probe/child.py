@@ -129,7 +129,7 @@ class Child:
             self._start()
 
     def simulated(self, verb: str, **arguments: Any) -> Any:
-        """The answer of a simulating child to its verb "estimate" or "tape", as plain values.
+        """The answer of a simulating child to its verb "estimated", "taped" or "timed", as plain values.
 
         Raises `JobFailed` if the child's process ends.
         """

@@ -11,6 +11,7 @@ from autoaccum.doors import lazily
 if TYPE_CHECKING:
     from autoaccum.trace.draws import Draws
     from autoaccum.trace.fake import PhantomMode, fake_cuda, quieten_torch, quieten_transformers
+    from autoaccum.trace.operator_work import OperatorWork
     from autoaccum.trace.substitution import Substitution
     from autoaccum.trace.tracer import Tracer, recording
     from autoaccum.trace.unknown_values import last_line
@@ -19,6 +20,7 @@ else:
         __name__,
         draws="Draws",
         fake="PhantomMode fake_cuda quieten_torch quieten_transformers",
+        operator_work="OperatorWork",
         substitution="Substitution",
         tracer="Tracer recording",
         unknown_values="last_line",

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from autoaccum.errors import JobError
 from autoaccum.simulate import AttentionCall, Card, Tape, canonical, chosen_for, kernels
-from autoaccum.trace import card_facts, higher_order, packed_sequences, quantised_layers, shape_rules
+from autoaccum.trace import card_facts, higher_order, operator_work, packed_sequences, quantised_layers, shape_rules
 from autoaccum.trace.unknown_values import UnknownValues
 
 aten = torch.ops.aten
@@ -70,6 +70,7 @@ class Tracer(TorchDispatchMode):
         self.asked_for_card = False  # True once the job has asked what card it runs on
         self._flex = higher_order.FlexAttention()
         self._benchmarked: set[Any] = set()
+        self.work: list[operator_work.OperatorWork] | None = None  # the work of every operator, if it is asked for
 
     # -- calls from the caller --
 
@@ -142,9 +143,14 @@ class Tracer(TorchDispatchMode):
             return out
         self.unknown.follow(name, args, out)
         here = any(self._here(value) for value in args) or bool(args and isinstance(args[0], (list, tuple)) and any(self._here(value) for value in args[0]))
-        self._made(name, args, _flat(out), here)
+        results = _flat(out)
+        self._made(name, args, results, here)
         if here:
             self._handle(name)
+        if self.work is not None and (here or any(self._here(value) for value in results)):
+            done = operator_work.of(func, args, kwargs, results, self.phase)
+            if done is not None:
+                self.work.append(done)
         if self._card.benchmark and kernels.is_benchmarked(name) and any(self._here(value) for value in args):
             self._benchmark(name, args, out)
         return out

@@ -84,7 +84,7 @@ def estimate_source(
         tape = None
         if timeline is not None:
             chosen = _estimate_card(child, timeline, request, len(names))
-            tape = child.simulated("tape", sizes=list(chosen.micro_batches))
+            tape = child.simulated("taped", sizes=list(chosen.micro_batches))
     found = _what_if(origin, request, names, replace(request.limits, buckets=buckets)) if what_if else {}
     return Estimates(origin.label, request.samples, tuple(estimates), round(time.monotonic() - started, 3), tape, found)
 
@@ -113,6 +113,13 @@ def _what_if(origin: Source, request: Request, names: Sequence[str], limits: Lim
         list(pool.map(tried, changes.ALONE))
         list(pool.map(tried, changes.together(refused)))
     return {name: tuple(sorted(rows, key=lambda row: (not row.fits, row.times, row.peak_bytes))) for name, rows in found.items()}
+
+
+def timed(origin: Source, request: Request, most: dict[str, int], *, on_output: Callable[[str], None] | None = None) -> dict[str, dict[str, Any]]:
+    """The time curves of a job by card, as `Simulation.timed` returns them. most: by card, its largest micro-batch."""
+    names = list(most)
+    with Child(origin, f"virtual:{names[0]}", request.limits, on_output=on_output) as child:
+        return {name: child.simulated("timed", gpu=name, most=most[name]) for name in names}
 
 
 def _side_by_side(origin: Source, request: Request, names: Sequence[str], limits: Limits, on_output: Callable[[str], None] | None) -> tuple[Estimate, ...]:
@@ -155,7 +162,7 @@ def _check_cards(names: Sequence[str], request: Request) -> None:
 
 
 def _estimate_card(child: Child, gpu: str, request: Request, cards: int) -> Estimate:
-    return Estimate.from_dict(child.simulated("estimate", gpu=gpu, target=request.samples, **_search_options(request, cards)))
+    return Estimate.from_dict(child.simulated("estimated", gpu=gpu, target=request.samples, **_search_options(request, cards)))
 
 
 def _search_options(request: Request, cards: int) -> dict[str, Any]:

@@ -72,6 +72,7 @@ def fleet(
     if by_hand and (job is not None or fixed is None or per_sample is None):
         raise UsageError("give either a JOB, or both of --fixed and --per-sample" if job is not None else "--fixed and --per-sample belong together: give both")
     assumed: list[str] = []
+    curves: dict[str, tuple[AffineCurve, AffineCurve, AffineCurve]] = {}
     if by_hand:
         assert fixed is not None and per_sample is not None
         work = Work(parse_size(fixed), parse_size(per_sample), 0)
@@ -79,18 +80,23 @@ def fleet(
     else:
         origin = job if isinstance(job, Source) else parse_source(job)
         label = origin.label
-        work, most = _simulated(origin, request, [card.label for card, _ in counted], on_output)
+        measured_by_hand = flops_per_sample is not None or bytes_per_sample is not None
+        work, most, curves = _simulated(origin, request, [card.label for card, _ in counted], on_output, timed=not measured_by_hand)
     if parameters is None:
         parameters = work.parameters or work.fixed / _FIXED_PER_PARAMETER
         if not work.parameters:
             assumed.append(f"{parameters / 1e6:.0f} million parameters, {_FIXED_PER_PARAMETER} bytes of the fixed ones each (--parameters)")
     if 2 * parameters > work.fixed:
         raise UsageError(f"{parameters:.3g} parameters cannot lie in {in_words(work.fixed)} of fixed bytes, with two bytes each: give a larger --fixed")
-    work = Work(work.fixed, work.per_sample, int(parameters), flops_per_sample, bytes_per_sample)
-    if flops_per_sample is None and bytes_per_sample is None:
+    work = Work(work.fixed, work.per_sample, int(parameters), flops_per_sample, bytes_per_sample, work.gradient_bytes)
+    if curves:
+        assumed.append("times: each operator of the job at the part of a card's rates that operators reach, with tensors in full and nothing fused")
+    elif flops_per_sample is None and bytes_per_sample is None:
         assumed.append(f"times go as 1/bandwidth: a sample moves {BYTES_MOVED_PER_KEPT_BYTE} times what it keeps (--flops-per-sample, --bytes-per-sample)")
     precision = _dtype(dtype, [card for card, _ in counted], flops_per_sample)
-    cards = tuple(FleetCard(card, count, size, time_curves(card, size, work, precision)) for (card, count), size in zip(counted, most))
+    cards = tuple(
+        FleetCard(card, count, size, curves.get(card.label) or time_curves(card, size, work, precision)) for (card, count), size in zip(counted, most)
+    )
     link_rate = _LINK_BYTES_PER_SECOND if link is None else float(parse_size(link)) if isinstance(link, str) else link
     if link is None:
         assumed.append(f"the slowest link moves {link_rate / 1e9:.0f} GB/s (--link)")
@@ -108,7 +114,7 @@ def _forecast(
 
     def crossing(ranks: int) -> float:
         # A ring: every rank sends and receives 2 (W - 1) / W of the gradients (Patarasu and Yuan, 2009); fp32.
-        return 2 * (ranks - 1) / ranks * 4 * work.parameters / link if ranks > 1 else 0.0
+        return 2 * (ranks - 1) / ranks * (work.gradient_bytes or 4 * work.parameters) / link if ranks > 1 else 0.0
 
     result = planned(1)
     # The slow and the fast end have the same shares, because the shares do not change while the job runs.
@@ -181,8 +187,13 @@ def _most_by_hand(card: Profile, work: Work, request: Request) -> int:
     return min(left // work.per_sample, request.max_micro_batch or left, request.samples)
 
 
-def _simulated(origin: Source, request: Request, labels: Sequence[str], on_output: Callable[[str], None] | None) -> tuple[Work, list[int]]:
-    """The job's work and the largest micro-batch of each card, both simulated. Memory for DDP's buckets stays free."""
+def _simulated(
+    origin: Source, request: Request, labels: Sequence[str], on_output: Callable[[str], None] | None, *, timed: bool
+) -> tuple[Work, list[int], dict[str, tuple[AffineCurve, AffineCurve, AffineCurve]]]:
+    """The job's work, the largest micro-batch of each card, and its time curves by card, all simulated. Memory for DDP's buckets stays free.
+
+    timed: False leaves the curves out, where the user has said what a sample takes.
+    """
     names = list(dict.fromkeys(labels))
     estimates = estimator.estimate_source(
         origin, Request(request.samples, None, request.headroom, request.max_micro_batch), names, on_output=on_output, buckets=True
@@ -197,8 +208,16 @@ def _simulated(origin: Source, request: Request, labels: Sequence[str], on_outpu
     first = estimates.gpus[0]
     fixed = sum(first.breakdown[kind] for kind in ("parameters", "gradients", "optimizer"))
     samples = first.micro_batch or 1
-    work = Work(fixed + first.breakdown["gradients"], max((first.peak_bytes - fixed) // samples, 1), first.breakdown["gradients"] // 4)
-    return work, [(by_name[label].micro_batch or 0) if by_name[label].fits else 0 for label in labels]
+    most = {name: (estimate.micro_batch or 0) if estimate.fits else 0 for name, estimate in by_name.items()}
+    told = estimator.timed(origin, request, most, on_output=on_output)
+    any_card = told[names[0]]
+    gradients = any_card["gradient_bytes"]
+    work = Work(fixed + gradients, max((first.peak_bytes - fixed) // samples, 1), any_card["parameters"], gradient_bytes=gradients)
+    curves = {
+        name: tuple(AffineCurve(most[name], step, sample, end, profiles.load(name).name) for step, sample, end in told[name]["curves"])
+        for name in (names if timed else ())
+    }
+    return work, [most[label] for label in labels], curves  # type: ignore[return-value] # three curves each
 
 
 def _dtype(requested: str | None, cards: Sequence[Profile], flops: float | None) -> str:

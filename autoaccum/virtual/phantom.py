@@ -12,7 +12,7 @@ from autoaccum.data import batches
 from autoaccum.errors import JobError, noted
 from autoaccum.probe import in_eval_mode
 from autoaccum.simulate import AttentionCall, Card, Tape
-from autoaccum.trace import Draws, PhantomMode, Substitution, Tracer, last_line, quieten_transformers, recording
+from autoaccum.trace import Draws, OperatorWork, PhantomMode, Substitution, Tracer, last_line, quieten_transformers, recording
 from autoaccum.window import Job, accumulation
 
 _TEMPLATE = 2  # samples of the real batch that shows the shapes
@@ -57,6 +57,17 @@ class Phantom:
             del rescue_copies, history
 
         return self.recorded(run, card, uneven=uneven)
+
+    def work(self, samples: int, card: Card) -> list[OperatorWork]:
+        """What every operator of a window of one micro-batch computes and moves."""
+        found: list[OperatorWork] = []
+
+        def run(tracer: Tracer) -> None:
+            tracer.work = found
+            self._window(tracer, (samples,), [None] * len(self._jobs))
+
+        self.recorded(run, card)
+        return found
 
     def evaluation_tape(self, samples: int, trained: int, card: Card) -> Tape:
         """The tape of an optimizer step of `trained` samples, and then of `samples` samples that run forward only, in eval mode."""

@@ -34,10 +34,12 @@ from autoaccum.simulate import (
     settings_from_environment,
     tape_as_json,
 )
+from autoaccum.trace import OperatorWork
 from autoaccum.units import in_words
 from autoaccum.virtual.advice import with_advice
 from autoaccum.virtual.estimate import Estimate
 from autoaccum.virtual.phantom import Phantom
+from autoaccum.virtual.roofline import traced_curves
 from autoaccum.virtual.tapes import PIECES, JobTapes
 from autoaccum.window import Job, PhaseCallback, batch_norms, fingerprint, per_token
 
@@ -62,6 +64,7 @@ class Simulation:
         self._traced = JobTapes(Phantom(jobs, "cpu" if approximate else "cuda"), 2 if self._norms else 1)
         self._approximate = bool(approximate)
         self._peaks: dict[Any, Replayed] = {}
+        self._works: tuple[tuple[int, list[OperatorWork]], ...] | None = None  # of two sizes
         self.use(profile)
 
     def use(self, profile: Profile) -> None:
@@ -253,6 +256,23 @@ class Simulation:
     def taped(self, sizes: Sequence[int]) -> dict[str, Any]:
         """The tape of a window on the current card, as a dictionary. If `sizes` is empty, the tape is of the smallest micro-batch."""
         return tape_as_json(self._on_card(self._traced.exactly(self._card, sizes or (self._traced.shortest,))).without_nothing())
+
+    def timed(self, gpu: str, most: int) -> dict[str, Any]:
+        """The time curves of the job on the card of that name, as a dictionary. most: the largest micro-batch.
+
+        "curves": the slow, the middle and the fast one, each the seconds of a micro-step, of a sample and of a window's end. "parameters" and
+        "gradient_bytes": of all parameters that are stepped.
+        """
+        self.use(profiles.load(gpu))
+        if self._works is None:
+            least = 2 if self._norms else 1
+            self._works = tuple((size, self._traced.phantom.work(size, self._card)) for size in (2 * least, 4 * least))
+        curves = traced_curves(self._profile, most, *self._works)
+        return {
+            "parameters": sum(parameter.numel() for job in self._jobs for parameter in job.stepped()),
+            "gradient_bytes": sum(job.gradient_bytes() for job in self._jobs),
+            "curves": [[curve.step_seconds, curve.sample_seconds, curve.window_seconds] for curve in curves],
+        }
 
     def _peak(self, size: int, steps: int) -> int:
         return self._replayed(size, steps).peak_reserved_bytes

@@ -9,6 +9,7 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 import autoaccum
+from autoaccum.distributed import environment
 from tests import jobs
 from tests.plans import by_hand
 from tests.ranked import in_ranks, summed, texts, words
@@ -146,3 +147,19 @@ def test_states_of_something_else_are_refused_in_a_sentence():
     by_batch.step(jobs.pairs(24))
     with pytest.raises(autoaccum.PlanError, match=r"loop over loop\.windows"):
         by_batch.state_dict()
+
+
+@pytest.mark.parametrize(
+    ("restarts", "shares", "store", "said"), [("3", None, "True", True), ("0", None, "True", False), ("3", "1", "True", False), ("3", None, None, False)]
+)
+def test_workers_that_would_hang_after_a_restart_are_warned_of(monkeypatch, restarts, shares, store, said):
+    for name, value in (("MAX_RESTARTS", restarts), ("USE_AGENT_STORE", store)):
+        if value is None:
+            monkeypatch.delenv(f"TORCHELASTIC_{name}", raising=False)
+        else:
+            monkeypatch.setenv(f"TORCHELASTIC_{name}", value)
+    if shares is None:
+        monkeypatch.delenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", raising=False)
+    else:
+        monkeypatch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", shares)
+    assert ("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in environment.restart_hazard()) == said

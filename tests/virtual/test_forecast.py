@@ -7,6 +7,9 @@ import pytest
 import autoaccum
 from autoaccum.distributed.speed_curves import AffineCurve
 from autoaccum.plan.plan import Plan
+from autoaccum.simulate import profiles
+from autoaccum.trace.operator_work import OperatorWork
+from autoaccum.virtual.roofline import traced_curves
 from tests.command_line import autoaccum as command
 from tests.command_line import document
 
@@ -109,6 +112,43 @@ def test_a_job_is_simulated_on_every_card():
     told = document(done)
     assert sum(each["share"] for each in told["ranks"]) == 4096 and told["job"] == "examples/tiny_gpt.py:make_job"
     assert told["ranks"][2]["largest_micro_batch"] > told["ranks"][0]["largest_micro_batch"] > 0
+
+
+WIDE = """
+import torch, autoaccum
+
+def make_job():
+    model = torch.nn.Sequential(torch.nn.Linear(5000, 5000), torch.nn.Linear(5000, 1))
+    model[1].requires_grad_(False)
+    return autoaccum.Job(model, torch.optim.SGD(model[0].parameters(), lr=0.1), lambda m, b: m(b).mean(), torch.zeros(4, 5000))
+"""
+
+
+def test_parameters_that_are_stepped_are_counted_and_cross_between_ranks(tmp_path):
+    (tmp_path / "wide.py").write_text(WIDE)
+    told = document(command("fleet", f"{tmp_path}/wide.py:make_job", "-b", 512, "--gpus", "2*t4", "--link", "1GB", "-q", "--json"))
+    crossing = 4 * (5000 * 5000 + 5000) / 1e9  # two ranks send and receive the gradients once
+    slowest = max(each["predicted_seconds"] for each in told["ranks"])
+    assert told["predicted_window_seconds"] - slowest == pytest.approx(crossing, rel=0.01)
+
+
+def test_no_time_is_beyond_the_cards_peak_and_other_courses_are_taken_as_a_whole():
+    card = profiles.load("a100-40gb")
+
+    def works(samples, calls=1):
+        return [OperatorWork("forward", 1e12 * samples / calls, 1e8, "tf32")] * calls + [
+            OperatorWork("backward", 0.0, 3e9 * samples, "fp32"),
+            OperatorWork("step", 0.0, 1e9, "fp32"),
+        ]
+
+    slow, middle, fast = traced_curves(card, 16, (2, works(2)), (4, works(4)))
+    least = 16 * (1e12 / card.flops["tf32"].value + 3e9 / card.bandwidth.value)
+    assert least <= fast.seconds(16) - fast.window_seconds < middle.seconds(16) < slow.seconds(16)
+    assert fast.window_seconds >= 1e9 / card.bandwidth.value
+    other = traced_curves(card, 16, (2, works(2)), (4, works(4, calls=2)))[1]
+    assert other.seconds(16) == pytest.approx(middle.seconds(16), rel=0.05)
+    alone = traced_curves(card, 1, (2, works(2)), (4, works(4)))[1]
+    assert alone.seconds(1) == pytest.approx(alone.window_seconds + alone.sample_seconds)
 
 
 def test_ranks_load_the_plan_that_was_written(tmp_path, monkeypatch):
