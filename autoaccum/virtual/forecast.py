@@ -38,6 +38,7 @@ class Forecast:
     lockstep_seconds: the window's time with the same number of micro-steps on every rank; None if it was not computed.
     without: for each card's name, the window's time without all cards of that name; None if the others cannot hold a sample.
     assumed: figures that were assumed, in words. notes: notes on the cards. seconds: the time that the forecast took.
+    has_times: False if nothing is known of what a sample computes and moves: then only the ratios of times are worth something, and only they are printed.
     """
 
     job: str
@@ -53,6 +54,7 @@ class Forecast:
     assumed: tuple[str, ...]
     notes: tuple[str, ...]
     seconds: float
+    has_times: bool = True
 
     def __str__(self) -> str:
         return self.explain()
@@ -90,6 +92,7 @@ class Forecast:
             "equal_split_seconds": self.equal_split_seconds,
             "lockstep_seconds": self.lockstep_seconds,
             "without_seconds": self.without,
+            "has_times": self.has_times,
             "assumed": list(self.assumed),
             "notes": list(self.notes),
             "seconds": self.seconds,
@@ -145,13 +148,16 @@ class Forecast:
 
 
 _TABLE = (("gpu", 18), ("ranks", 7), ("share", 7), ("micro-batches", 22), ("most", 6), ("window", 26), ("idle", 6))
+_WITHOUT_TIMES = 5  # columns
 
 
 def _lines(forecast: Forecast) -> Iterator[str]:
     fleet = forecast.fleet
     where = f" of {forecast.job}" if forecast.job != "by hand" else ""
-    yield f"{forecast.target_batch} samples a step{where} over {len(fleet.shares)} rank{'s' if len(fleet.shares) > 1 else ''}; times are estimates"
-    yield "".join(f"{title:<{width}}" for title, width in _TABLE).rstrip()
+    times = "times are estimates" if forecast.has_times else "no times: they need a JOB, or --flops-per-sample and --bytes-per-sample"
+    columns = _TABLE if forecast.has_times else _TABLE[:_WITHOUT_TIMES]
+    yield f"{forecast.target_batch} samples a step{where} over {len(fleet.shares)} rank{'s' if len(fleet.shares) > 1 else ''}; {times}"
+    yield "".join(f"{title:<{width}}" for title, width in columns).rstrip()
     slowest, first = fleet.seconds(), 0
     for card in forecast.cards:
         shares = fleet.shares[first : first + card.count]
@@ -168,21 +174,29 @@ def _lines(forecast: Forecast) -> Iterator[str]:
                 f"{duration_in_words(middle)} ({duration_in_words(low)} to {duration_in_words(high)})" if share else "",
                 f"{1 - middle / slowest:.1%}" if share and not fleet.lockstep else "",
             )
-            yield "".join(f"{cell:<{max(width, len(cell) + 1)}}" for cell, (_, width) in zip(cells, _TABLE)).rstrip()
+            yield "".join(f"{cell:<{max(width, len(cell) + 1)}}" for cell, (_, width) in zip(cells, columns)).rstrip()
         first += card.count
     low, high = forecast.interval
     per_second = forecast.target_batch / forecast.window_seconds
-    yield f"window {duration_in_words(forecast.window_seconds)} ({duration_in_words(low)} to {duration_in_words(high)}), of it all-reduce {duration_in_words(forecast.link_seconds)}: {per_second:.0f} samples a second"
+    if forecast.has_times:
+        yield f"window {duration_in_words(forecast.window_seconds)} ({duration_in_words(low)} to {duration_in_words(high)}), of it all-reduce {duration_in_words(forecast.link_seconds)}: {per_second:.0f} samples a second"
     if forecast.equal_split_seconds is None:
         yield "an even split does not fit: a card that would have to hold a sample cannot"
     elif len(set(fleet.shares)) > 1 and not math.isclose(forecast.equal_split_seconds, forecast.window_seconds):
-        yield f"an even split would take {duration_in_words(forecast.equal_split_seconds)}, {forecast.equal_split_seconds / forecast.window_seconds:.2f} times as long"
+        took = f"{duration_in_words(forecast.equal_split_seconds)}, " if forecast.has_times else ""
+        yield f"an even split would take {took}{forecast.equal_split_seconds / forecast.window_seconds:.2f} times as long"
     if forecast.lockstep_seconds is not None and not fleet.lockstep and len(fleet.shares) > 1:
-        yield f"with the same number of micro-steps on every rank (sharded parameters): {duration_in_words(forecast.lockstep_seconds)}"
+        took = (
+            duration_in_words(forecast.lockstep_seconds) if forecast.has_times else f"{forecast.lockstep_seconds / forecast.window_seconds:.2f} times as long"
+        )
+        yield f"with the same number of micro-steps on every rank (sharded parameters): {took}"
     for name, seconds in forecast.without.items():
         if seconds is None:
             continue
         gain = seconds / forecast.window_seconds
+        if not forecast.has_times:
+            yield f"without {name}: {gain:.2f} times as long" + ("" if gain > 1.005 else ": leave it out")
+            continue
         yield f"without {name}: {duration_in_words(seconds)}, " + (
             f"so keeping it gives {gain:.2f} times the speed" if gain > 1.005 else "faster: leave it out" if gain < 0.995 else "no slower: leave it out"
         )

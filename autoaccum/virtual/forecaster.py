@@ -9,6 +9,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 
 from autoaccum.devices import LEAST_GPU_HEADROOM
 from autoaccum.distributed import AffineCurve, Fleet, equal_share, solve
@@ -100,7 +101,8 @@ def fleet(
     link_rate = _LINK_BYTES_PER_SECOND if link is None else float(parse_size(link)) if isinstance(link, str) else link
     if link is None:
         assumed.append(f"the slowest link moves {link_rate / 1e9:.0f} GB/s (--link)")
-    return _forecast(label, request, cards, work, link_rate, tuple(assumed), tuple(_notes(cards, precision, dtype)), started)
+    found = _forecast(label, request, cards, work, link_rate, tuple(assumed), tuple(_notes(cards, precision, dtype)), started)
+    return replace(found, has_times=not by_hand or flops_per_sample is not None or bytes_per_sample is not None)
 
 
 def _forecast(

@@ -27,8 +27,10 @@ def test_the_table_and_the_document_say_the_same():
         assert len(each["micro_batches"]) == each["accumulation_steps"] and each["predicted_seconds"] <= told["predicted_window_seconds"]
     low, high = told["predicted_window_seconds_interval"]
     assert low < told["predicted_window_seconds"] < high and told["equal_split_seconds"] > 2 * told["predicted_window_seconds"]
-    assert text.startswith("480 samples a step over 7 ranks; times are estimates\n")
-    assert f"an even split would take {told['equal_split_seconds'] * 1000:.0f} ms" in text
+    assert text.startswith("480 samples a step over 7 ranks; no times: they need a JOB, or --flops-per-sample") and " ms" not in text and not told["has_times"]
+    assert f"an even split would take {told['equal_split_seconds'] / told['predicted_window_seconds']:.2f} times as long" in text
+    timed = command(*THREE_KINDS, "--flops-per-sample", "1e12").stdout
+    assert timed.startswith("480 samples a step over 7 ranks; times are estimates\n") and "an even split would take " in timed and " ms (" in timed
     assert "note: t4 has no native bf16" in text and "without t4: " in text and "assumed: times go as 1/bandwidth" in text
 
 
@@ -53,7 +55,7 @@ def test_figures_by_hand_are_what_the_roofline_says():
 
 def test_a_card_that_cannot_hold_one_sample_gets_none():
     done = command("fleet", "-b", 12, "--gpus", "a100-80gb,t4", "--fixed", "1GiB", "--per-sample", "20GiB")
-    assert done.returncode == 0 and "t4 cannot hold one sample: it gets none" in done.stdout and "without t4: 592 ms, faster: leave it out" in done.stdout
+    assert done.returncode == 0 and "t4 cannot hold one sample: it gets none" in done.stdout and "times as long: leave it out" in done.stdout
     assert "an even split does not fit" in done.stdout
 
 
