@@ -215,11 +215,11 @@ def _simulated(
     any_card = told[names[0]]
     gradients = any_card["gradient_bytes"]
     work = Work(fixed + gradients, max((first.peak_bytes - fixed) // samples, 1), any_card["parameters"], gradient_bytes=gradients)
-    curves = {
-        name: tuple(AffineCurve(most[name], step, sample, end, profiles.load(name).name) for step, sample, end in told[name]["curves"])
-        for name in (names if timed else ())
-    }
-    return work, [most[label] for label in labels], curves  # type: ignore[return-value] # three curves each
+    curves = {}
+    for name in names if timed else ():
+        slow, middle, fast = (AffineCurve(most[name], step, sample, end, profiles.load(name).name) for step, sample, end in told[name]["curves"])
+        curves[name] = (slow, middle, fast)
+    return work, [most[label] for label in labels], curves
 
 
 def _dtype(requested: str | None, cards: Sequence[Profile], flops: float | None) -> str:
