@@ -162,7 +162,7 @@ class Accumulator:
         self._one_size = 0
         self._turn = threading.Lock()
         self._first = FirstWindows.of(self._plan, self._jobs)
-        self._progress = Progress(self._plan.target_tokens or self._plan.target_batch)
+        self._progress = Progress(self._plan.target_tokens or self._plan.target_batch, alone=self._team is None)
 
     @property
     def micro_batch(self) -> int:

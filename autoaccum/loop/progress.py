@@ -17,11 +17,12 @@ SCHEMA = "autoaccum.loop/1"
 class Progress:
     """The windows that a loop has finished, the place in the data behind the last one, and whether it ends after the window that runs.
 
-    target: what a window holds, samples or tokens. The state knows neither ranks nor shares.
+    target: what a window holds, samples or tokens. alone: True on one rank, which need not ask others before it stops. The state knows neither
+    ranks nor shares.
     """
 
-    def __init__(self, target: int) -> None:
-        self._target = target
+    def __init__(self, target: int, *, alone: bool) -> None:
+        self._target, self._alone = target, alone
         self.windows = 0
         self._place: dict[str, int] | None = None
         self._resumed: dict[str, int] | None = None  # a place that the next `Windows` begin at
@@ -50,9 +51,8 @@ class Progress:
         """Called after each window. stops: a rank has been asked to stop."""
         self.windows += 1
         self._place = window.position
-        if stops and not self.is_stopping:
-            self.is_stopping = True
-            log.warning("stopped after window %d%s: its step is done, and loop.state_dict() says where to go on", self.windows, self._asked_by)
+        if stops:
+            self._stop()
 
     def state(self) -> dict[str, Any]:
         """The state after the last finished window. Raises `PlanError` if the place in the data cannot be found again."""
@@ -92,5 +92,12 @@ class Progress:
     def _ask(self, by: str) -> None:
         self.is_asked, self._asked_by = True, by
 
+    def _stop(self) -> None:
+        if not self.is_stopping:
+            self.is_stopping = True
+            log.warning("stopped after window %d%s: its step is done, and loop.state_dict() says where to go on", self.windows, self._asked_by)
+
     def _ends(self) -> bool:
+        if self._alone and self.is_asked:  # between two windows
+            self._stop()
         return self.is_stopping

@@ -24,8 +24,9 @@ class OperatorWork:
     dtype: str
 
 
-def of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: Sequence[torch.Tensor], phase: str) -> OperatorWork | None:
-    """The work of a call; None for one that only looks at memory in another way, and starts no kernel."""
+def of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any, phase: str) -> OperatorWork | None:
+    """The work of a call that returned `out`; None for one that only looks at memory in another way, and starts no kernel."""
+    results = _tensors(out)
     given = [value for value in _tensors(args) if value.device.type != "cpu"]
     storages = {value.untyped_storage()._cdata for value in given}
     if func._schema.is_mutable:
@@ -38,7 +39,7 @@ def of(func: Any, args: Sequence[Any], kwargs: dict[str, Any], results: Sequence
     if name.startswith(("empty", "new_empty")):
         return None
     formula = flop_registry.get(func._overloadpacket)
-    flops = float(formula(*args, **kwargs, out_val=results[0] if len(results) == 1 else tuple(results))) if formula is not None and results else 0.0
+    flops = float(formula(*args, **kwargs, out_val=out)) if formula is not None else 0.0
     floating = next((value.dtype for value in (*given, *written) if value.is_floating_point()), torch.float32)
     return OperatorWork(phase, flops, float(sum(map(_nbytes, given)) + sum(map(_nbytes, written))), _dtype(floating, "conv" in name))
 

@@ -148,7 +148,7 @@ class Tracer(TorchDispatchMode):
         if here:
             self._handle(name)
         if self.work is not None and (here or any(self._here(value) for value in results)):
-            done = operator_work.of(func, args, kwargs, results, self.phase)
+            done = operator_work.of(func, args, kwargs, out, self.phase)
             if done is not None:
                 self.work.append(done)
         if self._card.benchmark and kernels.is_benchmarked(name) and any(self._here(value) for value in args):

@@ -66,7 +66,7 @@ def traced_curves(card: Profile, most: int, less: tuple[int, Sequence[OperatorWo
         for low, high in zip(*ends):
             flops, nbytes = low.flops + (high.flops - low.flops) * times, low.nbytes + (high.nbytes - low.nbytes) * times
             total += _operator_seconds(card, max(flops, 0.0), max(nbytes, 0.0), low.dtype, pace)
-        return max(total, _SECONDS_PER_CALL * len(ends[0]))
+        return max(total, pace * _SECONDS_PER_CALL * len(ends[0]))
 
     curves = []
     for pace in _INTERVAL:

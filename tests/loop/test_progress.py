@@ -82,6 +82,15 @@ def test_a_signal_ends_the_loop_after_the_window_that_runs_and_a_second_one_does
         signal.signal(signal.SIGUSR1, before)
 
 
+def test_a_loop_on_one_rank_that_is_asked_between_two_windows_runs_no_other():
+    loop, loader = loop_and_loader()
+    for done, window in enumerate(loop.windows(loader), 1):
+        loop.step(window)
+        if done == 3:
+            loop.stop_at_window_end()
+    assert loop.is_stopping and loop.state_dict()["windows"] == 3
+
+
 def test_signals_belong_to_the_main_thread():
     loop, _ = loop_and_loader()
     raised = []

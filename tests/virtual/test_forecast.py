@@ -134,6 +134,29 @@ def test_parameters_that_are_stepped_are_counted_and_cross_between_ranks(tmp_pat
     assert told["predicted_window_seconds"] - slowest == pytest.approx(crossing, rel=0.01)
 
 
+CONVOLUTIONS = """
+import torch, autoaccum
+from torch import nn
+
+def make_job():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.BatchNorm2d(16), nn.ReLU(), nn.Conv2d(16, 16, 3, stride=2), nn.Flatten(), nn.LazyLinear(10))
+    model(torch.zeros(2, 3, 32, 32))
+    return autoaccum.Job(
+        model, torch.optim.Adam(model.parameters()), lambda m, b: nn.functional.cross_entropy(m(b[0]), b[1]),
+        (torch.zeros(4, 3, 32, 32), torch.zeros(4, dtype=torch.long)), autocast=torch.float16,
+    )
+"""
+
+
+def test_convolutions_have_times_too(tmp_path):
+    (tmp_path / "conv.py").write_text(CONVOLUTIONS)
+    done = command("fleet", f"{tmp_path}/conv.py:make_job", "-b", 256, "--gpus", "a100-40gb,t4", "-q", "--json")
+    assert done.returncode == 0, done.stderr
+    told = document(done)
+    assert told["has_times"] and 0 < told["predicted_window_seconds_interval"][0] < told["predicted_window_seconds"]
+    assert told["ranks"][0]["share"] > told["ranks"][1]["share"] > 0
+
+
 def test_no_time_is_beyond_the_cards_peak_and_other_courses_are_taken_as_a_whole():
     card = profiles.load("a100-40gb")
 
