@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoaccum.errors import (
     AutoaccumError,
+    AutoaccumWarning,
     DeviceError,
     JobError,
     JobFailed,
@@ -86,6 +87,7 @@ _FILE_OF = {
 __all__ = [
     "Accumulator",
     "AutoaccumError",
+    "AutoaccumWarning",
     "DeviceError",
     "Job",
     "JobError",

@@ -56,6 +56,10 @@ class AutoaccumError(Exception):
     exit_code = 2
 
 
+class AutoaccumWarning(UserWarning):
+    """The category of all warnings of autoaccum, for `warnings.filterwarnings`."""
+
+
 class JobError(AutoaccumError):
     """The job could not be loaded, or what it returned has the wrong shape."""
 

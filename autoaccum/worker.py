@@ -20,6 +20,9 @@ from autoaccum.probe import Limits, die_with_parent
 from autoaccum.units import MIB
 from autoaccum.window import PhaseCallback, Source, as_jobs, load
 
+# What a simulation imports; the first step of an optimizer imports torch._dynamo.
+SIMULATING = ("torch._dynamo", "autoaccum.probe.rehearsal", "autoaccum.trace", "autoaccum.virtual.simulation")
+
 
 def main(receive: int, send: int, parent: int) -> None:
     """Answers the requests of the parent until it closes the pipe.

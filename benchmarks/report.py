@@ -176,6 +176,20 @@ def _elastic(document: dict[str, Any]) -> str:
     )
 
 
+def _planners(document: dict[str, Any]) -> str:
+    """Published runs over unlike nodes: the even split, forecast and measured, and our shares."""
+    lines = ["| nodes | samples | even split, measured | even split, forecast | our shares, forecast | best of other planners, measured |", "| --- " * 6 + "|"]
+    for run in document["runs"]:
+        nodes = run["nodes"].split(",")
+        named = ", ".join(f"{nodes.count(node)} of {node.replace('-', ' ').replace('x', ' x ')}" for node in dict.fromkeys(nodes))
+        best = "none" if run["best_published_s"] == run["measured_even_s"] else f"{run['best_published_s']:.1f} s"
+        lines.append(
+            f"| {named} | {run['target']} | {run['measured_even_s']:.1f} s | {run['forecast_even_s']:.1f} s ({run['error_percent']:+.1f}%) | "
+            f"{run['forecast_ours_s']:.1f} s ({' + '.join(map(str, run['shares']))}) | {best} |"
+        )
+    return "\n".join(lines)
+
+
 def _fine_tuning(document: dict[str, Any]) -> str:
     """Runs on a T4: our errors and those of who measured them."""
     lines = ["| | rows | median error | 90th percentile | worst |", "| --- | --- | --- | --- | --- |"]
@@ -227,6 +241,11 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] 
     "plans on a card": ("gpu.json", _on_a_card("plans"), (*SEARCHING, "autoaccum/devices/cuda.py")),
     "peers on a card": ("gpu.json", _on_a_card("peers"), (*SEARCHING, "autoaccum/devices/cuda.py", "benchmarks/work.py", "benchmarks/peers")),
     "elastic": ("elastic.json", _elastic, ("autoaccum/loop/progress.py", "autoaccum/data/windows.py")),
+    "planners": (
+        "fleet_planners.json",
+        _planners,
+        ("autoaccum/distributed/fleet.py", "autoaccum/distributed/shares.py", "autoaccum/distributed/speed_curves.py"),
+    ),
     "published fine-tuning": ("published_t4.json", _fine_tuning, ("autoaccum/simulate", "autoaccum/virtual/phantom.py", "autoaccum/trace")),
     "published peaks": ("estimate_published.json", _published, ("autoaccum/simulate", "autoaccum/virtual/phantom.py")),
 }

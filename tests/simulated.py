@@ -2,8 +2,6 @@
 
 import functools
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import autoaccum
+from tests import forked
 
 ROOT = Path(__file__).parent.parent
 
@@ -29,9 +28,7 @@ def in_a_process(code, *arguments, timeout=200):
     )
     # What was put into torch's tables is gone before its own destructors run.
     tail = "\nimport os\nsys.stdout.flush(); os._exit(0)\n"
-    done = subprocess.run(
-        [sys.executable, "-c", head + code + tail, *map(str, arguments)], capture_output=True, text=True, cwd=ROOT, timeout=timeout, check=False
-    )
+    done = forked.run(head + code + tail, *arguments, timeout=timeout)
     told = [line for line in done.stdout.splitlines() if line.startswith("told:")]
     assert told and done.returncode == 0, f"nothing was told (exit code {done.returncode}): {done.stdout[-2000:]}{done.stderr[-3000:]}"
     return json.loads(told[-1].removeprefix("told:"))

@@ -2,23 +2,26 @@
 
 import os
 import re
+import socket
 import subprocess
 import sys
 
+from tests import forked
 from tests.command_line import ROOT, autoaccum, document
 
 MIB = 2**20
 
 
 def example(name, *words):
-    command = [sys.executable, str(ROOT / "examples" / name), *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=dict(os.environ), check=True, timeout=120).stdout
+    done = forked.run(ROOT / "examples" / name, *words)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
 
 
 def test_there_is_no_example_that_is_not_run_here():
     assert {path.name for path in (ROOT / "examples").glob("*.py")} == {
         "plain_loop.py", "own_loop.py", "mixed_precision.py", "token_weighted_lm.py", "oom_rescue.py", "tiny_gpt.py", "conv_net.py", "unmodified_script.py",
-        "ddp.py", "fsdp2.py", "unlike_ranks.py", "elastic.py", "with_transformers.py", "with_lightning.py", "with_accelerate.py",
+        "ddp.py", "fsdp2.py", "unlike_ranks.py", "elastic.py", "with_transformers.py", "with_lightning.py", "with_accelerate.py", "with_ray.py",
     }  # fmt: skip
 
 
@@ -43,7 +46,19 @@ def test_unmodified_script():
     assert "step 2  loss" in example("unmodified_script.py", "--batch-size", 2, "--accum", 2)
 
 
-def over_ranks(name, ranks=3, **env):
+def over_ranks(name, ranks=3):
+    """With torchrun's variables, and without its start of Python for each rank."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    variables = [{name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()} for rank in range(ranks)]
+    done = forked.run(ROOT / "examples" / name, copies=variables)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.splitlines()
+
+
+def under_torchrun(name, ranks=3, **env):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "examples" / name)]
     for _ in range(2):
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, **env}, check=False, timeout=85)
@@ -62,7 +77,7 @@ def losses_of(lines):
 
 def test_ddp_also_where_there_is_no_numpy(tmp_path):
     (tmp_path / "numpy.py").write_text("raise ModuleNotFoundError('there is no NumPy')")
-    lines = over_ranks("ddp.py", PYTHONPATH=str(tmp_path))
+    lines = under_torchrun("ddp.py", PYTHONPATH=str(tmp_path))
     assert lines[0].startswith("120 = ") and "over 3 ranks" in lines[0]
     assert len(losses_of(lines)) == 3 and lines[1].endswith("11 steps, 1300 samples")
 
@@ -86,7 +101,8 @@ def test_unlike_ranks():
     assert len(losses_of(lines)) == 2
 
 
-GPT = ("examples/tiny_gpt.py:make_job", "-d", "cpu", "-q")
+LIGHT = {"vocabulary": 4096, "layers": 1, "width": 32}  # a sample takes more than 4 MiB, as by default, with less arithmetic
+GPT = ("examples/tiny_gpt.py:make_job", "-d", "cpu", "-q", *(word for name, value in LIGHT.items() for word in ("--set", f"{name}={value}")))
 
 
 def test_tiny_gpt_under_a_limit_at_which_40_fit_and_60_do_not_and_at_which_39_are_the_most():
@@ -104,7 +120,7 @@ def limit_at_which_40_just_run():
     """Read in a process of its own that `tune` has no part in."""
     import oracle  # benchmarks/ is on pytest's path
 
-    peak_bytes = oracle.in_fresh_process("try", f"{ROOT}/examples/tiny_gpt.py:make_job", {}, 800 * MIB, (40, 40, 40))["peak_bytes"]
+    peak_bytes = oracle.in_fresh_process("try", f"{ROOT}/examples/tiny_gpt.py:make_job", LIGHT, 800 * MIB, (40, 40, 40))["peak_bytes"]
     return peak_bytes + 7 * MIB  # headroom: 3 % of what training adds, about 230 MiB
 
 
@@ -133,7 +149,9 @@ def test_own_loop():
 
 
 def test_oom_rescue():
-    lines = example("oom_rescue.py").splitlines()
+    # Memory is measured in it, so it is not forked.
+    command = [sys.executable, str(ROOT / "examples/oom_rescue.py")]
+    lines = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True, timeout=120).stdout.splitlines()
     assert [line.endswith("<- rescued") for line in lines[1:]] == [False, False, True, False, False]
 
 

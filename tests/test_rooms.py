@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "autoaccum"
 
-DOORSTEP = ["version", "errors", "units", "oom", "doors", "files"]
+DOORSTEP = ["version", "errors", "units", "oom", "doors", "files", "warm_process"]
 ROOMS = [
     "data",
     "simulate",
@@ -43,6 +43,7 @@ BY_NAME = {
     "devices.table": "a device's file imports its driver, so only the one that is asked for is imported",
     "integrations": "a framework's file imports the framework, so only the one that is asked for is imported",
     "plan.plan": "`Plan.apply` takes a framework's object, and the room of frameworks stands above",
+    "warm_process": "a child's program names what it needs; the doorstep knows no room",
     "window.source": "a user's module",
 }
 

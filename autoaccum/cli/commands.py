@@ -182,7 +182,8 @@ def train(rest: list[str] | None, /, epochs: int, **given: Any) -> None:
     "gpus",
     multiple=True,
     metavar="NAME|SIZE",
-    help="A card (t4, a100-80gb) or a size (24GiB); may be repeated. Up to eight also get their largest micro-batch.",
+    callback=lambda context, option, names: tuple(name.strip() for each in names for name in each.split(",")),
+    help="A card (t4, a100-80gb) or a size (24GiB), or several with commas; may be repeated. Up to eight also get their largest micro-batch.",
 )
 @click.option("--all-gpus", is_flag=True, help="Every card that is known: autoaccum profiles list.")
 @click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of the budget free.")

@@ -11,7 +11,7 @@ import torch
 
 from autoaccum.data import batches
 from autoaccum.data.variety import IGNORED
-from autoaccum.errors import PlanError
+from autoaccum.errors import AutoaccumWarning, PlanError
 
 Count = Callable[[Any], Any]
 
@@ -97,6 +97,7 @@ class TokenGauge:
             warnings.warn(
                 f"tokens= of plan.batch_sampler counts {said:g} in the first window, and its batches have {held:g} labels: the effective batch is what the "
                 "first counts. For labels give their number per sample as tokens=, and the whole length as length=",
+                AutoaccumWarning,
                 stacklevel=4,
             )
 

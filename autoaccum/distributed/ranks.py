@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 
 from autoaccum.distributed.environment import launched, restart_hazard
-from autoaccum.errors import RanksDisagree, UsageError
+from autoaccum.errors import AutoaccumWarning, RanksDisagree, UsageError
 
 TIMEOUT_S = 1800.0
 Told = TypeVar("Told")
@@ -48,7 +48,7 @@ def here(group: Any = None, timeout_s: float = TIMEOUT_S) -> Ranks | None:
     if key not in ranks_by_key:
         ranks_by_key[key] = made = Ranks(members, timeout_s)
         if made.rank == 0 and (hazard := restart_hazard()):
-            warnings.warn(hazard, stacklevel=3)
+            warnings.warn(hazard, AutoaccumWarning, stacklevel=3)
     return ranks_by_key[key]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from autoaccum.data import lengths, variety
-from autoaccum.errors import PlanError, UsageError
+from autoaccum.errors import AutoaccumWarning, PlanError, UsageError
 from autoaccum.integrations import needed, not_remembered, rollouts, trainer_counts, trainer_evaluation, trainer_loader, trainer_samples
 from autoaccum.integrations.module_attributes import attributes_kept, own_attributes_kept
 from autoaccum.plan import Plan, framework_arguments
@@ -280,7 +280,7 @@ def _compare_first(trainer: Any, batch: Any) -> None:
         model.train(training)
         rng.put_back()
     if message:
-        warnings.warn(message, stacklevel=6)
+        warnings.warn(message, AutoaccumWarning, stacklevel=6)
 
 
 def _say_what_the_trainer_divides_by(trainer: Any, micro_batches: Sequence[Any], counted: float) -> None:
@@ -290,6 +290,7 @@ def _say_what_the_trainer_divides_by(trainer: Any, micro_batches: Sequence[Any],
         warnings.warn(
             f"the Trainer alone would divide this window's loss by {float(items):g} labels, and the model's loss is a mean over {counted:g}: here the gradient is "
             f"that of the mean, {float(items) / counted:.3f} times the Trainer's",
+            AutoaccumWarning,
             stacklevel=6,
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch.utils.data import ConcatDataset, IterableDataset
 
 from autoaccum.data import lengths
-from autoaccum.errors import UsageError
+from autoaccum.errors import AutoaccumWarning, UsageError
 from autoaccum.integrations import trainer_loader, trainer_samples
 from autoaccum.probe import Evaluation
 
@@ -39,6 +39,7 @@ def evaluation_of(trainer: Any, length: lengths.Length | None) -> Evaluation:
                 if trainer.args.device.type == "cpu"
                 else "set eval_accumulation_steps=1"
             ),
+            AutoaccumWarning,
             stacklevel=4,
         )
 

@@ -17,7 +17,7 @@ from autoaccum import devices, oom
 from autoaccum.data import Cut, TokenGauge, Window, Windows, batches, counted
 from autoaccum.devices import malloc_for_training
 from autoaccum.distributed import Pace, VoidWindow, WindowAnnouncement, WindowVote
-from autoaccum.errors import PlanError, UsageError, noted
+from autoaccum.errors import AutoaccumWarning, PlanError, UsageError, noted
 from autoaccum.loop import team
 from autoaccum.loop.first_windows import FirstWindows
 from autoaccum.loop.learner import Learner
@@ -143,6 +143,7 @@ class Accumulator:
                 warnings.warn(
                     f"this plan was saved while it was still learned, after {known.learned_windows} windows, and its micro-batches of {known.micro_batch} stay: "
                     "leave it out to go on learning, or save loop.plan once loop.plan.learning is False",
+                    AutoaccumWarning,
                     stacklevel=2,
                 )
             self._warn_of_differences()
@@ -475,6 +476,7 @@ class Accumulator:
         if differences:
             warnings.warn(
                 f"the job differs from what the plan was measured with, in {' and in '.join(differences)}: tune again, or it may run out of memory",
+                AutoaccumWarning,
                 stacklevel=3,
             )
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from autoaccum.data import Splitter, Window, batches, variety
 from autoaccum.distributed import unwrapped
+from autoaccum.errors import AutoaccumWarning
 from autoaccum.plan import Plan
 from autoaccum.probe import COMPARED_SAMPLES, compare_values
 from autoaccum.window import Job, WindowStart
@@ -103,4 +104,4 @@ class FirstWindows:
                 state.put_back()
             if message:
                 self._looked_at = self._LOOKED_AT
-                warnings.warn(message, stacklevel=5)
+                warnings.warn(message, AutoaccumWarning, stacklevel=5)

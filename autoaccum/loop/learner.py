@@ -17,7 +17,7 @@ from dataclasses import replace
 from autoaccum.data import Cut, LearnedCut, Window
 from autoaccum.devices import Budget, Device, Watch, make_budget, part_of_rank, steady_malloc, within_part
 from autoaccum.distributed import Fleet
-from autoaccum.errors import NothingFits
+from autoaccum.errors import AutoaccumWarning, NothingFits
 from autoaccum.loop import learned_cache, learned_plan, optimizer_state
 from autoaccum.plan import Plan, arithmetic
 from autoaccum.probe import Limits, Outcome, Reading, Request, refusals, search
@@ -98,6 +98,7 @@ class Learner:
             warnings.warn(
                 f"{refusals.norms_in_words(norms)} sees micro-batches of unlike sizes while the plan is learned, and not the whole batch: train with a saved "
                 "plan where its statistics matter",
+                AutoaccumWarning,
                 stacklevel=5,
             )
         self._cache = learned_cache.of(jobs, device) if cache else None

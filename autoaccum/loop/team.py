@@ -12,7 +12,7 @@ import torch.distributed as dist
 from autoaccum.data import Cut, Window
 from autoaccum.devices import Device
 from autoaccum.distributed import AffineCurve, Engine, Fleet, Pace, RankTeam, engines, ranks
-from autoaccum.errors import PlanError, UsageError
+from autoaccum.errors import AutoaccumWarning, PlanError, UsageError
 from autoaccum.loop.learner import Learner
 from autoaccum.plan import Plan, even_shares, micro_batches
 from autoaccum.probe import Request
@@ -87,7 +87,7 @@ def learner_of(jobs: Sequence[Job], device: Device, request: Request, timeout_s:
         )
     limits, remarks = shared_limits(request, world, (device.facts.kind, device.facts.uuid, device.facts.index), buckets=False)
     for remark in remarks if world.rank == 0 else ():
-        warnings.warn(remark, stacklevel=3)
+        warnings.warn(remark, AutoaccumWarning, stacklevel=3)
     shares = even_shares(request.samples, world.world_size)
     # Until they are timed, all are taken to be equally fast.
     curves = tuple(AffineCurve(max(share, 1), 0.0, 1.0, gpu=device.facts.name) for share in shares)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from autoaccum import files
 from autoaccum.distributed import launched
-from autoaccum.errors import NoSuchDevice, PlanError, in_brief
+from autoaccum.errors import AutoaccumWarning, NoSuchDevice, PlanError, in_brief
 from autoaccum.plan import arithmetic, explanation, framework_arguments, search_picture
 from autoaccum.plan.micro_batch import MicroBatch
 from autoaccum.plan.notation import window_notation
@@ -246,7 +246,9 @@ class Plan(PlanRecord):
         if tokens is not None:
             return self._token_sampler(dataset, tokens, length, padded, shuffle=shuffle, seed=seed, drop_last=drop_last)
         if len(dataset) < self.target_batch:
-            warnings.warn(f"the data has {len(dataset)} samples, fewer than the target batch of {self.target_batch}: no window is whole", stacklevel=2)
+            warnings.warn(
+                f"the data has {len(dataset)} samples, fewer than the target batch of {self.target_batch}: no window is whole", AutoaccumWarning, stacklevel=2
+            )
         arrange = None
         if length is not None:
             from autoaccum.data import lengths
@@ -268,7 +270,9 @@ class Plan(PlanRecord):
             raise PlanError(f"a sample has the fields {names}, and len counts those: tokens=lambda sample: len(sample[{names[0]!r}])")
         sample_tokens = lengths.by_length(dataset, tokens)[1]
         if sum(sample_tokens) < self.target_tokens:
-            warnings.warn(f"the data has {sum(sample_tokens):g} tokens, fewer than the target of {self.target_tokens}: no window is whole", stacklevel=3)
+            warnings.warn(
+                f"the data has {sum(sample_tokens):g} tokens, fewer than the target of {self.target_tokens}: no window is whole", AutoaccumWarning, stacklevel=3
+            )
         # A rank without a share of a full window still stands in with one sample, and packs it by itself.
         sample_lengths = sample_tokens if length is None else lengths.by_length(dataset, length)[1]
         budget = float(self.micro_tokens or max(sample_lengths, default=0))
@@ -395,7 +399,7 @@ class Plan(PlanRecord):
             plan = plan.of_rank(launch.rank)._on_this_rank(launch.local_rank)
         here = _name_here(plan.device)
         if here is not None and here != plan.device.name:
-            warnings.warn(f"the plan was made on {plan.device.name}, and {plan.device.label} here is {here}: tune again", stacklevel=2)
+            warnings.warn(f"the plan was made on {plan.device.name}, and {plan.device.label} here is {here}: tune again", AutoaccumWarning, stacklevel=2)
         return plan
 
     def _on_this_rank(self, local_rank: int) -> Plan:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from autoaccum import files
-from autoaccum.errors import in_brief
+from autoaccum.errors import AutoaccumWarning, in_brief
 from autoaccum.probe.readings import Conditions, Reading
 from autoaccum.units import MIB, number, unit_for
 
@@ -139,7 +139,7 @@ class ReadingCache:
             return self._ignored(f"{type(error).__name__}: {error}")
 
     def _ignored(self, why: str) -> list[_StoredReading]:
-        warnings.warn(f"the remembered readings in {self._path} cannot be used and are replaced: {why}", stacklevel=2)
+        warnings.warn(f"the remembered readings in {self._path} cannot be used and are replaced: {why}", AutoaccumWarning, stacklevel=2)
         return []
 
     def _write(self, stored: Sequence[_StoredReading]) -> None:
@@ -158,7 +158,9 @@ class ReadingCache:
             files.write_text(self._path, json.dumps(document), mode=0o600)
             _sweep(place)
         except OSError as error:
-            warnings.warn(f"readings cannot be remembered in {in_brief(place)}: {error.strerror or error}; set {FOLDER}, or --no-cache", stacklevel=2)
+            warnings.warn(
+                f"readings cannot be remembered in {in_brief(place)}: {error.strerror or error}; set {FOLDER}, or --no-cache", AutoaccumWarning, stacklevel=2
+            )
 
 
 def _not_safe(path: Path) -> str:

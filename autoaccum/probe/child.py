@@ -27,6 +27,7 @@ from autoaccum import errors, oom
 from autoaccum.devices import Budget, Memory
 from autoaccum.errors import from_document
 from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject, after_death
+from autoaccum.warm_process import ForkedProcess, WarmProcess
 from autoaccum.window import PhaseCallback, Source
 
 _START_SECONDS = 5.0  # of Python and torch, which are not the job's
@@ -161,20 +162,13 @@ class Child:
     def _start(self) -> None:
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
-        self._process = subprocess.Popen(
-            own_program("from autoaccum.worker import main; main(*map(int, sys.argv[1:]))", theirs_in, theirs_out, os.getpid()),
-            pass_fds=(theirs_in, theirs_out),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C reaches only the parent, and the parent ends the child's whole group
-            env=self._environment(),
-        )
-        os.close(theirs_in)
-        os.close(theirs_out)
+        output, theirs_output = os.pipe()
+        self._process = self._started(theirs_in, theirs_out, theirs_output)
+        for descriptor in (theirs_in, theirs_out, theirs_output):
+            os.close(descriptor)
         self._in, self._out, self._buffer = ours_in, ours_out, b""
         self._tail, self._has_run = "", False
-        self._listener = threading.Thread(target=self._listen, args=(self._process,), name="autoaccum-child-output", daemon=True)
+        self._listener = threading.Thread(target=self._listen, args=(output,), name="autoaccum-child-output", daemon=True)
         self._listener.start()
         self._phase = "build"
         try:
@@ -207,6 +201,22 @@ class Child:
             raise errors.JobFailed(f"the job ended the process while it was built (exit code {death.code})", text=self._tail.strip()) from None
         self._subject = answer["subject"]
         self.enforces = answer["enforces"]
+
+    def _started(self, receive: int, send: int, output: int) -> subprocess.Popen[bytes] | ForkedProcess:
+        environment = self._environment()
+        if self._device.startswith("virtual:"):
+            forked = forked_process(environment, receive, send, output)
+            if forked is not None:
+                return forked
+        return subprocess.Popen(
+            own_program("from autoaccum.worker import main; main(*map(int, sys.argv[1:]))", receive, send, os.getpid()),
+            pass_fds=(receive, send),
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C reaches only the parent, and the parent ends the child's whole group
+            env=environment,
+        )
 
     def _environment(self) -> dict[str, str]:
         # The parent is the rank. If the job in the child joined the process group, it would wait for the other ranks forever.
@@ -266,13 +276,31 @@ class Child:
         self._end()
         return _Died(code)
 
-    def _listen(self, process: subprocess.Popen[bytes]) -> None:
-        assert process.stdout is not None  # Popen was called with stdout=PIPE
-        with process.stdout as output:
-            while chunk := os.read(output.fileno(), 65536):
+    def _listen(self, output: int) -> None:
+        with open(output, "rb", buffering=0) as stream:
+            while chunk := stream.read(65536):
                 text = chunk.decode(errors="replace")
                 self._tail = (self._tail + text)[-4000:]
                 self._on_output(text)
+
+
+def forked_process(environment: dict[str, str], receive: int, send: int, output: int) -> ForkedProcess | None:
+    """A child of the warm process, which is started where there is none; None where processes cannot be forked so."""
+    if not sys.platform.startswith("linux"):
+        return None
+    with _starting:
+        if not _warm or not _warm[0].serves(environment):
+            _warm[:] = [WarmProcess(_warm_program, environment)]
+    return _warm[0].fork(environment, receive, send, output)
+
+
+_warm: list[WarmProcess] = []  # the newest, kept for as long as this process runs
+_starting = threading.Lock()
+
+
+def _warm_program(descriptor: int) -> list[str]:
+    code = "from autoaccum.warm_process import serve; from autoaccum.worker import SIMULATING, main; serve(SIMULATING, main, *map(int, sys.argv[1:]))"
+    return own_program(code, descriptor, os.getpid())
 
 
 def own_program(code: str, *arguments: int) -> list[str]:

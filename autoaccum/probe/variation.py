@@ -17,15 +17,18 @@ from autoaccum.window import Job
 MORE_WINDOWS = 6  # whose draws are seen too, once a spread shows
 PAGES_BYTES = 256 * KIB  # by which the figures of a whole process vary
 _SHARE, _NOISE_BYTES = 0.1, 16 * MIB
+_UNEVEN = 4
 
 
 def slope_bytes(held: Sequence[int], *, shared_with_host: bool) -> int:
-    """The bytes that a window adds on average, by the memory held after each of several equal windows; 0 if not every one adds some.
+    """The bytes that a window adds on average, by the memory held after each of several equal windows; 0 if they do not all add about as much.
 
     shared_with_host: True if the measured memory is that of the whole process, whose figures vary by some pages.
     """
     steps = [after - before for before, after in pairwise(held)]
     if min(steps, default=0) <= (MIB if shared_with_host else 64 * KIB):
+        return 0
+    if shared_with_host and max(steps) > _UNEVEN * min(steps):  # a library that allocates for itself, and not a list that grows
         return 0
     return sum(steps) // len(steps)  # resident pages that were free already hide a part of single windows
 

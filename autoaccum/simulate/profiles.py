@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from autoaccum import files
-from autoaccum.errors import ProfileError, UsageError, in_brief
+from autoaccum.errors import AutoaccumWarning, ProfileError, UsageError, in_brief
 from autoaccum.units import MIB, in_words, parse_size
 
 if sys.version_info >= (3, 11):
@@ -133,7 +133,7 @@ def _is_sound(path: str) -> bool:
     try:
         read(Path(path))
     except ProfileError as error:
-        warnings.warn(f"{error}: the file is left out, mend it in {in_brief(Path(path).parent)}", stacklevel=3)
+        warnings.warn(f"{error}: the file is left out, mend it in {in_brief(Path(path).parent)}", AutoaccumWarning, stacklevel=3)
         return False
     return True
 

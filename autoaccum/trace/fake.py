@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import logging
 import os
 import sys
 import warnings
@@ -178,3 +179,4 @@ def quieten_torch() -> None:
     """Hides torch's warnings about the simulating machine. They are not about the simulated card or the job."""
     for message in ("torch.cuda.amp.GradScaler is enabled, but CUDA", "PyTorch was compiled without cuDNN", "Failed to initialize NumPy"):
         warnings.filterwarnings("ignore", message=message)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells which kernels of the CPU could not be loaded

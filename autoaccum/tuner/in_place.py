@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from autoaccum import devices
 from autoaccum.devices import malloc_for_training
 from autoaccum.distributed import engines, ranks
-from autoaccum.errors import NoSuchDevice, UsageError
+from autoaccum.errors import AutoaccumWarning, NoSuchDevice, UsageError
 from autoaccum.plan import Plan
 from autoaccum.probe import Evaluation, Objective, Progress, Reading, Request, rehearsing
 from autoaccum.tuner import all_ranks
@@ -143,7 +143,7 @@ def tune(
     reported = [] if others is None else others.gathered(plan.warnings, "warning")[: others.rank]
     for message in plan.warnings:
         if not any(message in each for each in reported):  # the first rank with this warning issues it
-            warnings.warn(message, stacklevel=2)
+            warnings.warn(message, AutoaccumWarning, stacklevel=2)
     return plan
 
 
@@ -185,7 +185,7 @@ def _per_length(
             start = max(plan.micro_batch * length // shorter, 1)
             trials = trials.again()
     for message in dict.fromkeys(message for _, plan in plans for message in plan.warnings):
-        warnings.warn(message, stacklevel=3)
+        warnings.warn(message, AutoaccumWarning, stacklevel=3)
     return replace(plans[0][1], per_length=tuple(plans[::-1]))
 
 

@@ -39,6 +39,7 @@ class Phantom:
         with self._mode:
             for job in jobs:
                 self._substitution.swap(job)
+        self._layouts = [(tensor, tensor.dtype, tensor.size(), tensor.stride()) for tensor in self._substitution.resident]
         self._states = [[dict(state) for state in optimizer.state.values()] for job in jobs for optimizer in job.optimizers]
 
     def tape(self, windows: Sequence[Sequence[int]], card: Card, *, uneven: bool = False) -> Tape:
@@ -178,6 +179,10 @@ class Phantom:
                     optimizer.state[parameter] = dict(state)
             for parameter in job.trained():
                 parameter.grad = None
+        for tensor, dtype, size, stride in self._layouts:
+            if (tensor.dtype, tensor.size()) != (dtype, size):  # a forward gave it other data, as Linear4bit casts its bias to the dtype of its input
+                with self._mode:
+                    tensor.data = torch.empty_strided(size, stride, dtype=dtype, device=tensor.device)
 
     def _explained(self, error: Exception, tracer: Tracer) -> Exception:
         from torch._subclasses.fake_tensor import UnsupportedFakeTensorException, UnsupportedOperatorException

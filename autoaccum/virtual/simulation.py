@@ -334,7 +334,7 @@ class Simulation:
             middle = (low + high) // 2
             low, high = (middle, high) if fits(middle) else (low, middle)
         ahead = low + 1
-        while low and ahead <= low + 40 and self._requested_peak(ahead) <= self._available:
+        while low and ahead <= low + (40 if self._traced.anchor(self._card, ahead, 2) else 4) and self._requested_peak(ahead) <= self._available:
             low = ahead if fits(ahead) else low
             ahead += 1
         return low

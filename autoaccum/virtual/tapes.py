@@ -76,12 +76,17 @@ class JobTapes:
 
     def _first_line(self, card: Card, micro_batch: int, pieces: int) -> list[Growth] | None:
         """The first line, through two sizes between the anchors. None, with a remark, if the job's operations change between small sizes."""
+        is_first = True
         while True:
             low = max(min(max(micro_batch, _ANCHORS[0]), self._highest), self.shortest)
             high = low + max(low // 8, 4)
             try:
                 return [Growth(self.exactly(card, (low,) * pieces), self.exactly(card, (high,) * pieces), low, high)]
             except NotAlike as difference:
+                if is_first:  # what a library makes once and keeps, as bitsandbytes' tables of codes, is made in the very first trace
+                    is_first = False
+                    self._tapes.clear()
+                    continue
                 if low <= _ANCHORS[0]:
                     self.remarks[f"what the job does changes with the micro-batch ({difference}), so every size was traced by itself"] = None
                     return None

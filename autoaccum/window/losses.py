@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from autoaccum.data import IGNORED, batches
-from autoaccum.errors import JobError, UsageError
+from autoaccum.errors import AutoaccumWarning, JobError, UsageError
 from autoaccum.window.batch_norm import batch_norms
 from autoaccum.window.job import Job
 from autoaccum.window.rng_state import RngState
@@ -124,6 +124,7 @@ class Contrastive:
             warnings.warn(
                 "a contrastive loss that is called by itself looks at this batch alone: right for a whole window, wrong for a micro-batch of plan.split; "
                 "train with autoaccum.Accumulator, which looks at the window",
+                AutoaccumWarning,
                 stacklevel=2,
             )
         return self._of(_as_tuple(self._encode(model, batch)))

@@ -21,7 +21,7 @@ import torch
 
 from autoaccum import oom
 from autoaccum.devices import Cpu
-from autoaccum.errors import DeviceError, noted
+from autoaccum.errors import AutoaccumWarning, DeviceError, noted
 from autoaccum.units import in_words
 from autoaccum.window.interrupts import Interrupts, deferred_interrupts
 from autoaccum.window.job import Job, as_jobs
@@ -124,7 +124,11 @@ class Snapshot:
             for leaf, grad in self._grads:
                 leaf.grad = grad
         if any(tensor._version != version for tensor, version in self._frozen):
-            warnings.warn("a parameter that does not train was changed by the job's own code and not copied: put its owner into keep=[...]", stacklevel=2)
+            warnings.warn(
+                "a parameter that does not train was changed by the job's own code and not copied: put its owner into keep=[...]",
+                AutoaccumWarning,
+                stacklevel=2,
+            )
 
     def _visit(self, item: Any, *, deep: bool = False) -> None:
         if type(item).__module__ in _OURS:

@@ -16,7 +16,7 @@ import torch
 
 from autoaccum import oom
 from autoaccum.devices import Cpu
-from autoaccum.errors import DeviceError
+from autoaccum.errors import AutoaccumWarning, DeviceError
 from autoaccum.units import MIB, in_words
 from autoaccum.window import optimizer_step, snapshot
 from autoaccum.window.job import Job
@@ -62,7 +62,7 @@ class WindowStart:
             try:
                 self._snapshot = snapshot.Snapshot((), keep=self._others)
             except DeviceError as error:
-                warnings.warn(f"what is in keep=[...] is not put back if a window has to run again: {error}", stacklevel=2)
+                warnings.warn(f"what is in keep=[...] is not put back if a window has to run again: {error}", AutoaccumWarning, stacklevel=2)
                 self._others = []
 
     def put_back(self) -> None:

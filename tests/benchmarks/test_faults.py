@@ -8,7 +8,7 @@ from tests.command_line import ROOT
 
 
 def test_a_sample_of_faults_leaves_no_violation():
-    counts = ("--tunes", "25", "--windows", "15", "--files", "300", "--options", "60", "--ranks", "2")
+    counts = ("--tunes", "10", "--windows", "15", "--files", "200", "--options", "30", "--ranks", "2")
     finished = subprocess.run([sys.executable, "benchmarks/faults.py", *counts], capture_output=True, text=True, cwd=ROOT, timeout=300, check=False)
     found = json.loads(finished.stdout[finished.stdout.index("{\n") :])
     assert finished.returncode == 0, finished.stderr

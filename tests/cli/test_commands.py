@@ -60,10 +60,10 @@ def test_train_in_json_is_one_document():
 def test_check_rehearses_one_size():
     finished = autoaccum("check", "-b", 24, "-m", 10, "-d", "cpu")
     assert finished.returncode == 0 and finished.stdout.splitlines()[1].startswith("24 = 10 x 2 + 4 x 1")
-    finished = autoaccum("check", f"{JOBS}:hungry", "--set", "mib=8", "-b", 120, "-m", 60, "--memory-limit", "500MiB", "-d", "cpu", "--json")
+    finished = autoaccum("check", f"{JOBS}:hungry", "--set", "mib=4", "-b", 120, "-m", 60, "--memory-limit", "400MiB", "-d", "cpu", "--json")
     told = document(finished)
     assert finished.returncode == told["exit_code"] == 3 and told["error"] == "OutOfMemory"
-    assert re.search(r"60 x 2 does not fit: 60 ran out in \w+; it needs [\d.]+ \w+ and the budget is 49\d MiB", told["message"])
+    assert re.search(r"60 x 2 does not fit: 60 ran out in \w+; it needs [\d.]+ \w+ and the budget is 39\d MiB", told["message"])
 
 
 def test_devices_lists_the_cpu():

@@ -406,7 +406,8 @@ def test_a_real_out_of_memory_in_mid_epoch_is_rescued_and_memory_is_back_to_what
     rescued = [each.rescued is not None for each in results]
     assert not any(rescued[:4]) and rescued[4] and not rescued[-1]  # what the C library keeps may cost one more on the way
     assert results[4].rescued.kept_bytes < 8 * MIB
-    assert results[4].micro_batches > 3 and results[5].micro_batches == results[4].micro_batches
+    counts = [each.micro_batches for each in results[4:]]
+    assert counts[0] > 3 and counts == sorted(counts)
     assert cpu.held_bytes() < before + 8 * MIB
 
 

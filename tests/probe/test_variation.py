@@ -45,7 +45,7 @@ def told(keeps, optimizer=torch.optim.AdamW, **given):
 def test_graphs_that_are_kept_are_told_with_their_size(given):
     (message,), plan = told("graphs", **given)
     grows = float(message.split("grows by ")[1].split()[0])
-    assert 4 < grows < 12 and "with every window" in message  # 600 samples of 8 KiB, and what their graph holds
+    assert 3 < grows < 12 and "with every window" in message  # 600 samples of 8 KiB, and what their graph holds
     assert "keep numbers (loss.item())" in message and plan.accumulation_steps == (3 if given else 1)
 
 
@@ -58,6 +58,7 @@ def test_noise_is_no_growth():
     assert not variation.slope_bytes([100 * MIB, 100 * MIB + 4096, 100 * MIB + 8192], shared_with_host=True)
     assert not variation.slope_bytes([100 * MIB, 103 * MIB, 103 * MIB], shared_with_host=True)  # once, and then no more
     assert variation.slope_bytes([100 * MIB, 103 * MIB, 105 * MIB], shared_with_host=True) == 2.5 * MIB
+    assert not variation.slope_bytes([100 * MIB, 108 * MIB, 109.1 * MIB, 110.2 * MIB], shared_with_host=True)  # less and less
     assert variation.growth_remark([0, 2 * MIB], 20 * MIB, shared_with_host=True)[0].startswith(
         "memory grows by 2 MiB with every window, so training runs out about 10 "
     )

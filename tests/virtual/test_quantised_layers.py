@@ -1,10 +1,12 @@
 """Weights in four and eight bits and 8-bit optimizers, of the real bitsandbytes, on a card that is not here."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from tests import command_line
+from autoaccum.probe import Child, Limits
+from autoaccum.window import parse_source
 from tests.simulated import in_a_process
 
 pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
@@ -70,18 +72,15 @@ def test_qlora_from_a_configuration_alone_and_as_a_what_if(tmp_path):
     pytest.importorskip("transformers", reason="transformers is not installed")
     pytest.importorskip("peft", reason="peft is not installed")
     (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "llama", "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 500})
+        json.dumps({"model_type": "llama", "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 1, "num_attention_heads": 8, "vocab_size": 500})
     )
 
-    def estimated(*words):
-        done = command_line.autoaccum("estimate", f"hf:{tmp_path}", "-b", 4, "-g", "t4", "--length", 32, "--json", *words)
-        assert done.returncode == 0, done.stderr
-        return json.loads(done.stdout)
+    def estimated(*changes, **settings):
+        source = parse_source(f"hf:{tmp_path}", [f"{name}={value}" for name, value in {"length": 32, **settings}.items()])
+        with Child(replace(source, changes=changes), "virtual:t4", Limits()) as child:
+            return child.simulated("estimated", gpu="t4", target=4)
 
-    packed = estimated("--lora", "r=8", "--set", "quantize=nf4", "--set", "optimizer=paged_adamw8bit")["gpus"][0]
-    told = estimated("--what-if")
-    rows = {tuple(row["changes"]): row for row in told["what_if"]["t4"]}
-    linear = 2 * (4 * 1024 * 1024 + 3 * 1024 * 4096)
-    assert packed["breakdown"]["parameters"] == pytest.approx(linear / 2 * (1 + 1 / 32) + 2 * 500 * 1024 * 4 + 4 * 8 * 2 * (4 * 2048 + 3 * 5120), rel=0.03)
-    assert rows["nf4", "lora", "checkpointing"]["peak_bytes"] < rows["lora", "checkpointing"]["peak_bytes"]
-    assert rows["8-bit-optimizer",]["peak_bytes"] < told["gpus"][0]["peak_bytes"]
+    linear = 4 * 512 * 512 + 3 * 512 * 2048
+    packed = estimated(lora="r=8", quantize="nf4", optimizer="paged_adamw8bit")
+    assert packed["breakdown"]["parameters"] == pytest.approx(linear / 2 * (1 + 1 / 32) + 2 * 500 * 512 * 4 + 4 * 8 * (4 * 1024 + 3 * 2560), rel=0.03)
+    assert estimated("nf4", "lora", "checkpointing")["peak_bytes"] < estimated("lora", "checkpointing")["peak_bytes"]
