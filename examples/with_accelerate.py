@@ -37,4 +37,5 @@ for epoch in range(3):
             optimizer.zero_grad()
         steps += accelerator.sync_gradients
     accelerator.print(f"epoch {epoch + 1}: {steps} optimizer steps, loss of all {loss(model, dataset[:]).item():.4f}")
+accelerator.wait_for_everyone()  # a rank that leaves while others are still connected may be aborted by gloo
 accelerator.end_training()

@@ -30,10 +30,12 @@ def train():
     loader = DataLoader(dataset, batch_sampler=plan.batch_sampler(dataset))  # not prepare_data_loader: the plan's sampler gives each worker its share
     for epoch in range(3):
         results = [loop.step(window, loss) for window in plan.windows(loader)]
-        ray.train.report({"epoch": epoch, "loss": results[-1].loss, "steps": len(results), "samples": sum(result.samples for result in results)})
+        ray.train.report({"epoch": epoch, "loss": results[-1].loss})
+        if plan.rank == 0:
+            samples = sum(result.samples for result in results)
+            print(f"epoch {epoch + 1}  loss {results[-1].loss:.4f}  {len(results)} steps, {samples} samples")
 
 
 if __name__ == "__main__":
     scaling = ScalingConfig(num_workers=2, use_gpu=torch.cuda.is_available())
-    result = ray.train.torch.TorchTrainer(train, scaling_config=scaling).fit()
-    print(result.metrics)
+    ray.train.torch.TorchTrainer(train, scaling_config=scaling).fit()

@@ -6,6 +6,8 @@ import socket
 import subprocess
 import sys
 
+import pytest
+
 from tests import forked
 from tests.command_line import ROOT, autoaccum, document
 
@@ -164,6 +166,38 @@ def test_with_transformers():
 def test_with_lightning():
     lines = example("with_lightning.py").splitlines()
     assert lines[:3] == [f"epoch {epoch}: {5 * epoch} optimizer steps" for epoch in (1, 2, 3)] and lines[3].startswith("50 = 13 x 2 + 12 x 2")
+
+
+def test_with_ray(tmp_path):
+    pytest.importorskip("ray", reason="ray is not installed")
+    command = [sys.executable, str(ROOT / "examples/with_ray.py")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, check=False, timeout=150, env={**os.environ, "HOME": str(tmp_path), "RAY_USAGE_STATS_ENABLED": "0"}
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = re.findall(r"epoch (\d)  loss (\S+)  11 steps, 1300 samples", done.stdout)
+    assert [epoch for epoch, _ in told] == ["1", "2", "3"] and float(told[2][1]) < float(told[0][1])
+
+
+def test_accelerate_launch():
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    done = subprocess.run([*command, str(ROOT / "examples/with_accelerate.py")], capture_output=True, text=True, cwd=ROOT, check=False, timeout=150)
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("50 = ", "epoch "))]
+    assert "over 2 ranks" in lines[0] and [line[:27] for line in lines[1:]] == [f"epoch {epoch}: 5 optimizer steps" for epoch in (1, 2, 3)]
+
+
+def test_launch_files_are_what_their_readers_parse():
+    yaml = pytest.importorskip("yaml", reason="PyYAML is not installed")
+    folder = ROOT / "examples" / "launch"
+    assert {path.name for path in folder.iterdir()} == {"slurm.sh", "sky.yaml", "pytorchjob.yaml"}
+    assert subprocess.run(["bash", "-n", folder / "slurm.sh"], check=False).returncode == 0
+    task, job = (yaml.safe_load((folder / name).read_text()) for name in ("sky.yaml", "pytorchjob.yaml"))
+    assert subprocess.run(["bash", "-n"], input=task["run"], text=True, check=False).returncode == 0
+    container = job["spec"]["pytorchReplicaSpecs"]["Worker"]["template"]["spec"]["containers"][0]
+    assert job["kind"] == "PyTorchJob" and container["name"] == "pytorch"
+    scripts = re.findall(r"examples/\S+\.py", (folder / "slurm.sh").read_text() + task["run"] + " ".join(container["command"]))
+    assert len(scripts) == 3 and all((ROOT / script).exists() for script in scripts)
 
 
 def test_with_accelerate():
