@@ -4,13 +4,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: tune test lint types docs bench clean
+.PHONY: tune test quick coverage lint types docs bench clean
 
 tune: $(VENV)/installed
 	@$(BIN)/autoaccum tune --target-batch 120 $(ARGS)
 
 test: lint types
 	$(BIN)/python -m pytest -n 3 --dist worksteal
+
+# The inner loop: lint, and the tests that start no process.
+quick: lint
+	$(BIN)/python -m pytest -n 2 --dist worksteal --quick
+
+coverage: $(VENV)/tested
+	$(BIN)/python -m pytest -n 2 --dist worksteal --cov autoaccum --cov-report term:skip-covered
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .

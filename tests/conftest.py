@@ -1,5 +1,6 @@
 import gc
 import os
+import re
 import signal
 
 # Before torch is imported, here and in every child process: two cores are shared by everything that runs.
@@ -35,7 +36,22 @@ def earlier_objects_frozen():
     gc.unfreeze()
 
 
-def pytest_collection_modifyitems(items):
+# A file with one of these words starts processes or imports a framework.
+HEAVY = re.compile(
+    r"command_line|tests\.ranked|tests\.simulated|tests\.forked|import forked|subprocess|devices\.fresh|importorskip|multiprocessing|in_fresh_process"
+)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="only files that start no process and import no framework, without tests that are marked slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if config.getoption("--quick"):
+        quick = {path for path in {item.path for item in items} if path.parent.name != "integrations" and not HEAVY.search(path.read_text())}
+        kept = [item for item in items if item.path in quick and not item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=[item for item in items if item not in kept])
+        items[:] = kept
     if torch.cuda.is_available():
         return
     for item in items:

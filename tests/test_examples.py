@@ -184,7 +184,7 @@ def test_accelerate_launch():
     done = subprocess.run([*command, str(ROOT / "examples/with_accelerate.py")], capture_output=True, text=True, cwd=ROOT, check=False, timeout=150)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith(("50 = ", "epoch "))]
-    assert "over 2 ranks" in lines[0] and [line[:27] for line in lines[1:]] == [f"epoch {epoch}: 5 optimizer steps" for epoch in (1, 2, 3)]
+    assert "over 2 ranks" in lines[0] and [line[:26] for line in lines[1:]] == [f"epoch {epoch}: 5 optimizer steps" for epoch in (1, 2, 3)]
 
 
 def test_launch_files_are_what_their_readers_parse():

@@ -8,7 +8,7 @@ from pathlib import Path
 from tests.command_line import ROOT
 
 
-def test_a_wheel_has_the_whole_package_its_type_marker_and_its_entry_point(tmp_path):
+def test_the_distributions_have_the_whole_package_and_what_an_index_asks_for(tmp_path):
     # A copy: building must not leave anything in the checkout.
     source = tmp_path / "source"
     for name in ("setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
@@ -19,8 +19,12 @@ def test_a_wheel_has_the_whole_package_its_type_marker_and_its_entry_point(tmp_p
             copy = source / path.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(path.read_bytes())
-    subprocess.run([sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", tmp_path / "dist", source], check=True, capture_output=True)
+    subprocess.run([sys.executable, "-m", "build", "--no-isolation", "--outdir", tmp_path / "dist", source], check=True, capture_output=True)
     (wheel,) = (tmp_path / "dist").glob("*.whl")
+    (source_archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    for words in (("-m", "twine", "check", "--strict", wheel, source_archive), ("-m", "check_wheel_contents", wheel)):
+        checked = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=False)
+        assert checked.returncode == 0, checked.stdout + checked.stderr
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {str(path.relative_to(ROOT)) for path in (ROOT / "autoaccum").rglob("*.py")} <= names
     assert "autoaccum/py.typed" in names

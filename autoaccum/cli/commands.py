@@ -39,6 +39,12 @@ def cli() -> None:
     """
 
 
+def _cards(context: click.Context, option: click.Parameter, begun: str) -> list[str]:
+    """The values of --gpu that a shell offers: the last name of a list with commas, completed."""
+    before, comma, last = begun.rpartition(",")
+    return [before + comma + name for name in profiles.names() if name.startswith(last)]
+
+
 def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
     """Adds the options that tune, check and train share."""
     options = [
@@ -182,6 +188,7 @@ def train(rest: list[str] | None, /, epochs: int, **given: Any) -> None:
     "gpus",
     multiple=True,
     metavar="NAME|SIZE",
+    shell_complete=_cards,
     callback=lambda context, option, names: tuple(name.strip() for each in names for name in each.split(",")),
     help="A card (t4, a100-80gb) or a size (24GiB), or several with commas; may be repeated. Up to eight also get their largest micro-batch.",
 )

@@ -94,6 +94,7 @@ def test_data_that_gives_no_worst_batch_is_refused():
         autoaccum.worst_case(DataLoader(Texts(), batch_size=None), 3)
 
 
+@pytest.mark.slow
 def test_after_tuning_on_the_worst_batch_an_epoch_survives_under_the_limit():
     """On an ordinary batch the answer would be several times as large, and the long sample would end the epoch."""
     texts = Texts()
@@ -120,6 +121,7 @@ def test_after_tuning_on_the_worst_batch_an_epoch_survives_under_the_limit():
         del trained, loop
 
 
+@pytest.mark.slow
 def test_a_plan_for_every_length_in_one_search():
     def make_batch(n, length):
         return torch.full((n, length, WIDTH), 0.1), torch.zeros(n)

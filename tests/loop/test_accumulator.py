@@ -104,6 +104,7 @@ def test_arguments_in_the_wrong_place_are_told(job, plan, wrong):
         wrong(job, plan)
 
 
+@pytest.mark.slow
 def test_freed_memory_goes_back_while_training_as_it_did_while_measuring(job, plan):
     """Where a plan needs it, the allocator is steady in the loop too: what a window took is gone after it."""
     from autoaccum.devices.cpu import Cpu

@@ -393,6 +393,7 @@ def test_micro_batches_that_cannot_be_cut_are_not_rescued_and_it_says_so():
     assert any("cannot be cut smaller" in note for note in raised.value.__notes__)
 
 
+@pytest.mark.slow
 def test_a_real_out_of_memory_in_mid_epoch_is_rescued_and_memory_is_back_to_what_it_was():
     """40 samples take 80 MiB; the limit that comes in the middle of the epoch leaves room for 50."""
     job = jobs.hungry(mib=2)

@@ -31,6 +31,7 @@ class Deep(nn.Module):
         return wide
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["scales", "depth"])
 def test_the_worst_of_several_windows_is_planned_and_told(kind):
     torch.manual_seed(0)

@@ -326,6 +326,7 @@ def test_a_lost_context_ends_the_search_and_the_jobs_own_exception_comes_last(mo
     assert "raised in forward, at a micro-batch of" in notes and "load your last checkpoint" in notes
 
 
+@pytest.mark.slow
 def test_a_size_whose_samples_take_much_longer_is_over_budget():
     """Where memory pages instead of running out (WSL2, Windows, swap), time is what runs out. Here from 40 samples on."""
 

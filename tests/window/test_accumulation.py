@@ -384,6 +384,7 @@ def test_nested_batches_of_every_kind_are_exact_texts_included(kind):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.slow
 def test_with_8_steps_the_peak_is_that_of_2():
     """No graph and no activation outlives its micro-batch. 20 samples take 40 MiB."""
     job = jobs.hungry(mib=2)

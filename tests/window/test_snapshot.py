@@ -190,6 +190,7 @@ def test_nothing_is_changed_when_a_trial_fails(phase, how, expected, scaler):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.slow
 def test_an_out_of_memory_in_a_trial_changes_nothing():
     everything = Everything(stepped=True)
     grow = loss
