@@ -180,6 +180,9 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
         )
     if ragged:
         trainer_loader.check_ragged(plan, trainer)
+    from autoaccum.integrations import trainer_checkpoints  # a callback of Transformers', which is imported only then
+
+    trainer_checkpoints.attach(trainer, plan.target_batch)
     args.per_device_train_batch_size, args.gradient_accumulation_steps = plan.micro_batch, plan.accumulation_steps
     args.auto_find_batch_size = False
     if plan.eval_batch is not None:

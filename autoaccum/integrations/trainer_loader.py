@@ -84,12 +84,9 @@ def window_loader(trainer: Any, plan: Plan, get_train_dataloader: Callable[[], A
     own = get_train_dataloader()
     forget(trainer, own)
     args = trainer.args
-    if method := _orders_by_itself(trainer, get_train_dataloader):
-        sampler: Any = _InOrder(plan, _sampler_of(own, method, plan), drop_last=args.dataloader_drop_last)
-    else:
-        shuffle = getattr(args, "train_sampling_strategy", "random") == "random"
-        seed = args.data_seed if args.data_seed is not None else args.seed
-        sampler = plan.batch_sampler(own.dataset, shuffle=shuffle, seed=seed, drop_last=args.dataloader_drop_last)
+    # The order is the Trainer's own also where nobody overrode it, so that a checkpoint goes on in it with equal micro-batches, or on other ranks.
+    method = _orders_by_itself(trainer, get_train_dataloader) or "get_train_dataloader"
+    sampler = _InOrder(plan, _sampler_of(own, method, plan), drop_last=args.dataloader_drop_last)
     if not len(sampler):
         raise PlanError(
             f"the data has fewer samples than the target batch of {plan.target_batch}, and dataloader_drop_last=True leaves that window out: turn it off"
