@@ -283,6 +283,7 @@ def estimate(
 @click.option("--parameters", type=float, metavar="N", help="How many there are (124e6).")
 @click.option("--flops-per-sample", type=float, metavar="N", help="Floating point operations of forward and backward (870e9).")
 @click.option("--bytes-per-sample", type=float, metavar="N", help="Bytes that forward and backward move (9e9).")
+@click.option("--times", multiple=True, metavar="FILE", help="Measured seconds: a plan of tune -o, or gpu,micro_batch,seconds in a table; may be repeated.")
 @click.option("--link", metavar="SIZE", help="Bytes per second of the slowest link between ranks (6GB).")
 @click.option("--dtype", help="Of the arithmetic: fp32, tf32, fp16, bf16; by default bf16 where all cards have it, else fp16.")
 @click.option("--headroom", metavar="SIZE|PERCENT", default="3%", show_default=True, help="Keep this much of each card free.")

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from autoaccum.distributed.ranks import Ranks, host
     from autoaccum.distributed.shares import equal_share, solve
     from autoaccum.distributed.speed_curves import AffineCurve
-    from autoaccum.distributed.timings import Timing, alike
+    from autoaccum.distributed.timings import Timing, alike, fitted
     from autoaccum.distributed.window_vote import AGAIN, CANNOT, VoidWindow, WindowVote
 else:
     __getattr__ = lazily(
@@ -31,6 +31,6 @@ else:
         ranks="Ranks host",
         shares="equal_share solve",
         speed_curves="AffineCurve",
-        timings="Timing alike",
+        timings="Timing alike fitted",
         window_vote="AGAIN CANNOT VoidWindow WindowVote",
     )

@@ -147,6 +147,11 @@ class Forecast:
         return self._card(rank).label
 
 
+def _between(low: float, middle: float, high: float) -> str:
+    """A time and its interval; the time alone where it was measured."""
+    return duration_in_words(middle) + (f" ({duration_in_words(low)} to {duration_in_words(high)})" if low < high else "")
+
+
 _TABLE = (("gpu", 18), ("ranks", 7), ("share", 7), ("micro-batches", 22), ("most", 6), ("window", 26), ("idle", 6))
 _WITHOUT_TIMES = 5  # columns
 
@@ -171,7 +176,7 @@ def _lines(forecast: Forecast) -> Iterator[str]:
                 str(share),
                 window_notation(sizes) if sizes else "cannot hold one sample" if not card.most else "none",
                 str(card.most),
-                f"{duration_in_words(middle)} ({duration_in_words(low)} to {duration_in_words(high)})" if share else "",
+                _between(low, middle, high) if share else "",
                 f"{1 - middle / slowest:.1%}" if share and not fleet.lockstep else "",
             )
             yield "".join(f"{cell:<{max(width, len(cell) + 1)}}" for cell, (_, width) in zip(cells, columns)).rstrip()
@@ -179,7 +184,7 @@ def _lines(forecast: Forecast) -> Iterator[str]:
     low, high = forecast.interval
     per_second = forecast.target_batch / forecast.window_seconds
     if forecast.has_times:
-        yield f"window {duration_in_words(forecast.window_seconds)} ({duration_in_words(low)} to {duration_in_words(high)}), of it all-reduce {duration_in_words(forecast.link_seconds)}: {per_second:.0f} samples a second"
+        yield f"window {_between(low, forecast.window_seconds, high)}, of it all-reduce {duration_in_words(forecast.link_seconds)}: {per_second:.0f} samples a second"
     if forecast.equal_split_seconds is None:
         yield "an even split does not fit: a card that would have to hold a sample cannot"
     elif len(set(fleet.shares)) > 1 and not math.isclose(forecast.equal_split_seconds, forecast.window_seconds):

@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 from autoaccum.devices import LEAST_GPU_HEADROOM
 from autoaccum.distributed import AffineCurve, Fleet, equal_share, solve
@@ -17,7 +18,7 @@ from autoaccum.errors import NothingFits, UsageError
 from autoaccum.probe import Request
 from autoaccum.simulate import Profile, profiles
 from autoaccum.units import in_words, parse_headroom, parse_size
-from autoaccum.virtual import estimator
+from autoaccum.virtual import estimator, measured_times
 from autoaccum.virtual.forecast import FleetCard, Forecast
 from autoaccum.virtual.roofline import BYTES_MOVED_PER_KEPT_BYTE, Work, time_curves
 from autoaccum.window import Source, parse_source
@@ -42,6 +43,7 @@ def fleet(
     max_micro_batch: int | None = None,
     equal: bool = False,
     lockstep: bool = False,
+    times: str | Path | Sequence[str | Path] = (),
     on_output: Callable[[str], None] | None = None,
 ) -> Forecast:
     """Shares, micro-batches and steps for every rank of one data-parallel job on unlike GPUs; no hardware needed.
@@ -55,6 +57,8 @@ def fleet(
     link: bytes per second of the slowest link between ranks, as a number or as `"10GB"`.
     dtype: "fp32", "tf32", "fp16" or "bf16", for the arithmetic; by default bf16 if all cards have it, else fp16.
     equal: the same share and micro-batches on every rank. lockstep: the same number of micro-steps on every rank.
+    times: files of measured seconds, which count for their cards instead of all estimates: plans that `tune -o` wrote on the cards, or tables with the
+    columns gpu, micro_batch, seconds (forward and backward of one micro-step) and, if known, window_seconds (the optimizer's step).
 
     Raises `UsageError` for an unknown card or a missing figure, `PlanError` if `equal` cannot divide the target, and `NothingFits`
     if no card holds one sample or one card cannot hold the fixed bytes.
@@ -69,6 +73,9 @@ def fleet(
     for name, value in figures.items():
         if value is not None and not isinstance(value, str) and not (math.isfinite(value) and value > 0):
             raise UsageError(f"{name} must be a number above 0, not {value!r}")
+    measured = measured_times.read([times] if isinstance(times, (str, Path)) else times)
+    if strangers := sorted(set(measured) - {card.label for card, _ in counted}):
+        raise UsageError(f"--times has seconds of {', '.join(strangers)}, and --gpus names {', '.join(dict.fromkeys(card.label for card, _ in counted))}")
     by_hand = fixed is not None or per_sample is not None
     if by_hand and (job is not None or fixed is None or per_sample is None):
         raise UsageError("give either a JOB, or both of --fixed and --per-sample" if job is not None else "--fixed and --per-sample belong together: give both")
@@ -90,10 +97,17 @@ def fleet(
     if 2 * parameters > work.fixed:
         raise UsageError(f"{parameters:.3g} parameters cannot lie in {in_words(work.fixed)} of fixed bytes, with two bytes each: give a larger --fixed")
     work = Work(work.fixed, work.per_sample, int(parameters), flops_per_sample, bytes_per_sample, work.gradient_bytes)
-    if curves:
+    if all(card.label in measured for card, _ in counted):
+        pass
+    elif curves:
         assumed.append("times: each operator of the job at the part of a card's rates that operators reach, with tensors in full and nothing fused")
     elif flops_per_sample is None and bytes_per_sample is None:
         assumed.append(f"times go as 1/bandwidth: a sample moves {BYTES_MOVED_PER_KEPT_BYTE} times what it keeps (--flops-per-sample, --bytes-per-sample)")
+    for (card, _), size in zip(counted, most):
+        if card.label in measured:
+            curves[card.label] = (measured_times.curve(size, *measured[card.label], card.name),) * 3
+    if measured:
+        assumed.append(f"times of {', '.join(measured)}: the straight line through what was measured (--times)")
     precision = _dtype(dtype, [card for card, _ in counted], flops_per_sample)
     cards = tuple(
         FleetCard(card, count, size, curves.get(card.label) or time_curves(card, size, work, precision)) for (card, count), size in zip(counted, most)
@@ -102,7 +116,8 @@ def fleet(
     if link is None:
         assumed.append(f"the slowest link moves {link_rate / 1e9:.0f} GB/s (--link)")
     found = _forecast(label, request, cards, work, link_rate, tuple(assumed), tuple(_notes(cards, precision, dtype)), started)
-    return replace(found, has_times=not by_hand or flops_per_sample is not None or bytes_per_sample is not None)
+    all_measured = all(card.label in measured for card, _ in counted)
+    return replace(found, has_times=not by_hand or flops_per_sample is not None or bytes_per_sample is not None or all_measured)
 
 
 def _forecast(

@@ -1,17 +1,19 @@
 """`autoaccum fleet`: shares, words and failures for cards that are not here."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
 import autoaccum
 from autoaccum.distributed.speed_curves import AffineCurve
-from autoaccum.plan.plan import Plan
+from autoaccum.plan.plan import Plan, PlannedDevice
 from autoaccum.simulate import profiles
 from autoaccum.trace.operator_work import OperatorWork
 from autoaccum.virtual.roofline import traced_curves
 from tests.command_line import autoaccum as command
 from tests.command_line import document
+from tests.plans import by_hand
 
 BY_HAND = {"fixed": "2.31GiB", "per_sample": "1.25GiB"}
 THREE_KINDS = ("fleet", "--gpus", "2*a100-80gb,4*t4,1*rtx-4090", "--target-batch", 480, "--fixed", "2.31GiB", "--per-sample", "1.25GiB")
@@ -198,3 +200,46 @@ def test_ranks_load_the_plan_that_was_written(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "5")
     with pytest.raises(autoaccum.PlanError, match="for 7 ranks, and torchrun started 6"):
         Plan.load(path)
+
+
+TIMES = "gpu,micro_batch,seconds,window_seconds\nt4,1,0.25,0.1\nt4,4,1.0,0.1\na100-80gb,1,0.05,0.02\nTesla T4,8,2.0,\n"
+
+
+def test_measured_seconds_count_instead_of_estimates(tmp_path):
+    table = tmp_path / "times.csv"
+    table.write_text(TIMES)
+    found = autoaccum.fleet("a100-80gb,4*t4", target_batch=90, **BY_HAND, link=1e15, times=table)
+    a100, t4 = found.fleet.curves[0], found.fleet.curves[1]
+    assert a100.seconds(10) == pytest.approx(0.02 + 10 * 0.05) and t4.seconds(4) == pytest.approx(0.1 + 4 * 0.25)
+    # 20 samples a second on the one and 4 on each of the others: 50 and 10, and all are finished after 2.5 s.
+    assert found.fleet.shares[0] in (50, 51) and max(found.fleet.shares[1:]) == 10 and found.window_seconds == pytest.approx(2.6, abs=0.01)
+    assert found.has_times and found.interval[0] == found.interval[1] and "(--times)" in found.explain() and " to " not in found.explain()
+
+
+def test_a_plan_that_was_measured_on_a_card_is_one_timing(tmp_path):
+    plan = replace(by_hand(None, 60, 20), device=PlannedDevice("cuda", "Tesla T4", None, 0, 0, 0), samples_per_second=30.0, predicted=False)
+    plan.save(tmp_path / "t4.json")
+    found = autoaccum.fleet("2*t4", target_batch=100, **BY_HAND, times=[tmp_path / "t4.json"], link=1e15)
+    assert found.window_seconds == pytest.approx(50 / 30, rel=0.01)
+    known = autoaccum.fleet("t4,a100-80gb", target_batch=100, **BY_HAND, flops_per_sample=1e12, times=[tmp_path / "t4.json"])
+    assert known.cards[0].curves[0] == known.cards[0].curves[2] and known.cards[1].curves[0] != known.cards[1].curves[2]
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", "begins with nothing: give a plan"),
+        ("card,size\nt4,1\n", "begins with 'card,size': give a plan"),
+        ("gpu,micro_batch,seconds\nt4,0,1\n", "line 2: micro_batch must be a whole number from 1 on"),
+        ("gpu,micro_batch,seconds\nt4,1,1\nt4,2,nan\n", "line 3: micro_batch must"),
+        ("gpu,micro_batch,seconds\nt5,1,1\n", "there is no GPU data file for 't5'"),
+        ("gpu,micro_batch,seconds\n", "has no rows"),
+        ("gpu,micro_batch,seconds\nl4,1,1\n", "has seconds of l4, and --gpus names t4"),
+        ('{"schema": "autoaccum.fleet/1"}', "is no plan: give a plan"),
+    ],
+)
+def test_a_file_that_is_no_table_of_times_is_refused_in_a_sentence(tmp_path, text, says):
+    (tmp_path / "times").write_text(text)
+    with pytest.raises(autoaccum.UsageError) as refused:
+        autoaccum.fleet("t4", target_batch=100, **BY_HAND, times=tmp_path / "times")
+    assert says in str(refused.value) and "\n" not in str(refused.value)
