@@ -84,7 +84,10 @@ class UsageError(AutoaccumError, ValueError):
 
 
 class NothingFits(AutoaccumError):
-    """Not even the smallest micro-batch fits. `budget_bytes` is the memory budget; `trials` are the trials that ran."""
+    """Not even the smallest micro-batch fits. `budget_bytes` is the memory budget; `trials` are the trials that ran.
+
+    what_if: the documents of changed jobs, where `tune --what-if` asked for them.
+    """
 
     exit_code = 3
 
@@ -92,6 +95,7 @@ class NothingFits(AutoaccumError):
         super().__init__(message)
         self.budget_bytes = budget_bytes
         self.trials = tuple(trials)
+        self.what_if: list[dict[str, Any]] = []
 
 
 class OutOfMemory(AutoaccumError):

@@ -65,7 +65,11 @@ def _serve(setup: dict[str, Any], requests: Any, reply: Callable[[dict[str, Any]
         _answer(_simulation(source, setup, limits, on_phase), requests, reply, lambda: 0)
         return
     device = devices.get(setup["device"])
-    jobs = load(source, device=device.facts.label)
+    jobs = as_jobs(load(source, device=device.facts.label))
+    if source.changes:
+        from autoaccum.tuner import changes
+
+        jobs = changes.changed(jobs, source.changes)
     # This process's weights are not used afterwards, so trials may change them.
     with rehearsing(jobs, device, limits, parameters=False, on_phase=on_phase) as rehearsal:
         _answer(rehearsal, requests, reply, device.live_bytes)
@@ -74,7 +78,8 @@ def _serve(setup: dict[str, Any], requests: Any, reply: Callable[[dict[str, Any]
 def _simulation(source: Source, setup: dict[str, Any], limits: Limits, on_phase: PhaseCallback) -> Any:
     from autoaccum.simulate import profiles
     from autoaccum.trace import fake_cuda, quieten_torch
-    from autoaccum.virtual import changes, simulation, without_memory
+    from autoaccum.tuner import changes
+    from autoaccum.virtual import simulation, without_memory
 
     card = profiles.load(setup["device"].removeprefix("virtual:"))
     quieten_torch()

@@ -176,6 +176,16 @@ def _elastic(document: dict[str, Any]) -> str:
     )
 
 
+def _replanning(document: dict[str, Any]) -> str:
+    """What becomes of a run in which a rank slows down."""
+    shares = [" + ".join(map(str, document[name])) for name in ("shares_before", "shares_after")]
+    return (
+        f"A rank of three slowed to a third of its speed in mid-run (`benchmarks/replanning.py`): {document['windows_until_shares_changed']} windows later the shares "
+        f"went from {shares[0]} to {shares[1]}, and a window takes {document['after_over_best']:.2f} of the time that it takes with the best plan for the slowed ranks; "
+        f"with the old shares it took {document['window_seconds_with_the_old_shares'] / document['window_seconds_of_the_best_plan']:.2f} of it."
+    )
+
+
 def _planners(document: dict[str, Any]) -> str:
     """Published runs over unlike nodes: the even split, forecast and measured, and our shares."""
     lines = ["| nodes | samples | even split, measured | even split, forecast | our shares, forecast | best of other planners, measured |", "| --- " * 6 + "|"]
@@ -241,6 +251,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] 
     "plans on a card": ("gpu.json", _on_a_card("plans"), (*SEARCHING, "autoaccum/devices/cuda.py")),
     "peers on a card": ("gpu.json", _on_a_card("peers"), (*SEARCHING, "autoaccum/devices/cuda.py", "benchmarks/work.py", "benchmarks/peers")),
     "elastic": ("elastic.json", _elastic, ("autoaccum/loop/progress.py", "autoaccum/data/windows.py")),
+    "replanning": ("replanning.json", _replanning, ("autoaccum/distributed/pace.py", "autoaccum/distributed/fleet.py", "autoaccum/loop/accumulator.py")),
     "planners": (
         "fleet_planners.json",
         _planners,

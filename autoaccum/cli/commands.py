@@ -20,7 +20,7 @@ import click
 from autoaccum import oom
 from autoaccum.cli import report
 from autoaccum.cli.options import CallOptions, writable, write_file, write_nothing, write_stderr
-from autoaccum.errors import AutoaccumError, JobFailed, OutOfMemory, UsageError, in_short, without_middle
+from autoaccum.errors import AutoaccumError, JobFailed, NothingFits, OutOfMemory, UsageError, in_short, without_middle
 from autoaccum.plan import framework_arguments
 from autoaccum.probe import Request, cache
 from autoaccum.simulate import profiles
@@ -125,6 +125,7 @@ def report_of_fault(plan: Path | None) -> None:
 @cli.command(epilog=_EPILOG)
 @_shared
 @click.option("--evaluate", is_flag=True, help="Also search the largest batch for evaluation: the loss, forward only, with the optimizer's state resident.")
+@click.option("--what-if", is_flag=True, help="Also tune the job with changes that make it need less memory, each measured here.")
 @click.pass_obj
 def tune(rest: list[str] | None, /, **given: Any) -> None:
     """Find the fewest accumulation steps that fit, and print the plan.
@@ -137,7 +138,16 @@ def tune(rest: list[str] | None, /, **given: Any) -> None:
     {scratch} is a folder of each trial's own, for what the command writes.
     """
     call = CallOptions(rest, **given)
-    call.answer(call.tuned())
+    try:
+        planned = call.tuned()
+    except NothingFits as error:
+        if call.what_if:
+            rows = call.changed(None)
+            error.what_if = [row.as_dict() for row in rows]
+            if call.form == "text":
+                click.echo(report.changed(rows))
+        raise
+    call.answer(planned, changed=call.changed(planned) if call.what_if else None)
 
 
 @cli.command(epilog=_EPILOG)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -50,6 +50,7 @@ class CallOptions:
         quiet: bool,
         traceback: bool,
         evaluate: bool = False,
+        what_if: bool = False,
         world: int | None = None,
         trial_seconds: float | None = None,
         set_files: tuple[str, ...] = (),
@@ -99,6 +100,12 @@ class CallOptions:
             profiles.load(self.virtual)  # raises for an unknown card before the job is built
         if self.virtual is not None and objective == "throughput":
             raise UsageError("--objective throughput needs a device that is here: a simulated card has no clock")
+        if what_if and (self.command or self.virtual is not None or launched() is not None or form not in ("text", "json")):
+            raise UsageError(
+                "--what-if builds a JOB with changes and measures each on one device that is here, in text or JSON; for a card that is not here: "
+                "autoaccum estimate JOB --what-if --gpu NAME"
+            )
+        self.what_if = what_if
         if self.command and evaluate:
             raise UsageError("--evaluate is for a JOB: of a command, autoaccum sees only that it trains; tune its evaluation by a run of its own")
         if self.command and (settings or largest):
@@ -124,6 +131,11 @@ class CallOptions:
                 else tuner.tune_source(self.source, self.request, cache=self.cache, **callbacks)
             )
 
+    def changed(self, planned: Plan | None) -> Sequence[tuner.ChangedPlan]:
+        """The job with changes that make it need less memory, each tuned."""
+        with self._callbacks() as callbacks:
+            return tuner.tune_changed(self.source, self.request, planned, **callbacks)
+
     def checked(self, micro_batch: int, windows: int = 2) -> Plan:
         self.alone("check rehearses on one device", "run it without torchrun")
         if micro_batch < 1:
@@ -139,7 +151,7 @@ class CallOptions:
                 return tuner.check_command(self.command, micro_batch, self.request, **self.of_command, **callbacks)
             return tuner.check_source(self.source, micro_batch, self.request, windows=windows, **callbacks)
 
-    def answer(self, planned: Plan, found: Equivalence | None = None) -> None:
+    def answer(self, planned: Plan, found: Equivalence | None = None, changed: Sequence[tuner.ChangedPlan] | None = None) -> None:
         if planned.rank:
             return  # all ranks have the same plan, so only rank 0 prints it
         if self.output is not None:
@@ -147,7 +159,9 @@ class CallOptions:
         if self.plot is not None:
             planned.plot(self.plot)
         if self.form == "json":
-            print(report.as_json({**planned.as_dict(), **({"equivalence": found.as_dict()} if found is not None else {})}), flush=True)
+            more: dict[str, Any] = {"equivalence": found.as_dict()} if found is not None else {}
+            more |= {"what_if": [row.as_dict() for row in changed]} if changed is not None else {}
+            print(report.as_json({**planned.as_dict(), **more}), flush=True)
             return
         if self.form in framework_arguments.FORMATS:
             print(report.as_json(framework_arguments.FORMATS[self.form](planned)), flush=True)
@@ -158,6 +172,8 @@ class CallOptions:
         columns = shutil.get_terminal_size().columns
         if self.form == "text" and sys.stdout.isatty() and columns >= _WIDE:
             print("\n".join(chart(planned, columns)), flush=True)
+        if changed is not None:
+            print(report.changed(changed), flush=True)
         if found is not None and self.form == "text":
             print(f"splitting: {found}", flush=True)
 

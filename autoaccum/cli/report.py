@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from autoaccum.devices import STEADY_MALLOC, Facts, Memory, steady_wanted
-from autoaccum.errors import AutoaccumError, JobFailed
-from autoaccum.plan import Plan
+from autoaccum.errors import AutoaccumError, JobFailed, NothingFits
+from autoaccum.plan import Plan, window_notation
 from autoaccum.probe import Reading
 from autoaccum.simulate import Profile
+from autoaccum.tuner import ChangedPlan
 from autoaccum.units import in_words, number, unit_for
 
 DEMO_INTRO = "demo: the 8-16-1 network of the classic tutorial, 1200 samples, SGD; its learning rate stays as it is"
@@ -73,7 +74,24 @@ def error(raised: AutoaccumError) -> dict[str, Any]:
         "message": str(raised),
         "exit_code": raised.exit_code,
         "trials": [trial(reading) for reading in trials],
+        **({"what_if": raised.what_if} if isinstance(raised, NothingFits) and raised.what_if else {}),
     }
+
+
+def changed(rows: Sequence[ChangedPlan]) -> str:
+    """The table of a job with changes, each tuned on the device that is here."""
+    lines = ["what if: each measured here, the quickest first"]
+    wide = max((len(row.words) for row in rows), default=0) + 2
+    for row in rows:
+        if row.plan is None:
+            lines.append(f"  {row.words:<{wide}}{f'failed: {row.error}' if row.error else 'does not fit'}")
+            continue
+        rate = "" if row.plan.samples_per_second is None else f"{row.plan.samples_per_second:.3g} samples a second"
+        speed = "" if row.speed is None else f", {row.speed:.2f} times as fast"
+        halves = " (half as long)" if "half-length" in row.changes else ""
+        peak = "" if row.plan.peak_bytes is None else in_words(row.plan.peak_bytes)
+        lines.append(f"  {row.words:<{wide}}{window_notation(row.plan.micro_batches):<22}{peak:<11}{rate}{halves}{speed}")
+    return "\n".join(lines if rows else ["what if: the job can have none of the changes that are known"])
 
 
 def trial(reading: Reading) -> dict[str, Any]:

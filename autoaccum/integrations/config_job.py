@@ -9,7 +9,7 @@ import torch
 
 from autoaccum.errors import UsageError
 from autoaccum.integrations import needed
-from autoaccum.virtual import in_four_bits
+from autoaccum.tuner import in_four_bits
 from autoaccum.window import Job, token_mean
 
 _PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": None}

@@ -149,8 +149,8 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
     """Sets the Trainer's arguments, and the copies of them that the Trainer holds. The evaluation batch size changes only if
     the plan has an `eval_batch`.
 
-    Equal micro-batches come from the Trainer's loader. Micro-batches that differ by a sample come from a loader of their own: with the
-    order of the Trainer's sampler or loader if a method for it was overridden, otherwise shuffled with the Trainer's seed.
+    Equal micro-batches come from the Trainer's loader. Micro-batches that differ by a sample come from a loader of their own, in the order
+    of the Trainer's sampler. So a checkpoint goes on in the same windows with either kind; with another target batch it is refused.
     The loss of each micro-batch is its own mean, whatever the model or `compute_loss_func` does with `num_items_in_batch`, and is weighted
     by what is counted in it: its labels other than -100, or its samples, or `count` of `tune`. A micro-batch in which nothing counts is
     left out.

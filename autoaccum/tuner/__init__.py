@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING
 from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
+    from autoaccum.tuner import changes
     from autoaccum.tuner.all_ranks import shared_limits
     from autoaccum.tuner.assembly import versions
+    from autoaccum.tuner.changes import ChangedPlan, WhatIf, in_four_bits
     from autoaccum.tuner.foreign_command import check_command, tune_command
     from autoaccum.tuner.in_place import refuse_unknown_keywords, tune
-    from autoaccum.tuner.job_file import check_source, compare_source, tune_source
+    from autoaccum.tuner.job_file import check_source, compare_source, tune_changed, tune_source
     from autoaccum.tuner.one_device import device_key
     from autoaccum.tuner.progress import shown
 else:
@@ -21,9 +23,10 @@ else:
         __name__,
         all_ranks="shared_limits",
         assembly="versions",
+        changes="ChangedPlan WhatIf in_four_bits",
         foreign_command="check_command tune_command",
         in_place="refuse_unknown_keywords tune",
-        job_file="check_source compare_source tune_source",
+        job_file="check_source compare_source tune_changed tune_source",
         one_device="device_key",
         progress="shown",
     )

@@ -6,13 +6,15 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import timedelta
 
 from autoaccum import devices
 from autoaccum.distributed import launched
-from autoaccum.errors import JobFailed, UsageError
+from autoaccum.errors import AutoaccumError, JobFailed, NothingFits, UsageError
 from autoaccum.plan import Plan, arithmetic, window_led_by, window_notation
 from autoaccum.probe import COMPARED_SAMPLES, Child, Equivalence, Limits, Progress, Request, refusals, search
+from autoaccum.tuner import changes
 from autoaccum.tuner.assembly import assemble_plan
 from autoaccum.tuner.one_device import reading_cache, refuse_throughput_over_ranks, tune_one_device, unlimited
 from autoaccum.tuner.trial_log import TrialLog
@@ -75,6 +77,43 @@ def _tune_all_ranks(where: Source | str | None, request: Request, device: str, p
         return plan
     finally:
         dist.destroy_process_group()
+
+
+def tune_changed(
+    where: Source | str | None,
+    request: Request,
+    unchanged: Plan | None,
+    *,
+    device: str = "auto",
+    progress: Progress | None = None,
+    on_output: Callable[[str], None] | None = None,
+) -> tuple[changes.ChangedPlan, ...]:
+    """Tunes the job with each set of changes that it can have, on the device that is here; the quickest first, those that do not fit last.
+
+    unchanged: the plan of the job as it is; None if nothing fits. Weights packed in four bits are left out: packing them would lose their values.
+    """
+    origin = where if isinstance(where, Source) else parse_source(where)
+    rate = None if unchanged is None else unchanged.samples_per_second
+    found: list[changes.ChangedPlan] = []
+    refused: dict[str, str] = {}  # by change: why the job cannot have it
+
+    def tried(wanted: tuple[str, ...]) -> None:
+        try:
+            plan = tune_source(replace(origin, changes=wanted), request, device=device, progress=progress, on_output=on_output)
+        except UsageError as error:  # the job has it already, or cannot have it
+            if len(wanted) == 1:
+                refused[wanted[0]] = str(error)
+        except AutoaccumError as error:
+            found.append(changes.ChangedPlan(wanted, None, error="" if isinstance(error, NothingFits) else str(error)[:200]))
+        else:
+            found.append(changes.ChangedPlan(wanted, plan, plan.samples_per_second / rate if plan.samples_per_second and rate else None))
+
+    for wanted in changes.ALONE:
+        tried(wanted)
+    for wanted in changes.together(refused):
+        if "nf4" not in wanted:
+            tried(wanted)
+    return tuple(sorted(found, key=lambda row: (row.plan is None, -(row.plan.samples_per_second or 0.0) if row.plan else 0.0)))
 
 
 def check_source(

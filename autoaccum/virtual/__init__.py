@@ -9,13 +9,10 @@ from typing import TYPE_CHECKING
 from autoaccum.doors import lazily
 
 if TYPE_CHECKING:
-    from autoaccum.virtual import changes, estimator, forecaster, simulation
-    from autoaccum.virtual.changes import in_four_bits
+    from autoaccum.virtual import estimator, forecaster, simulation
     from autoaccum.virtual.empty_weights import without_memory
     from autoaccum.virtual.estimate import Estimate, Estimates
     from autoaccum.virtual.estimator import estimate_source
     from autoaccum.virtual.gpu import VirtualGpu
 else:
-    __getattr__ = lazily(
-        __name__, changes="in_four_bits", empty_weights="without_memory", estimate="Estimate Estimates", estimator="estimate_source", gpu="VirtualGpu"
-    )
+    __getattr__ = lazily(__name__, empty_weights="without_memory", estimate="Estimate Estimates", estimator="estimate_source", gpu="VirtualGpu")

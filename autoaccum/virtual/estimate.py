@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from autoaccum.plan import window_notation
+from autoaccum.tuner import WhatIf
 from autoaccum.units import in_words, number, unit_for
-from autoaccum.virtual.changes import WhatIf
 
 
 @dataclass(frozen=True)

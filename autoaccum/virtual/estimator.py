@@ -16,8 +16,8 @@ from autoaccum.devices import LEAST_GPU_HEADROOM
 from autoaccum.errors import AutoaccumError, JobError, UsageError, as_document, from_document
 from autoaccum.probe import Child, Limits, Request, die_with_parent
 from autoaccum.simulate import profiles
+from autoaccum.tuner import changes
 from autoaccum.units import in_words, parse_headroom
-from autoaccum.virtual import changes
 from autoaccum.virtual.estimate import Estimate, Estimates
 from autoaccum.window import Source, parse_source
 

@@ -1,4 +1,4 @@
-"""What would make a job fit: the same job with one thing or several changed, to be traced like any other.
+"""What would make a job fit: the same job with one thing or several changed, to be traced or tuned like any other.
 
 torch is imported only where a job is changed: the process that asks does without.
 """
@@ -14,6 +14,7 @@ from autoaccum.errors import UsageError, in_brief
 if TYPE_CHECKING:
     import torch
 
+    from autoaccum.plan import Plan
     from autoaccum.window import Job
 
 # Names of changes, those that cost the least first: first each alone, then several together.
@@ -54,6 +55,29 @@ class WhatIf:
     @property
     def words(self) -> str:
         return " + ".join(IN_WORDS[change] for change in self.changes)
+
+
+@dataclass(frozen=True)
+class ChangedPlan:
+    """A changed job's plan on the device that is here. plan: None if nothing fits or the job failed; error says why.
+
+    speed: samples a second, as a multiple of the unchanged job's; None if one of the two was not timed.
+    """
+
+    changes: tuple[str, ...]
+    plan: Plan | None
+    speed: float | None = None
+    error: str = ""
+
+    @property
+    def words(self) -> str:
+        return " + ".join(IN_WORDS[change] for change in self.changes)
+
+    def as_dict(self) -> dict[str, Any]:
+        plan = self.plan
+        figures = {} if plan is None else {"peak_bytes": plan.peak_bytes, "samples_per_second": plan.samples_per_second}
+        sizes = () if plan is None else plan.micro_batches
+        return {"changes": list(self.changes), "fits": plan is not None, "micro_batches": list(sizes), **figures, "speed": self.speed, "error": self.error}
 
 
 def changed(jobs: Sequence[Job], names: Sequence[str]) -> tuple[Job, ...]:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import autoaccum
-from autoaccum.virtual import changes
+from autoaccum.tuner import changes
 from tests import command_line
 from tests.simulated import in_a_process
 
@@ -99,7 +99,7 @@ def test_relative_times_count_forward_and_backward():
 def test_a_change_that_the_job_has_already_is_left_out_and_an_unknown_one_is_refused():
     told = in_a_process(
         """
-from autoaccum.virtual import changes
+from autoaccum.tuner import changes
 def refused(job, *names):
     try: changes.changed([job], names)
     except autoaccum.UsageError as error: return str(error)
@@ -117,3 +117,30 @@ def test_what_if_asks_for_a_file_and_for_few_cards(job):
         autoaccum.estimate(lambda: None, target_batch=8, gpus="t4", what_if=True)
     told = command_line.autoaccum("estimate", job, "-b", 8, "--all-gpus", "--what-if")
     assert told.returncode == 2 and "name up to four cards" in told.stderr
+
+
+def test_on_a_device_that_is_here_each_changed_job_is_tuned():
+    told = command_line.document(command_line.autoaccum("tune", "tests/jobs.py:small", "-b", 12, "-d", "cpu", "--what-if", "--json", "-q"))
+    rows = {tuple(row["changes"]): row for row in told["what_if"]}
+    assert set(rows) == {("bf16",), ("fused",), ("8-bit-optimizer",)}  # it has no repeated blocks and no length
+    for row in rows.values():
+        assert row["fits"] and sum(row["micro_batches"]) == 12 and row["samples_per_second"] > 0 and row["speed"] > 0 and not row["error"], row
+    speeds = [row["samples_per_second"] for row in told["what_if"]]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_where_nothing_fits_the_changes_are_told_beside_the_error():
+    done = command_line.autoaccum("tune", "tests/jobs.py:hungry", "--set", "mib=400", "-b", 12, "--memory-limit", "500MiB", "-d", "cpu", "--what-if", "-q")
+    assert done.returncode == 3 and "one sample does not fit" in done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[0] == "what if: each measured here, the quickest first" and {line.split("  ")[1] for line in lines[1:]} == {
+        "bfloat16 autocast",
+        "a fused optimizer",
+    }
+    assert all(line.endswith("does not fit") for line in lines[1:])
+
+
+@pytest.mark.parametrize("words", [("-d", "virtual:t4", "demo"), ("--format", "env", "demo"), ("--", "python", "train.py")])
+def test_what_cannot_be_changed_and_measured_here_is_refused(words):
+    done = command_line.autoaccum("tune", "-b", 12, "--what-if", *words)
+    assert done.returncode == 2 and "--what-if builds a JOB with changes" in done.stderr
