@@ -29,7 +29,7 @@ class Source:
 
     settings: keyword arguments of the function, read as Python literals where they are some. argv: what the file sees as `sys.argv[1:]`.
     texts: the settings as they were written. Which of the two the function gets depends on what it takes.
-    changes: of the job, once it is built, for a simulated card (`virtual.changes`).
+    changes: of the job, once it is built (`tuner.changes`).
     """
 
     where: str
