@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 
@@ -53,6 +54,11 @@ def test_every_public_name_is_in_the_api_page_and_every_page_in_the_site():
         assert name == "__version__" or f"::: autoaccum.{name}\n" in api + "\n", name
     pages = re.findall(r"[:-] (\w+\.md)$", (ROOT / "site/mkdocs.yml").read_text(), re.M)
     assert sorted(pages) == [page.name for page in PAGES]
+
+
+def test_the_page_of_all_options_is_what_help_says():
+    """After a change of an option: python site/options.py"""
+    assert runpy.run_path(str(ROOT / "site/options.py"))["page"]() == (ROOT / "docs/options.md").read_text()
 
 
 def test_the_site_is_built_without_a_warning(tmp_path):

@@ -146,6 +146,8 @@ def tune(rest: list[str] | None, /, **given: Any) -> None:
             error.what_if = [row.as_dict() for row in rows]
             if call.form == "text":
                 click.echo(report.changed(rows))
+        elif call.command is None and call.virtual is None and "What would help" in str(error):
+            error.args = (f"{error}; --what-if measures what each change gains",)
         raise
     call.answer(planned, changed=call.changed(planned) if call.what_if else None)
 

@@ -157,6 +157,7 @@ def test_a_failure_in_json_is_one_document_too():
 
 def test_what_does_not_fit_is_exit_3_with_the_trials():
     finished = autoaccum("tune", f"{JOBS}:hungry", "--set", "mib=400", "-b", 12, "--memory-limit", "500MiB", "-d", "cpu", "--json")
+    assert finished.stderr.rstrip().endswith("; --what-if measures what each change gains")
     told = document(finished)
     assert finished.returncode == 3 and told["error"] == "NothingFits" and "one sample does not fit" in told["message"]
     assert [trial["outcome"] for trial in told["trials"]] == ["oom", "oom"]
