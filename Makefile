@@ -10,7 +10,7 @@ tune: $(VENV)/installed
 	@$(BIN)/autoaccum tune --target-batch 120 $(ARGS)
 
 test: lint types
-	$(BIN)/python -m pytest -n 3 --dist worksteal
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 # The inner loop: lint, and the tests that start no process.
 quick: lint

@@ -8,6 +8,9 @@ import pytest
 
 from autoaccum.errors import UsageError
 from autoaccum.integrations import config_job
+from autoaccum.probe import Request
+from autoaccum.virtual import estimate_source
+from autoaccum.window import parse_source
 from tests import command_line
 
 pytest.importorskip("transformers", reason="transformers is not installed")
@@ -25,15 +28,14 @@ def config(tmp_path):
     return f"hf:{tmp_path}/config.json"
 
 
-def estimated(*words):
-    told = command_line.autoaccum("estimate", *words, "-b", 64, "-g", "t4", "--json")
-    assert told.returncode == 0, told.stderr
-    return json.loads(told.stdout)["gpus"][0]
+def estimated(config, **settings):
+    source = parse_source(config, [f"{name}={value}" for name, value in settings.items()])
+    return estimate_source(source, Request(64), ["t4"], on_output=lambda _: None).as_dict()["gpus"][0]
 
 
 def test_a_configuration_is_estimated_in_full_and_with_lora(config):
     folder = config.removesuffix("/config.json")
-    full, lora, short = estimated(config), estimated(config, "--lora", "r=8"), estimated(folder, "--length", 128)
+    full, lora, short = estimated(config), estimated(config, lora="r=8"), estimated(folder, length=128)
     weights = 4 * (1000 * 256 * 2 + 2 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 512 + 2 * 256) + 256)
     assert full["breakdown"]["parameters"] == pytest.approx(weights, rel=0.02)  # in fp32
     assert lora["breakdown"]["parameters"] < 0.65 * weights and lora["breakdown"]["optimizer"] < 0.2 * full["breakdown"]["optimizer"]

@@ -5,7 +5,10 @@ import json
 import pytest
 
 import autoaccum
+from autoaccum.probe import Request
 from autoaccum.tuner import changes
+from autoaccum.virtual import estimate_source
+from autoaccum.window import parse_source
 from tests import command_line
 from tests.simulated import in_a_process
 
@@ -51,20 +54,19 @@ def job(tmp_path_factory):
     return f"{path}:make_job"
 
 
-def estimated(job, *more):
-    told = command_line.autoaccum("estimate", job, "-b", 4096, "-g", "2GiB", "--json", *more)
-    assert told.returncode in (0, 3), told.stderr
-    return json.loads(told.stdout)
+def estimated(job, *settings, what_if=False):
+    found = estimate_source(parse_source(job, settings), Request(4096), ["2GiB"], what_if=what_if, on_output=lambda _: None)
+    return json.loads(json.dumps(found.as_dict()))
 
 
 def test_a_changed_job_is_what_the_job_changed_by_hand_is_and_the_quickest_comes_first(job):
-    told = estimated(job, "--what-if")
+    told = estimated(job, what_if=True)
     rows = {tuple(row["changes"]): row for row in told["what_if"]["2GiB"]}
     of_bitsandbytes = {("8-bit-optimizer",), ("bf16", "checkpointing", "8-bit-optimizer")}  # LoRA is for Transformers
     assert set(rows) - of_bitsandbytes == {("bf16",), ("fused",), ("checkpointing",), ("bf16", "checkpointing"), ("half-length",)}
     by_hand = {
-        ("bf16", "checkpointing"): ("--set", "again=true", "--set", "bf16=true"),
-        ("half-length",): ("--set", "length=32"),
+        ("bf16", "checkpointing"): ("again=True", "bf16=True"),
+        ("half-length",): ("length=32",),
     }
     for names, settings in by_hand.items():
         card = estimated(job, *settings)["gpus"][0]
@@ -130,7 +132,7 @@ def test_on_a_device_that_is_here_each_changed_job_is_tuned():
 
 
 def test_where_nothing_fits_the_changes_are_told_beside_the_error():
-    done = command_line.autoaccum("tune", "tests/jobs.py:hungry", "--set", "mib=400", "-b", 12, "--memory-limit", "500MiB", "-d", "cpu", "--what-if", "-q")
+    done = command_line.autoaccum("tune", "tests/jobs.py:hungry", "--set", "mib=60", "-b", 12, "--memory-limit", "300MiB", "-d", "cpu", "--what-if", "-q")
     assert done.returncode == 3 and "one sample does not fit" in done.stderr
     lines = done.stdout.splitlines()
     assert lines[0] == "what if: each measured here, the quickest first" and {line.split("  ")[1] for line in lines[1:]} == {
