@@ -16,6 +16,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -95,8 +96,8 @@ def _end(ours: socket.socket, process: subprocess.Popen[bytes], owner: int) -> N
         process.wait()
 
 
-def serve(modules: Sequence[str], main: Callable[[int, int, int], None], descriptor: int, parent: int) -> None:
-    """Imports `modules`, and forks a child for each request until the parent ends or closes the socket.
+def serve(modules: Sequence[str], main: Callable[[int, int, int], None], descriptor: int, parent: int, idle_seconds: float = 60.0) -> None:
+    """Imports `modules`, and forks a child for each request until the parent ends or closes the socket, or has had no child for `idle_seconds`.
 
     In the child it calls `main(receive, send, process that forked it)`.
     """
@@ -109,8 +110,13 @@ def serve(modules: Sequence[str], main: Callable[[int, int, int], None], descrip
         os.set_blocking(wake, False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
         signal.set_wakeup_fd(wake)
+        used = time.monotonic()
         while os.getppid() == parent:
-            ready = select.select([requests.fileno(), woken], [], [], 1.0)[0]
+            ready = select.select([requests.fileno(), woken], [], [], min(1.0, idle_seconds))[0]
+            if ready or statuses:
+                used = time.monotonic()
+            elif time.monotonic() - used > idle_seconds:  # it holds as much memory as torch takes
+                break
             if woken in ready:
                 os.read(woken, 512)
             for pid in list(statuses):

@@ -12,6 +12,7 @@ import autoaccum
 from autoaccum.probe import child as child_module
 from autoaccum.probe.child import Child
 from autoaccum.probe.readings import Limits
+from autoaccum.warm_process import WarmProcess
 from autoaccum.window.source import Source
 from tests.command_line import ROOT, wait_until
 
@@ -96,3 +97,13 @@ def test_a_measured_child_is_never_forked_so():
     with Child(SMALL, "cpu", Limits()) as child:
         assert isinstance(child._process, subprocess.Popen)
     assert all(server._process.pid != child._process.pid for server in child_module._warm)
+
+
+def test_it_ends_when_it_has_had_nothing_to_do_for_a_while():
+    def program(descriptor):
+        code = "from autoaccum.warm_process import serve; serve((), None, *map(int, sys.argv[1:]), idle_seconds=0.2)"
+        return child_module.own_program(code, descriptor, os.getpid())
+
+    server = WarmProcess(program, dict(os.environ))
+    wait_until(lambda: not server.serves(dict(os.environ)))
+    assert server.fork(dict(os.environ), 0, 1, 2) is None  # then a child starts anew
