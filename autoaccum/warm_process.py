@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -101,6 +102,7 @@ def serve(modules: Sequence[str], main: Callable[[int, int, int], None], descrip
 
     In the child it calls `main(receive, send, process that forked it)`.
     """
+    warnings.filterwarnings("ignore", message="Failed to initialize NumPy")  # a warning of torch; simulations do not need NumPy
     for name in modules:
         importlib.import_module(name)
 
