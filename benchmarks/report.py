@@ -187,15 +187,23 @@ def _replanning(document: dict[str, Any]) -> str:
 
 
 def _planners(document: dict[str, Any]) -> str:
-    """Published runs over unlike nodes: the even split, forecast and measured, and our shares."""
-    lines = ["| nodes | samples | even split, measured | even split, forecast | our shares, forecast | best of other planners, measured |", "| --- " * 6 + "|"]
-    for run in document["runs"]:
-        nodes = run["nodes"].split(",")
-        named = ", ".join(f"{nodes.count(node)} of {node.replace('-', ' ').replace('x', ' x ')}" for node in dict.fromkeys(nodes))
-        best = "none" if run["best_published_s"] == run["measured_even_s"] else f"{run['best_published_s']:.1f} s"
+    """Published runs over unlike nodes: seconds of every plan, forecast and measured, and our shares."""
+
+    def named(nodes: list[str]) -> str:
+        return ", ".join(f"{nodes.count(node)} of {' '.join(reversed(node.replace('-', ' ').rsplit('x', 1)))}" for node in dict.fromkeys(nodes))
+
+    lines = ["| nodes | samples | plan | measured | forecast | error |", "| --- " * 6 + "|"]
+    for plan in document["plans"]:
         lines.append(
-            f"| {named} | {run['target']} | {run['measured_even_s']:.1f} s | {run['forecast_even_s']:.1f} s ({run['error_percent']:+.1f}%) | "
-            f"{run['forecast_ours_s']:.1f} s ({' + '.join(map(str, run['shares']))}) | {best} |"
+            f"| {named(plan['nodes'])} | {plan['target']} | {plan['plan']} | {plan['measured_s']:.1f} s | {plan['forecast_s']:.1f} s | {plan['error_percent']:+.1f}% |"
+        )
+    lines += ["", "| nodes | even split | best plan known | our shares, forecast | gap closed |", "| --- " * 5 + "|"]
+    for fleet in document["fleets"]:
+        even = f"{fleet['measured_even_s']:.1f} s" if fleet["measured_even_s"] else f"not run (forecast {fleet['forecast_even_s']:.1f} s)"
+        closed = "" if fleet["gap_to_best_plan_closed_percent"] is None else f"{fleet['gap_to_best_plan_closed_percent']}%"
+        ours = fleet["corrected_ours_s"] or fleet["forecast_ours_s"]
+        lines.append(
+            f"| {named(fleet['nodes'])} | {even} | {fleet['best_plan_s']:.1f} s, {fleet['best_plan']} | {ours:.1f} s ({' + '.join(map(str, fleet['shares']))}) | {closed} |"
         )
     return "\n".join(lines)
 
