@@ -192,7 +192,9 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
     trainer.get_total_train_batch_size = MethodType(lambda self, args: plan.target_batch, trainer)
     trainer.get_train_dataloader = MethodType(
         lambda self: (
-            trainer_loader.window_loader(self, plan, own["get_train_dataloader"]) if ragged else trainer_loader.on_the_host(own["get_train_dataloader"](), plan)
+            trainer_loader.window_loader(self, plan, own["get_train_dataloader"])
+            if ragged
+            else trainer_loader.on_the_host(own["get_train_dataloader"](), plan, drop_last=args.dataloader_drop_last)
         ),
         trainer,
     )

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
-from autoaccum.errors import UsageError
+from autoaccum.errors import AutoaccumWarning, UsageError
 from autoaccum.integrations import needed
 
 _transformers: Any = needed("transformers", "huggingface")
@@ -25,6 +26,14 @@ class Place(_transformers.TrainerCallback):  # type: ignore[misc] # Transformers
                 f"the checkpoint was written after {state.global_step} windows of {before} samples, and windows here have {self.target_batch}: a Trainer finds "
                 f"its place by counting steps, so it would read samples twice or never; go on with target_batch={before}, or load the checkpoint's weights "
                 "into the model and train without resume_from_checkpoint"
+            )
+        # https://github.com/huggingface/transformers: the order of each epoch is drawn from torch's random numbers, of which a checkpoint has later ones.
+        if state.global_step and state.epoch and state.epoch % 1 and state.epoch > 1 and not getattr(args.accelerator_config, "use_seedable_sampler", True):
+            warnings.warn(
+                f"with use_seedable_sampler=False a Trainer draws another order for the epoch in which it goes on ({state.epoch:.2f} epochs were done), so samples of "
+                "this epoch come twice or never, also without autoaccum: set it to True in accelerator_config before a run whose checkpoints shall go on exactly",
+                AutoaccumWarning,
+                stacklevel=2,
             )
         state.stateful_callbacks[_NAME] = {"target_batch": self.target_batch}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,10 +88,7 @@ def window_loader(trainer: Any, plan: Plan, get_train_dataloader: Callable[[], A
     # The order is the Trainer's own also where nobody overrode it, so that a checkpoint goes on in it with equal micro-batches, or on other ranks.
     method = _orders_by_itself(trainer, get_train_dataloader) or "get_train_dataloader"
     sampler = _InOrder(plan, _sampler_of(own, method, plan), drop_last=args.dataloader_drop_last)
-    if not len(sampler):
-        raise PlanError(
-            f"the data has fewer samples than the target batch of {plan.target_batch}, and dataloader_drop_last=True leaves that window out: turn it off"
-        )
+    _check_a_window_is_left(sampler, plan)
     workers = (
         {"persistent_workers": args.dataloader_persistent_workers, "prefetch_factor": args.dataloader_prefetch_factor} if args.dataloader_num_workers else {}
     )
@@ -138,8 +136,60 @@ class _Order:
                 set_epoch(epoch)
 
 
-def on_the_host(loader: Any, plan: Plan) -> Any:
+class _WholeWindows:
+    """A batch sampler that ends after the last whole window of another one.
+
+    Otherwise `dataloader_drop_last=True` would leave out a micro-batch, and so other samples for each size of micro-batch.
+    """
+
+    def __init__(self, batch_sampler: Any, accumulation_steps: int) -> None:
+        self._batch_sampler, self._steps = batch_sampler, accumulation_steps
+        self._inner = getattr(batch_sampler, "batch_sampler", None)  # of one that gives a rank its part
+        self.sampler = getattr(batch_sampler, "sampler", None) or getattr(self._inner, "sampler", None)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return itertools.islice(self._batch_sampler, len(self))
+
+    def __len__(self) -> int:
+        return len(self._batch_sampler) // self._steps * self._steps
+
+    def set_epoch(self, epoch: int) -> None:
+        for each in (self._batch_sampler, self._inner, self.sampler):
+            set_epoch = getattr(each, "set_epoch", None)
+            if set_epoch is not None:
+                set_epoch(epoch)
+
+
+def in_whole_windows(loader: Any, plan: Plan) -> Any:
+    """A loader of equal micro-batches that ends after the last whole window of another; a stream, whose end is not known, is left as it is.
+
+    Raises `PlanError` if no window is left.
+    """
+    if not hasattr(getattr(loader, "batch_sampler", None), "__len__") or type(loader).__name__ == "DataLoaderDispatcher":
+        return loader
+    from accelerate import skip_first_batches  # which Transformers needs
+
+    # A loader takes no other batch sampler once it is made. This makes the same one again, around a batch sampler that skips nothing.
+    loader = skip_first_batches(loader, 0)
+    skipping = loader.batch_sampler if hasattr(loader.batch_sampler, "skip_batches") else loader.sampler
+    whole = skipping.batch_sampler = _WholeWindows(skipping.batch_sampler, plan.accumulation_steps)
+    # Where it goes on from a checkpoint, the Trainer skips batches of this loader, and looks no further than here for what has epochs.
+    skipping.sampler, skipping.set_epoch = whole.sampler, whole.set_epoch
+    _check_a_window_is_left(whole, plan)
+    return loader
+
+
+def _check_a_window_is_left(batch_sampler: Any, plan: Plan) -> None:
+    if not len(batch_sampler):
+        raise PlanError(
+            f"the data has fewer samples than the target batch of {plan.target_batch}, and dataloader_drop_last=True leaves that window out: turn it off"
+        )
+
+
+def on_the_host(loader: Any, plan: Plan, *, drop_last: bool) -> Any:
     """Keeps the loader's batches on the host. Raises `PlanError` for a loader of another batch size than the plan's.
+
+    drop_last: the loader ends after its last whole window.
 
     The Trainer reads a window ahead, which would use device memory that no micro-batch needs. It moves each batch later.
     """
@@ -150,7 +200,7 @@ def on_the_host(loader: Any, plan: Plan) -> Any:
         raise PlanError(
             f"get_train_dataloader() of this Trainer gives batches of {size}, and the plan's are {plan.micro_batch}: let it use self._train_batch_size"
         )
-    return loader
+    return in_whole_windows(loader, plan) if drop_last else loader
 
 
 def forget(trainer: Any, loader: Any) -> None:
