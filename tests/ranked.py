@@ -94,7 +94,8 @@ def main():
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         if program == "in_a_framework":
-            importlib.import_module({"huggingface": "transformers.trainer"}.get(arguments[0], arguments[0]))
+            framework = arguments[0].removesuffix("_resumed")
+            importlib.import_module({"huggingface": "transformers.trainer"}.get(framework, framework))
         children = []
         for rank in range(world):
             child = os.fork()  # before any thread of torch: it was only imported

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 
 from autoaccum import devices
-from autoaccum.data import Window, batches
+from autoaccum.data import Window, Windows, batches
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.integrations import needed, not_remembered
-from autoaccum.loop import FirstWindows, Learner, fed
+from autoaccum.loop import FirstWindows, Learner, Progress, fed
 from autoaccum.plan import MicroBatch, Plan, framework_arguments
 from autoaccum.probe import Request
 from autoaccum.tuner import tune as tune_in_place
@@ -91,6 +91,52 @@ def apply(plan: Plan, accelerator: Any) -> None:
     accelerator.gradient_accumulation_steps = plan.accumulation_steps
 
 
+class Position:
+    """The place in the data behind the last finished window, which goes into Accelerate's checkpoints.
+
+    position = Position()
+    accelerator.register_for_checkpointing(position)
+    accelerator.load_state(folder)  # where there is one
+    for epoch in range(position.epoch, epochs):
+        for micro in micro_batches(accelerator, plan, loader, position=position):
+            ...
+            if accelerator.sync_gradients:
+                accelerator.save_state(folder)  # after optimizer.step() and zero_grad()
+
+    The state knows neither ranks nor micro-batches: the run goes on with other ones, in the same windows of samples.
+    """
+
+    def __init__(self) -> None:
+        self._progress: Progress | None = None
+        self._state: dict[str, Any] = {}
+
+    @property
+    def epoch(self) -> int:
+        """The epoch in which the last finished window lies."""
+        place = self.state_dict().get("place") if self._progress is None else None
+        return self._progress.epoch if self._progress is not None else place["epoch"] if place else 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Raises `PlanError` if the place cannot be found again, because the loader shuffles by itself."""
+        return self._state if self._progress is None else self._progress.state()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._state, self._progress = state, None
+
+    def _through(self, plan: Plan, windows: Windows) -> Windows:
+        """These windows, from the place on. Raises `PlanError` for a place in windows of another target."""
+        if self._progress is None:
+            progress = Progress(plan.target_tokens or plan.target_batch, alone=True)
+            if self._state:
+                progress.load(self._state)
+            self._progress = progress
+        return self._progress.through(windows)
+
+    def _finished(self, window: Window) -> None:
+        assert self._progress is not None
+        self._progress.finished(window, stops=False)
+
+
 def micro_batches(
     accelerator: Any,
     plan: Plan | None = None,
@@ -98,6 +144,7 @@ def micro_batches(
     *,
     count: Callable[[Any], float] | None = None,
     target_batch: int | None = None,
+    position: Position | None = None,
     **limits: Any,
 ) -> Iterator[MicroBatch]:
     """Every micro-batch of an epoch, window by window. Multiply its mean loss by its `weight` before `accelerator.backward`.
@@ -106,6 +153,7 @@ def micro_batches(
     loader: a loader for `Plan.windows`, not prepared. With several ranks it needs `plan.batch_sampler`. count: as in `Plan.split`.
     target_batch: instead of a plan, which is then learned in the first windows and goes on to be used in later epochs (`learned_plan`). limits:
     memory_limit, headroom, max_micro_batch, equal, as in `autoaccum.tune`. The loop is yours, so an out-of-memory comes through. One rank only.
+    position: a `Position`, behind which the epoch begins and which notes each window that ends.
     Raises `PlanError` for a prepared loader: Accelerate would take the end of that loader for the end of the window.
     """
     if (plan is None) == (target_batch is None):
@@ -120,7 +168,7 @@ def micro_batches(
         learner = _learner(accelerator, target_batch, limits)
         plan = learner.plan
         if plan.learning:
-            yield from _learning(accelerator, learner, loader, count)
+            yield from _learning(accelerator, learner, loader, count, position)
             return
     apply(plan, accelerator)
     inside, job = False, getattr(accelerator, "_autoaccum_job", None)
@@ -128,13 +176,16 @@ def micro_batches(
         count = job.count
     first = None if job is None else FirstWindows.of(plan, [replace(job, count=count)])
     try:
-        for window in plan.windows(loader):
+        windows = plan.windows(loader)
+        for window in windows if position is None else position._through(plan, windows):
             if first is not None and not first.is_over:
                 first.look(window, None, plan.micro_batch)
             accelerator.step, inside = 0, True
             # Accelerate divides every loss by this number, and synchronizes gradients after this many micro-batches.
             accelerator.gradient_accumulation_steps = steps = _steps(plan, window, count)
             for micro in plan.split(window, count):
+                if micro.last and position is not None:
+                    position._finished(window)
                 yield replace(micro, weight=micro.weight * steps)
             inside = False
     finally:
@@ -173,15 +224,20 @@ def _no_loss(model: Any, batch: Any) -> Any:
     raise UsageError("the loss is in the caller's own loop")
 
 
-def _learning(accelerator: Any, learner: Learner, loader: Iterable[Any], count: Callable[[Any], float] | None) -> Iterator[MicroBatch]:
+def _learning(
+    accelerator: Any, learner: Learner, loader: Iterable[Any], count: Callable[[Any], float] | None, position: Position | None
+) -> Iterator[MicroBatch]:
     """The micro-batches of an epoch in which the plan is learned."""
     inside = False
     try:
-        for window in learner.plan.windows(loader):
+        windows = learner.plan.windows(loader)
+        for window in windows if position is None else position._through(learner.plan, windows):
             accelerator.step, inside = 0, True
             for piece, samples, weight, last in fed(learner, window, count, stepped=lambda: not accelerator.optimizer_step_was_skipped):
                 # Accelerate divides every loss by this number, and steps where so many micro-batches have run.
                 accelerator.gradient_accumulation_steps = steps = 1 if last else _MANY
+                if last and position is not None:
+                    position._finished(window)
                 moved = batches.move(piece, accelerator.device, non_blocking=True)
                 yield MicroBatch(moved, weight * steps, samples, last=last)
             inside = False

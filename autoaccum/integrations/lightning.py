@@ -19,12 +19,12 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
-from autoaccum.data import Window, WindowSampler, batches, samples_in
+from autoaccum.data import Window, Windows, WindowSampler, batches, samples_in
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.integrations import needed, not_remembered
 from autoaccum.integrations.loaders import copied, with_batches_of
 from autoaccum.integrations.module_attributes import attributes_kept
-from autoaccum.loop import FirstWindows
+from autoaccum.loop import FirstWindows, Progress
 from autoaccum.plan import Plan, framework_arguments, window_notation
 from autoaccum.probe import Evaluation, Request
 from autoaccum.tuner import refuse_unknown_keywords
@@ -64,8 +64,11 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             raise UsageError(f"count must be a function of a batch, not {type(count).__name__}")
         self.target_batch, self.plan, self._batch, self._request, self._given_plan = target_batch, plan, batch, request, plan
         self._count = count
-        self._weights: deque[float] = deque()
+        self._fed: deque[_Fed] = deque()
         self._weight, self._backwards = 1.0, 0
+        self._ends: Window | None = None
+        self._feed: _MicroBatches | None = None
+        self._resumed: dict[str, Any] = {}  # the state of `_feed` in a checkpoint
         self._undo: list[Callable[[], object]] = []
         self._read_loader: Callable[[], Any] = _nothing_to_read
         self._read_validation: Callable[[], Any] = _nothing_to_read
@@ -85,7 +88,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         self._limit = trainer.limit_train_batches if isinstance(trainer.limit_train_batches, int) and not trainer.fast_dev_run else None
         source = trainer.fit_loop._data_source
         self._read_loader = source.dataloader
-        source.dataloader = self._loader  # Lightning calls it again when it reloads
+        source.dataloader = lambda: self._loader(trainer)  # Lightning calls it again when it reloads
         validation = trainer.fit_loop.epoch_loop.val_loop._data_source
         self._read_validation = validation.dataloader
         validation.dataloader = lambda: self._validation_loaders(trainer)
@@ -94,7 +97,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             *(lambda each=each: vars(each).pop("dataloader", None) for each in (source, validation)),
         ]
 
-    def _loader(self) -> Any:
+    def _loader(self, trainer: Any) -> Any:
         """Replaces the user's loader.
 
         Without a plan it is a loader with one batch per window, for counting; with a plan, its micro-batches.
@@ -102,7 +105,22 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         loader = self._user_loader()
         if self.plan is None:
             return _to_count(loader, self.target_batch, self._world_size, self._most_windows())
-        return _MicroBatches(self.plan, _of_windows(self.plan, loader), self._weights, self._count, self._look)
+        progress = Progress(self.plan.target_batch, alone=True) if self._feed is None else self._feed.progress
+        batch_progress = trainer.fit_loop.epoch_loop.batch_progress
+        self._feed = _MicroBatches(
+            self.plan, _of_windows(self.plan, loader), self._fed, self._count, self._look, progress, was_last=lambda: batch_progress.is_last_batch
+        )
+        self._feed.load_state_dict(self._resumed)
+        self._resumed = {}
+        return self._feed
+
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Adds the place in the data. Lightning keeps a loader's state too, but does not load it where an epoch has ended."""
+        checkpoint["autoaccum"] = self._resumed if self._feed is None else self._feed.state_dict()
+
+    def on_load_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        """Takes the place in the data from it, for the loader, which Lightning asks for later."""
+        self._resumed = checkpoint.get("autoaccum", {})
 
     def _validation_loaders(self, trainer: Any) -> Any:
         """The user's validation loaders, with batches of `plan.eval_batch` if there is one."""
@@ -172,7 +190,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             trainer.limit_train_batches = int(trainer.fast_dev_run) * plan.accumulation_steps
         _check_limits(trainer, plan)
         _check_optimizers(trainer, plan)
-        self.plan, self._look = plan, self._looking(trainer, pl_module, plan)
+        self.plan, self._look, self._feed = plan, self._looking(trainer, pl_module, plan), None
         if trainer.is_global_zero:
             logging.getLogger(_pytorch.__name__).info("EffectiveBatch: %s", plan)
         self._undo.append(_putting_back(trainer._accelerator_connector, "use_distributed_sampler"))
@@ -181,20 +199,34 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         trainer.fit_loop._combined_loader = None  # code that asked for the number of steps made Lightning build it
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Raises `UsageError` if the run resumes inside an epoch.
+        """Goes on behind the last finished window of a checkpoint, which may have had other micro-batches.
 
-        Lightning would read the loader from the start and cut the last window.
+        Raises `UsageError` for a checkpoint from inside an epoch whose place in the data cannot be found again.
         """
-        read = trainer.fit_loop.epoch_loop.batch_progress.current.ready
-        if 0 < read < trainer.num_training_batches:
+        current = trainer.fit_loop.epoch_loop.batch_progress.current
+        if self._feed is None or not trainer.fit_loop.restarting:
+            return
+        read = self._feed.read_before
+        if read is not None:
+            # Lightning counts micro-batches. A checkpoint that it writes within the hook of a batch has not completed this one yet.
+            open_ones = current.processed - current.completed
+            current.ready = current.started = current.processed = read
+            current.completed = read - open_ones
+        elif 0 < current.ready < trainer.num_training_batches:
             raise UsageError(
-                f"the checkpoint was written inside an epoch, after {read} micro-batches, and its windows cannot be gone on with: resume from one that was "
-                "written at an epoch's end (ModelCheckpoint(every_n_epochs=1))"
+                f"the checkpoint was written inside an epoch, after {current.ready} micro-batches, and no place in its data can be found again, because the "
+                "loader has an order of its own or EffectiveBatch was not there: resume from a checkpoint that was written at an epoch's end "
+                "(ModelCheckpoint(every_n_epochs=1))"
             )
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Takes the micro-batch's weight. The weights are in the order in which the micro-batches were read."""
-        self._weight, self._backwards = self._weights.popleft(), 0
+        (self._weight, self._ends), self._backwards = self._fed.popleft(), 0
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Notes the place behind a window that has ended; callbacks that write checkpoints run later."""
+        if self._ends is not None and self._feed is not None:
+            self._feed.progress.finished(self._ends, stops=False)
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
         """Weights the gradient, not the loss. Lightning divides by the accumulation steps, even if micro-batches differ in size."""
@@ -376,19 +408,37 @@ def _of_windows(plan: Plan, loader: DataLoader[Any]) -> DataLoader[Any]:
     return copied(loader, batch_sampler=plan.batch_sampler(cast(Sized, loader.dataset), shuffle=shuffle, seed=seed, drop_last=loader.drop_last))
 
 
+_Fed = tuple[float, Window | None]  # the weight of a micro-batch, and the window if it is its last one
+
+
 class _MicroBatches:
-    """A loader of micro-batches, window by window. It appends the weight of each one to `weights`."""
+    """A loader of micro-batches, window by window. It appends to `fed` what belongs to each one.
+
+    was_last: `was_last()`, True if the last micro-batch of the run that wrote a checkpoint was the last one of its epoch.
+
+    Its state is the place in the data behind the last window that has ended.
+    """
 
     def __init__(
-        self, plan: Plan, loader: DataLoader[Any], weights: deque[float], count: Callable[[Any], float] | None, look: Callable[[Window], None]
+        self,
+        plan: Plan,
+        loader: DataLoader[Any],
+        fed: deque[_Fed],
+        count: Callable[[Any], float] | None,
+        look: Callable[[Window], None],
+        progress: Progress,
+        *,
+        was_last: Callable[[], bool],
     ) -> None:
-        self._plan, self._loader, self._weights, self._count, self._look = plan, loader, weights, count, look
+        self._plan, self._loader, self._fed, self._count, self._look, self.progress = plan, loader, fed, count, look, progress
+        self._was_last = was_last
+        self.read_before: int | None = None  # micro-batches of this plan before the place that a state led to; None if none did
         self.dataset = loader.dataset
         self._drop_last = isinstance(loader.batch_sampler, WindowSampler) and loader.batch_sampler.drop_last
 
     def __iter__(self) -> Iterator[Any]:
-        self._weights.clear()
-        for window in self._plan.windows(self._loader, drop_last=self._drop_last):
+        self._fed.clear()
+        for window in self.progress.through(self._windows()):
             self._look(window)
             sizes = self._sizes(window.of_all, window.samples)
             pieces = list(window.cut([size for size in sizes if size], most=self._plan.micro_batch)) if window.samples else []
@@ -401,9 +451,44 @@ class _MicroBatches:
                 )
             # The ranks synchronize in every micro-batch. A rank with fewer pieces repeats one with weight 0.
             pieces += [(pieces[-1][0] if pieces else window.parts[0], 0)] * (len(sizes) - len(pieces))
-            for piece, weight in self._weighted(pieces, window.of_all):
-                self._weights.append(weight)
+            weighted = self._weighted(pieces, window.of_all)
+            for index, (piece, weight) in enumerate(weighted):
+                self._fed.append((weight, window if index == len(weighted) - 1 else None))
                 yield piece
+
+    def _windows(self) -> Windows:
+        return self._plan.windows(self._loader, drop_last=self._drop_last)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The place behind the last window that has ended; empty if it could not be found again."""
+        try:
+            return {**self.progress.state(), "seed": getattr(self._loader.batch_sampler, "seed", None)}
+        except PlanError:
+            return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from there. Raises `PlanError` for another target, or other data."""
+        if not state:
+            return
+        self.progress.load(state)
+        sampler = self._loader.batch_sampler
+        if isinstance(sampler, WindowSampler) and state["seed"] is not None:
+            sampler.seed = state["seed"]
+        place = state["place"]
+        if place is not None:
+            done = place["done"] // self._plan.target_batch + (place["done"] % self._plan.target_batch > 0) if "done" in place else place["windows"]
+            windows = self._windows()
+            windows.load_state_dict(dict(place))
+            self.read_before = done * self._plan.accumulation_steps
+            try:
+                ended = done >= len(windows)
+                if ended:
+                    self.read_before = len(self)
+            except TypeError:  # its windows cannot be counted
+                ended = self._was_last()
+            if ended:  # the next window is the first one of the next epoch
+                place = {**place, "epoch": place["epoch"] + 1, "done" if "done" in place else "windows": 0}
+        self.progress.load({**state, "place": place})
 
     def _weighted(self, pieces: list[tuple[Any, int]], of_all: int) -> list[tuple[Any, float]]:
         """The pieces of a window of `of_all` samples with the weights of their mean losses. Raises `PlanError` where nothing counts."""

@@ -1,6 +1,6 @@
 """Training with a plan: exactly one optimizer step per window, also after an out-of-memory.
 
-It exports `Accumulator`, `StepResult`, and for the integrations `FirstWindows`, `Learner`, `Rescuer` and `fed`.
+It exports `Accumulator`, `StepResult`, and for the integrations `FirstWindows`, `Learner`, `Progress`, `Rescuer` and `fed`.
 It imports the doorstep and the rooms from `data` to `tuner`.
 """
 
@@ -13,9 +13,17 @@ if TYPE_CHECKING:
     from autoaccum.loop.feeder import fed
     from autoaccum.loop.first_windows import FirstWindows
     from autoaccum.loop.learner import Learner
+    from autoaccum.loop.progress import Progress
     from autoaccum.loop.rescue import Rescuer
     from autoaccum.loop.step_result import StepResult
 else:
     __getattr__ = lazily(
-        __name__, accumulator="Accumulator", feeder="fed", first_windows="FirstWindows", learner="Learner", rescue="Rescuer", step_result="StepResult"
+        __name__,
+        accumulator="Accumulator",
+        feeder="fed",
+        first_windows="FirstWindows",
+        learner="Learner",
+        progress="Progress",
+        rescue="Rescuer",
+        step_result="StepResult",
     )

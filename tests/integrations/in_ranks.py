@@ -1,5 +1,8 @@
 """What every rank of a framework's data-parallel job runs: started by tests.ranked, as torchrun would."""
 
+import os
+from pathlib import Path
+
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
@@ -69,6 +72,80 @@ def accelerate(target, most, folder, left):
             optimizer.step()
             optimizer.zero_grad()
     return {"apart": apart(gradients, pairs, target), "samples": samples, "sizes": plan.micro_batches}
+
+
+def accelerate_resumed(target, most, folder, steps):
+    """Three epochs of windows of 2 targets and 7 samples. It saves after `steps` windows, or, if a checkpoint is there, goes on from it."""
+    from accelerate import Accelerator
+
+    from autoaccum.integrations import accelerate as ours
+
+    accelerator, model, pairs = Accelerator(cpu=True), linear(), data(2 * target + 7)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(model.parameters(), lr=0.1))
+    plan = ours.tune(accelerator, model, optimizer, mse, pairs[:8], target_batch=target, max_micro_batch=most)
+    loader = DataLoader(pairs, batch_sampler=plan.batch_sampler(pairs, seed=3))
+    position, checkpoint = ours.Position(), Path(folder) / "checkpoint"
+    accelerator.register_for_checkpointing(position)
+    if checkpoint.exists():
+        accelerator.load_state(checkpoint)
+    samples, since, saves = [], 0, not checkpoint.exists()
+    for _ in range(position.epoch, 3):
+        for micro in ours.micro_batches(accelerator, plan, loader, position=position):
+            with accelerator.accumulate(model):
+                since += micro.samples
+                accelerator.backward(mse(model, micro.batch) * micro.weight)
+                optimizer.step()
+                optimizer.zero_grad()
+            if accelerator.sync_gradients:
+                samples, since = [*samples, since], 0
+                if saves and len(samples) == steps:
+                    accelerator.save_state(checkpoint)
+    return {"parameters": [value for each in model.parameters() for value in each.flatten().tolist()], "samples": samples}
+
+
+def lightning_resumed(target, most, folder, steps):
+    """The same with Lightning, whose seed of the order is another one in each run."""
+    import logging
+
+    import lightning as library
+
+    from autoaccum.integrations.lightning import EffectiveBatch
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    world, samples, seen = int(os.environ.get("WORLD_SIZE", "1")), [], []
+
+    class Module(library.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = linear()
+
+        def training_step(self, batch, batch_idx):
+            if torch.is_grad_enabled():  # not when the first windows are looked at
+                seen.append(len(batch[0]))
+            return mse(self.net, batch)
+
+        def on_train_start(self):
+            seen.clear()
+
+        def on_before_optimizer_step(self, optimizer):
+            samples.append(sum(seen))
+            seen.clear()
+
+        def configure_optimizers(self):
+            return torch.optim.AdamW(self.parameters(), lr=0.1)
+
+    checkpoint = Path(folder) / f"step={steps}.ckpt"
+    resumed = checkpoint if checkpoint.exists() else None
+    writes = library.pytorch.callbacks.ModelCheckpoint(folder if resumed is None else None, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = library.Trainer(
+        accelerator="cpu", strategy="ddp" if world > 1 else "auto", devices=world, max_epochs=3, default_root_dir=folder, logger=False,
+        callbacks=[EffectiveBatch(target, max_micro_batch=most), *([writes] if resumed is None else [])], enable_checkpointing=resumed is None,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    torch.manual_seed(11 if resumed is None else 12)
+    model = Module()
+    trainer.fit(model, DataLoader(data(2 * target + 7), batch_size=5, shuffle=True), ckpt_path=resumed)
+    return {"parameters": [value for each in model.parameters() for value in each.flatten().tolist()], "samples": samples}
 
 
 def lightning(target, most, folder, left):
@@ -157,4 +234,4 @@ def huggingface(target, most, folder, left):
     }
 
 
-PROGRAMS = {"accelerate": accelerate, "lightning": lightning, "huggingface": huggingface}
+PROGRAMS = {each.__name__: each for each in (accelerate, accelerate_resumed, lightning, lightning_resumed, huggingface)}

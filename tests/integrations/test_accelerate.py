@@ -233,3 +233,56 @@ def test_a_plan_or_a_target_and_a_prepared_model():
         next(accelerate.micro_batches(Accelerator(cpu=True), loader=DataLoader(data(8)), target_batch=8))
     with pytest.raises(autoaccum.UsageError, match="no plan was learned"):
         accelerate.learned_plan(Accelerator(cpu=True))
+
+
+def _trained(position, windows=None, shuffle=False, **asked):
+    """Two epochs of windows of 24, 24 and 7 samples, or the first `windows` of them; the parameters after them."""
+    accelerator, model, _ = prepared(linear())
+    optimizer = accelerator._optimizers[0]
+    optimizer.param_groups[0]["lr"] = 0.1
+    done = 0
+    for _ in range(position.epoch, 2):
+        loader = DataLoader(data(55), batch_size=10, shuffle=shuffle)
+        for micro in accelerate.micro_batches(accelerator, **asked, loader=loader, position=position):
+            with accelerator.accumulate(model):
+                accelerator.backward(jobs.mse(model, micro.batch) * micro.weight)
+                optimizer.step()
+                optimizer.zero_grad()
+            done += accelerator.sync_gradients
+            if done == windows:
+                return model, optimizer
+    return model, optimizer
+
+
+@pytest.mark.parametrize("asked", [{"target_batch": 24}, {"plan": by_hand(None, 24, 10)}], ids=["learned", "planned"])
+def test_a_position_is_the_place_behind_the_last_window_of_a_plain_loader(asked):
+    positions = {}
+    for windows in (1, 3, 4, 6):
+        positions[windows] = accelerate.Position()
+        _trained(positions[windows], windows, **asked)
+    assert positions[4].epoch == 1 and positions[4].state_dict()["place"] == {"epoch": 1, "windows": 1}
+    assert [each.state_dict()["windows"] for each in positions.values()] == [1, 3, 4, 6]
+    seen = []
+    for windows, position in positions.items():
+        resumed = accelerate.Position()
+        resumed.load_state_dict(position.state_dict())
+        _trained(resumed, **asked)
+        seen.append(resumed.state_dict()["windows"] - windows)
+    assert seen == [5, 3, 2, 0]
+
+
+def test_a_position_that_cannot_be_found_again_is_refused_with_the_remedy():
+    position = accelerate.Position()
+    _trained(position, 1, shuffle=True, plan=by_hand(None, 24, 10))
+    with pytest.raises(autoaccum.PlanError, match=r"shuffles by itself.*plan.batch_sampler\(dataset\)"):
+        position.state_dict()
+    other = accelerate.Position()
+    other.load_state_dict({**_of_one_window(), "target": 30})
+    with pytest.raises(autoaccum.PlanError, match="windows of 30, and this loop's target is 24"):
+        _trained(other, plan=by_hand(None, 24, 10))
+
+
+def _of_one_window():
+    position = accelerate.Position()
+    _trained(position, 1, plan=by_hand(None, 24, 10))
+    return position.state_dict()

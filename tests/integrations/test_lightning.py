@@ -190,20 +190,69 @@ def test_a_smaller_last_window_of_batches_that_cannot_be_joined_is_whole(tmp_pat
     assert seen[-6:] == [8, 8, 8, 8, 8, 4]
 
 
-def test_going_on_from_an_epochs_end_is_exact_and_from_inside_one_is_refused(tmp_path):
-    loader = DataLoader(data(46), batch_size=7)
-    whole, first, second = Module(lr=0.1), Module(lr=0.1), Module(lr=0.1)
-    trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4), max_epochs=2).fit(whole, loader)
-    begun = trainer(
-        tmp_path, EffectiveBatch(22, max_micro_batch=4), lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, save_last=True), enable_checkpointing=True
-    )
-    begun.fit(first, loader)
-    trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4), max_epochs=2).fit(second, loader, ckpt_path=tmp_path / "last.ckpt")
-    assert second.samples == [22, 22, 2] and torch.equal(whole.inner.weight, second.inner.weight)
+def _fitted(tmp_path, loader, *more, most=4, target=22, seed=7, **given):
+    """Three epochs of windows of 22 samples. loader: a function, so that nothing of an earlier run is left in it."""
+    torch.manual_seed(seed)
+    made_loader, model = loader(), Module(lr=0.1)
+    ckpt_path = given.pop("ckpt_path", None)
+    made = trainer(tmp_path, EffectiveBatch(target, max_micro_batch=most), *more, **{"max_epochs": 3, **given})
+    made.fit(model, made_loader, ckpt_path=ckpt_path)
+    return model, made
+
+
+LOADERS = {
+    "shuffled": lambda: DataLoader(data(46), batch_size=7, shuffle=True),
+    "in order": lambda: DataLoader(data(46), batch_size=7),
+    "its own order": lambda: DataLoader(data(46), batch_sampler=[list(range(start, min(start + 9, 46))) for start in range(0, 46, 9)]),
+}
+
+
+@pytest.mark.parametrize("order", LOADERS)
+def test_a_checkpoint_goes_on_after_any_window_with_other_micro_batches(tmp_path, order):
+    """Three windows an epoch, of 22, 22 and 2 samples; checkpoints after each, the last of which is an epoch's end."""
+    writes = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_last=True)
+    whole, _ = _fitted(tmp_path, LOADERS[order], writes, enable_checkpointing=True)
+    assert len(whole.samples) == 9
+    for step, most in ((1, 4), (1, 22), (2, 6), (3, 4), (3, 11), (4, 2), (5, 22), (6, 6), (8, 6)):
+        gone_on, made = _fitted(tmp_path, LOADERS[order], most=most, seed=8, ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert gone_on.samples == whole.samples[step:] and made.global_step == 9, (step, most)
+        assert (gone_on.inner.weight - whole.inner.weight).abs().max() < 1e-14, (step, most)
+
+
+def test_a_checkpoint_of_an_epochs_end_goes_on(tmp_path):
+    writes = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="{epoch}", every_n_epochs=1, save_top_k=-1)
+    whole, _ = _fitted(tmp_path, LOADERS["shuffled"], writes, enable_checkpointing=True)
+    for epoch in (0, 1):
+        gone_on, _ = _fitted(tmp_path, LOADERS["shuffled"], most=11, seed=8, ckpt_path=tmp_path / f"epoch={epoch}.ckpt")
+        assert gone_on.samples == [22, 22, 2] * (2 - epoch) and (gone_on.inner.weight - whole.inner.weight).abs().max() < 1e-14
+
+
+def test_a_checkpoint_from_inside_a_window_begins_it_again(tmp_path):
+    class Writes(lightning.pytorch.callbacks.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 8 and trainer.current_epoch == 0:  # 6 micro-batches are the first window, and this is the third of the second
+                trainer.save_checkpoint(tmp_path / "inside.ckpt")
+
+    _fitted(tmp_path, LOADERS["shuffled"], Writes())
+    gone_on, _ = _fitted(tmp_path, LOADERS["shuffled"], most=11, seed=8, max_epochs=1, ckpt_path=tmp_path / "inside.ckpt")
+    assert gone_on.samples == [22, 2]
+    once, _ = _fitted(tmp_path, LOADERS["shuffled"], max_epochs=1)
+    assert (gone_on.inner.weight - once.inner.weight).abs().max() < 1e-14
+
+
+def test_a_checkpoint_whose_place_cannot_be_found_or_of_another_target_is_refused(tmp_path):
     inside = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="inside", every_n_train_steps=1, save_top_k=1)
-    trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4), inside, enable_checkpointing=True, max_steps=1).fit(Module(), loader)
-    with pytest.raises(autoaccum.UsageError, match="written inside an epoch, after 6 micro-batches"):
-        trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4), max_epochs=2).fit(Module(), loader, ckpt_path=inside.best_model_path)
+
+    def random():
+        return DataLoader(data(46), batch_size=7, sampler=torch.utils.data.RandomSampler(range(46), replacement=True))
+
+    _fitted(tmp_path, random, inside, enable_checkpointing=True, max_steps=1)
+    with pytest.raises(autoaccum.UsageError, match="written inside an epoch, after 6 micro-batches, and no place in its data"):
+        _fitted(tmp_path, random, ckpt_path=inside.best_model_path)
+    inside = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="other", every_n_train_steps=1, save_top_k=1)
+    _fitted(tmp_path, LOADERS["in order"], inside, enable_checkpointing=True, max_steps=1)
+    with pytest.raises(autoaccum.PlanError, match="the state is of windows of 22, and this loop's target is 20"):
+        _fitted(tmp_path, LOADERS["in order"], target=20, ckpt_path=inside.best_model_path)
 
 
 def test_what_cannot_be_meant_is_told_at_once(tmp_path):

@@ -18,6 +18,20 @@ def test_over_two_ranks_every_window_is_exact(name, left, tmp_path):
     assert [[rank["samples"][window] for rank in told] for window in range(3)] == [[12, 12], [12, 12], last]
 
 
+@pytest.mark.parametrize("steps", [2, 4, 6])
+@pytest.mark.parametrize("name", ["accelerate_resumed", "lightning_resumed"])
+def test_a_checkpoint_goes_on_with_other_ranks_and_micro_batches(name, steps, tmp_path):
+    """Windows of 24, 24 and 7 samples: the second ends in mid-epoch, the fourth in the next one, the sixth at its end. From 1 rank to 2 and back."""
+    whole = in_ranks("in_a_framework", name, 24, 5, str(tmp_path), steps, world=1)[0]
+    assert whole["samples"] == [24, 24, 7] * 3
+    told = in_ranks("in_a_framework", name, 24, 3, str(tmp_path), steps, world=2)
+    assert [len(rank["samples"]) for rank in told] == [9 - steps] * 2
+    for rank in told:
+        assert rank["parameters"] == pytest.approx(whole["parameters"], rel=0, abs=1e-12)
+    back = in_ranks("in_a_framework", name, 24, 12, str(tmp_path), steps, world=1)[0]
+    assert back["samples"] == whole["samples"][steps:] and back["parameters"] == pytest.approx(whole["parameters"], rel=0, abs=1e-12)
+
+
 @pytest.mark.parametrize("own_mean", [0, 1])
 def test_transformers_over_two_ranks_is_exact(own_mean, tmp_path):
     from tests.integrations.test_huggingface import Line, Pairs
