@@ -186,6 +186,15 @@ def _replanning(document: dict[str, Any]) -> str:
     )
 
 
+def _all_cards(document: dict[str, Any]) -> str:
+    """What it costs to ask for all known cards."""
+    lines = ["| | cards | seconds | processor seconds | largest process |", "| --- " * 5 + "|"]
+    for row in document["rows"]:
+        mib = row["largest_process_bytes"] / 2**20
+        lines.append(f"| {row['model']} | {row['cards']} | {row['seconds']:.0f} | {row['processor_seconds']:.0f} | {mib:.0f} MiB |")
+    return "\n".join(lines)
+
+
 def _planners(document: dict[str, Any]) -> str:
     """Published runs over unlike nodes: seconds of every plan, forecast and measured, and our shares."""
 
@@ -265,6 +274,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] 
         _planners,
         ("autoaccum/distributed/fleet.py", "autoaccum/distributed/shares.py", "autoaccum/distributed/speed_curves.py"),
     ),
+    "all cards": ("all_cards.json", _all_cards, ("autoaccum/trace", "autoaccum/simulate", "autoaccum/virtual")),
     "published fine-tuning": ("published_t4.json", _fine_tuning, ("autoaccum/simulate", "autoaccum/virtual/phantom.py", "autoaccum/trace")),
     "published peaks": ("estimate_published.json", _published, ("autoaccum/simulate", "autoaccum/virtual/phantom.py")),
 }

@@ -82,7 +82,7 @@ def make_job(
 def _configuration(transformers: Any, place: str) -> Any:
     path = Path(place)
     try:
-        return transformers.AutoConfig.from_pretrained(str(path.parent if path.is_file() else path), local_files_only=True)
+        return transformers.AutoConfig.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{place} is no configuration of Transformers: {str(error).splitlines()[0][:160]}") from None
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autoaccum.errors import JobError
 from autoaccum.simulate import AttentionCall, Card, Tape, canonical, chosen_for, kernels
 from autoaccum.trace import card_facts, higher_order, operator_work, packed_sequences, quantised_layers, shape_rules
+from autoaccum.trace.known_shapes import KnownShapes
 from autoaccum.trace.unknown_values import UnknownValues
 
 aten = torch.ops.aten
@@ -70,6 +71,7 @@ class Tracer(TorchDispatchMode):
         self.asked_for_card = False  # True once the job has asked what card it runs on
         self._flex = higher_order.FlexAttention()
         self._benchmarked: set[Any] = set()
+        self._known = KnownShapes()
         self.work: list[operator_work.OperatorWork] | None = None  # the work of every operator, if it is asked for
 
     # -- calls from the caller --
@@ -115,6 +117,8 @@ class Tracer(TorchDispatchMode):
         return False  # nothing is compiled inside, and to keep the compiler out costs a tenth of a trace's time
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # several times in each operator
+            return args[0].device
         kwargs = kwargs or {}
         if threading.get_ident() not in self._threads:  # each thread asks for itself whether torch.tensor(..., device="cuda") may be made on the host first
             self._threads.add(threading.get_ident())
@@ -161,7 +165,7 @@ class Tracer(TorchDispatchMode):
         if rule is not None:
             return rule(*args, **kwargs)
         try:
-            return func(*args, **kwargs)
+            return self._known.result(func, args, kwargs)
         except DynamicOutputShapeException:
             return self.unknown.all_of(func, args, kwargs)
         except (UnsupportedOperatorException, AssertionError) as error:

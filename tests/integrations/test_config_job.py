@@ -73,6 +73,16 @@ def test_a_file_that_is_not_there_or_no_configuration(tmp_path):
     assert told.returncode == 2 and "belong to JOB hf:" in told.stderr
 
 
+def test_the_file_may_have_any_name_and_its_neighbours_do_not_count(tmp_path):
+    from autoaccum.integrations import config_job
+
+    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **small}))
+    (tmp_path / "mine.json").write_text(json.dumps({"model_type": "qwen2", **small}))
+    kinds = [config_job.make_job(str(tmp_path / name), length=8).model.config.model_type for name in ("mine.json", "config.json", ".")]
+    assert kinds == ["qwen2", "llama", "llama"]
+
+
 TRAINER = """
 import json, sys, warnings
 warnings.simplefilter("ignore")
