@@ -74,8 +74,6 @@ def test_a_file_that_is_not_there_or_no_configuration(tmp_path):
 
 
 def test_the_file_may_have_any_name_and_its_neighbours_do_not_count(tmp_path):
-    from autoaccum.integrations import config_job
-
     small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": 64}
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **small}))
     (tmp_path / "mine.json").write_text(json.dumps({"model_type": "qwen2", **small}))
