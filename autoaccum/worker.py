@@ -64,6 +64,10 @@ def _serve(setup: dict[str, Any], requests: Any, reply: Callable[[dict[str, Any]
     if setup["device"].startswith("virtual:"):
         _answer(_simulation(source, setup, limits, on_phase), requests, reply, lambda: 0)
         return
+    if setup["forked"]:
+        from autoaccum.probe import process_copy
+
+        process_copy.hold_pages_of(os.getppid())
     device = devices.get(setup["device"])
     jobs = as_jobs(load(source, device=device.facts.label))
     if source.changes:

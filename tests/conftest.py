@@ -6,6 +6,7 @@ import signal
 # Before torch is imported, here and in every child process: two cores are shared by everything that runs.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ.pop("AUTOACCUM_MALLOC", None)
+os.environ["AUTOACCUM_FORK_ALL"] = "1"  # children that measure start at once; where it matters that they start anew, a test says so
 
 import pytest
 import torch

@@ -93,7 +93,13 @@ def test_nothing_is_left_when_the_parent_is_killed():
     wait_until(lambda: not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes))
 
 
-def test_a_measured_child_is_never_forked_so():
+def test_a_measured_child_is_forked_so_in_tests_alone_and_reads_the_same(monkeypatch):
+    with Child(SMALL, "cpu", Limits()) as child:
+        assert not isinstance(child._process, subprocess.Popen)
+        forked = child.measure([4]).peak_bytes
+    monkeypatch.delenv(child_module.FORK_ALL)
+    with Child(SMALL, "cpu", Limits()) as child:
+        assert abs(child.measure([4]).peak_bytes - forked) < 0.03 * forked
     with Child(SMALL, "cpu", Limits()) as child:
         assert isinstance(child._process, subprocess.Popen)
     assert all(server._process.pid != child._process.pid for server in child_module._warm)

@@ -30,6 +30,7 @@ from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, S
 from autoaccum.warm_process import ForkedProcess, WarmProcess
 from autoaccum.window import PhaseCallback, Source
 
+FORK_ALL = "AUTOACCUM_FORK_ALL"  # 1 forks measured children of a CPU too: for tests, which start hundreds of them
 _START_SECONDS = 5.0  # of Python and torch, which are not the job's
 _FOLDER = str(Path(__file__).parent.parent.parent)  # in which the package lies
 _OWN = "import sys; folder = sys.argv.pop(1); sys.path[:] = [entry for entry in sys.path if entry]; folder in sys.path or sys.path.append(folder); "
@@ -180,6 +181,7 @@ class Child:
                 limits=asdict(self._limits),
                 path=sys.path,
                 approximate=self._approximate,
+                forked=isinstance(self._process, ForkedProcess),
             )
         except BaseException as error:
             self._end()
@@ -204,7 +206,7 @@ class Child:
 
     def _started(self, receive: int, send: int, output: int) -> subprocess.Popen[bytes] | ForkedProcess:
         environment = self._environment()
-        if self._device.startswith("virtual:"):
+        if self._device.startswith("virtual:") or os.environ.get(FORK_ALL) == "1":
             forked = forked_process(environment, receive, send, output)
             if forked is not None:
                 return forked

@@ -188,15 +188,20 @@ def _run(work: Callable[[PhaseCallback], dict[str, Any]], send: int, pages: list
     os._exit(0)
 
 
-def _mapped_pages() -> list[tuple[int, int]]:
-    """(address, bytes) of the pages of files and of shared memory that this process holds.
+def hold_pages_of(process: int) -> None:
+    """Maps the pages of files that `process` holds, of which this one is a fork, so that resident bytes count them here too."""
+    _map(_mapped_pages(str(process)))
+
+
+def _mapped_pages(process: str = "self") -> list[tuple[int, int]]:
+    """(address, bytes) of the pages of files and of shared memory that this process, or another one, holds.
 
     A fork does not copy their entries, so they would be missing in the copy's resident bytes until it touches them.
     Bit 63 of an entry says that the page is there. https://docs.kernel.org/admin-guide/mm/pagemap.html
     """
     found = []
     try:
-        with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps, open("/proc/self/pagemap", "rb", buffering=0) as pagemap:
+        with open(f"/proc/{process}/maps", encoding="utf-8", errors="replace") as maps, open(f"/proc/{process}/pagemap", "rb", buffering=0) as pagemap:
             for line in maps:
                 span, permissions, _, _, inode = line.split(maxsplit=5)[:5]
                 if permissions[0] != "r" or (inode == "0" and permissions[3] != "s"):
