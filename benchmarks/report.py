@@ -186,6 +186,19 @@ def _replanning(document: dict[str, Any]) -> str:
     )
 
 
+def _sharded(document: dict[str, Any]) -> str:
+    """Sharded models over unlike cards, by rule."""
+    lines = ["| model | even batches | ours, gathered in each micro-step | ours, kept gathered | ours with the best of the cards | uneven shards |", "| --- " * 6 + "|"]
+
+    def told(seconds: float | None) -> str:
+        return "does not fit" if seconds is None else f"{seconds:.1f} s"
+
+    for row in document["rows"]:
+        best = "does not fit" if "best" not in row else f"{row['best_s']:.1f} s ({row['best']})"
+        lines.append(f"| {row['model']} | {told(row['even'])} | {told(row['lockstep'])} | {told(row['gathered'])} | {best} | {told(row['cephalo'])} |")
+    return "\n".join(lines)
+
+
 def _all_cards(document: dict[str, Any]) -> str:
     """What it costs to ask for all known cards."""
     lines = ["| | cards | seconds | processor seconds | largest process |", "| --- " * 5 + "|"]
@@ -269,6 +282,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] 
     "peers on a card": ("gpu.json", _on_a_card("peers"), (*SEARCHING, "autoaccum/devices/cuda.py", "benchmarks/work.py", "benchmarks/peers")),
     "elastic": ("elastic.json", _elastic, ("autoaccum/loop/progress.py", "autoaccum/data/windows.py")),
     "replanning": ("replanning.json", _replanning, ("autoaccum/distributed/pace.py", "autoaccum/distributed/fleet.py", "autoaccum/loop/accumulator.py")),
+    "sharded": ("sharded_fleets.json", _sharded, ("autoaccum/distributed/shares.py", "benchmarks/sharded_fleets.py")),
     "planners": (
         "fleet_planners.json",
         _planners,
