@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: tune test quick coverage lint types docs bench clean
+.PHONY: tune test test-all quick coverage lint types docs bench clean
 
 tune: $(VENV)/installed
 	@$(BIN)/autoaccum tune --target-batch 120 $(ARGS)
@@ -12,12 +12,16 @@ tune: $(VENV)/installed
 test: lint types
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
+# Also the long tests: before a change is handed in.
+test-all: lint types
+	$(BIN)/python -m pytest -n 2 --dist worksteal --all
+
 # The inner loop: lint, and the tests that start no process.
 quick: lint
 	$(BIN)/python -m pytest -n 2 --dist worksteal --quick
 
 coverage: $(VENV)/tested
-	$(BIN)/python -m pytest -n 2 --dist worksteal --cov autoaccum --cov-report term:skip-covered
+	$(BIN)/python -m pytest -n 2 --dist worksteal --all --cov autoaccum --cov-report term:skip-covered
 
 lint: $(VENV)/tested
 	$(BIN)/ruff check .

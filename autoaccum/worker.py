@@ -65,9 +65,9 @@ def _serve(setup: dict[str, Any], requests: Any, reply: Callable[[dict[str, Any]
         _answer(_simulation(source, setup, limits, on_phase), requests, reply, lambda: 0)
         return
     if setup["forked"]:
-        from autoaccum.probe import process_copy
+        from autoaccum.probe import hold_pages_of
 
-        process_copy.hold_pages_of(os.getppid())
+        hold_pages_of(os.getppid())
     device = devices.get(setup["device"])
     jobs = as_jobs(load(source, device=device.facts.label))
     if source.changes:

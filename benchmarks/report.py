@@ -188,7 +188,10 @@ def _replanning(document: dict[str, Any]) -> str:
 
 def _sharded(document: dict[str, Any]) -> str:
     """Sharded models over unlike cards, by rule."""
-    lines = ["| model | even batches | ours, gathered in each micro-step | ours, kept gathered | ours with the best of the cards | uneven shards |", "| --- " * 6 + "|"]
+    lines = [
+        "| model | even batches | ours, gathered in each micro-step | ours, kept gathered | ours with the best of the cards | uneven shards |",
+        "| --- " * 6 + "|",
+    ]
 
     def told(seconds: float | None) -> str:
         return "does not fit" if seconds is None else f"{seconds:.1f} s"

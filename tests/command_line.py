@@ -49,7 +49,7 @@ _server = []
 def _started():
     command = [sys.executable, "-m", "tests.command_line"]
     started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True)
-    atexit.register(started.kill)
+    atexit.register(forked.ended, started)
     return started
 
 

@@ -2,6 +2,7 @@ import gc
 import os
 import re
 import signal
+from pathlib import Path
 
 # Before torch is imported, here and in every child process: two cores are shared by everything that runs.
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -43,7 +44,12 @@ HEAVY = re.compile(
 )
 
 
+# Tests that take more than three seconds, but for some of each kind: not in `make test`, but in `make test-all`, and where a file or a test is named.
+LONG = Path(__file__).with_name("long_tests.txt")
+
+
 def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also the tests of long_tests.txt")
     parser.addoption("--quick", action="store_true", help="only files that start no process and import no framework, without tests that are marked slow")
 
 
@@ -53,6 +59,13 @@ def pytest_collection_modifyitems(config, items):
         kept = [item for item in items if item.path in quick and not item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=[item for item in items if item not in kept])
         items[:] = kept
+    whole = config.args_source is pytest.Config.ArgsSource.TESTPATHS
+    long = set(LONG.read_text().splitlines())
+    if whole and not config.getoption("--quick") and (unknown := long - {item.nodeid for item in items}):
+        raise pytest.UsageError(f"{LONG.name} names tests that there are not: {', '.join(sorted(unknown))}")
+    if whole and not config.getoption("--all"):
+        config.hook.pytest_deselected(items=[item for item in items if item.nodeid in long])
+        items[:] = [item for item in items if item.nodeid not in long]
     if torch.cuda.is_available():
         return
     for item in items:

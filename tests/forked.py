@@ -5,6 +5,7 @@ Not for a program whose memory is measured, or that must be the first to import 
 
 import atexit
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -17,9 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-def run(program, *words, copies=({},), cwd=ROOT, env=None, timeout=120):
+def run(program, *words, copies=({},), cwd=ROOT, env=None, timeout=120, imports=()):
     """Runs `program`, a file's path or Python code, as often as there are `copies`, side by side: each has additional variables for one process.
 
+    imports: modules that the process which forks imports first, once.
     The finished process, as `subprocess.run` returns it; the exit code is the first that is not 0.
     """
     if not _server or _server[0].poll() is not None:
@@ -30,6 +32,7 @@ def run(program, *words, copies=({},), cwd=ROOT, env=None, timeout=120):
         out, err = f"{folder}/out", f"{folder}/err"
         request = {
             "program": str(program), "words": [str(word) for word in words], "folder": str(cwd), "out": out, "err": err, "timeout": timeout,
+            "imports": list(imports),
             "environments": [{**base, **copy} for copy in copies],
         }  # fmt: skip
         server.stdin.write(json.dumps(request) + "\n")
@@ -48,8 +51,14 @@ def _started():
     command = [sys.executable, "-m", "tests.forked"]
     env = {**{name: value for name, value in os.environ.items() if name != "AUTOACCUM_MALLOC"}, "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env, start_new_session=True)
-    atexit.register(started.kill)
+    atexit.register(ended, started)
     return started
+
+
+def ended(server):
+    """Ends a process that forks, as its worker ends."""
+    server.kill()
+    server.communicate()  # closes its pipes
 
 
 def main():
@@ -62,6 +71,8 @@ def main():
     told = os.fdopen(os.dup(1), "w")
     while line := sys.stdin.readline():
         request = json.loads(line)
+        for name in request["imports"]:
+            importlib.import_module(name)
         children = []
         for environment in request["environments"]:
             pid = os.fork()

@@ -31,6 +31,7 @@ import autoaccum
 from autoaccum.devices.cpu import Cpu
 from autoaccum.distributed.fleet import Fleet
 from autoaccum.distributed.speed_curves import AffineCurve
+from tests import forked
 from tests.plans import by_hand
 
 ROOT = Path(__file__).parent.parent
@@ -78,7 +79,7 @@ def _started():
     # A benchmark that another test imports turns the steady allocator off for its process; limits bite only with it.
     env = {**{name: value for name, value in os.environ.items() if name != "AUTOACCUM_MALLOC"}, "OMP_NUM_THREADS": "1"}
     started = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, start_new_session=True, env=env)
-    atexit.register(started.kill)
+    atexit.register(forked.ended, started)
     return started
 
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from autoaccum.probe.child import Child, die_with_parent, own_program
     from autoaccum.probe.equivalence import compare_values
     from autoaccum.probe.evaluation import Evaluation, in_eval_mode
+    from autoaccum.probe.process_copy import hold_pages_of
     from autoaccum.probe.readings import COMPARED_SAMPLES, Conditions, Equivalence, Limits, Outcome, Progress, Reading, Rehearser, Subject, Trying
     from autoaccum.probe.rehearsal import rehearsing
     from autoaccum.probe.request import Objective, Request
@@ -24,6 +25,7 @@ else:
         child="Child die_with_parent own_program",
         equivalence="compare_values",
         evaluation="Evaluation in_eval_mode",
+        process_copy="hold_pages_of",
         readings="COMPARED_SAMPLES Conditions Equivalence Limits Outcome Progress Reading Rehearser Subject Trying",
         rehearsal="rehearsing",
         request="Objective Request",

@@ -20,7 +20,7 @@ def ended(*words, ranks=1):
             port = free.getsockname()[1]
         common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         variables = [{name: str(value) for name, value in {**common, "RANK": rank, "LOCAL_RANK": rank}.items()} for rank in range(ranks)]
-    done = forked.run(PROGRAM, *words, copies=variables)
+    done = forked.run(PROGRAM, *words, copies=variables, imports=["transformers.trainer", "tests.plans", "autoaccum.integrations.huggingface"])
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout.split("told:")[1].splitlines()[0])
 
