@@ -96,6 +96,16 @@ def prepare() -> None:
 
     warnings.filterwarnings("ignore")
     torch.set_num_threads(1)
+    declare_torchvision()
+    from autoaccum.trace import fake
+
+    fake.enable()
+
+
+def declare_torchvision() -> None:
+    """Makes torchvision importable beside a torch that its C++ library was not built for."""
+    import torch
+
     try:
         import torchvision  # noqa: F401 - whether it comes with its C++ library
     except (ImportError, RuntimeError):
@@ -106,9 +116,6 @@ def prepare() -> None:
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         globals()["_library"] = library
-    from autoaccum.trace import fake
-
-    fake.enable()
 
 
 def predicted(task: tuple[str, dict[str, str]]) -> dict[str, object]:

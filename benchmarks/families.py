@@ -9,6 +9,7 @@ runs on simulated CUDA tensors of an A100 and of a T4.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+import estimate_published  # beside this file
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -250,6 +252,8 @@ def main(only: str, output: Path | None) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     sys.setrecursionlimit(10000)
+    if importlib.util.find_spec("torchvision"):
+        estimate_published.declare_torchvision()
     built = [(name, build) for name, build in families() if only in name]
     # A process that has run backward on the CPU cannot fake CUDA tensors any more.
     with multiprocessing.get_context("fork").Pool(1) as pool:

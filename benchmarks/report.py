@@ -211,6 +211,45 @@ def _all_cards(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _sources(brackets: dict[str, Any]) -> str:
+    """Every source of peaks or verdicts that others published, with what was made from it and what judges it."""
+    peaks, t4 = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("estimate_published", "published_t4"))
+    xmem, language = peaks["xmem"], peaks["xmem"]["language_models"]["before_backward"]
+    rows = (
+        (
+            "xMem, convolutional nets",
+            "RTX 3060, 4060",
+            "one, of when some nets stop summing by sample",
+            xmem["convolutions"],
+            xmem["xmem_itself"],
+            "xMem, all its rows",
+        ),
+        ("xMem, language models", "RTX 3060, 4060", "none", language, xmem["dnnmem"], "DNNMem, all of xMem's rows"),
+        ("GPUMemNet, timm models", "40 GB", "what benchmark mode takes, from other rows", peaks["timm"]["leave_one_model_out"], None, ""),
+        (
+            "fitcheck, LoRA in fp16",
+            "T4",
+            "two, of softmax and of cuBLASLt",
+            t4["plain weights"]["reserved"],
+            t4["plain weights"]["fitcheck itself, its total"],
+            "fitcheck",
+        ),
+        ("fitcheck, QLoRA", "T4", "none", t4["nf4"]["reserved"], t4["nf4"]["fitcheck itself, its total"], "fitcheck"),
+    )
+    lines = ["| source | card | rules made with it | rows | median | nine of ten | worst | another system there |", "| --- " * 8 + "|"]
+    for source, card, made, ours, theirs, name in rows:
+        other = "" if theirs is None else f"{name}: {theirs['median_percent']:.1f}%, {theirs['p90_percent']:.1f}%"
+        lines.append(
+            f"| {source} | {card} | {made} | {ours['rows']} | {ours['median_percent']:.1f}% | {ours['p90_percent']:.1f}% | {ours['worst_percent']:.0f}% | {other} |"
+        )
+    count, held = brackets["rows"], brackets["both"]
+    return "\n".join(lines) + (
+        f"\n\ntimm's published training benchmark on an RTX 3090 says of each model at which batch it trained and that the next one ran out: of {count} models, "
+        f"{brackets['fits_where_it_trained']} were told to fit at the first, {brackets['does_not_fit_where_it_ran_out']} not to fit at the second, {held} both "
+        f"({held / count:.0%}; `benchmarks/timm_brackets.py`)."
+    )
+
+
 def _planners(document: dict[str, Any]) -> str:
     """Published runs over unlike nodes: seconds of every plan, forecast and measured, and our shares."""
 
@@ -291,6 +330,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] 
         _planners,
         ("autoaccum/distributed/fleet.py", "autoaccum/distributed/shares.py", "autoaccum/distributed/speed_curves.py"),
     ),
+    "sources": ("timm_brackets.json", _sources, ("autoaccum/simulate", "autoaccum/virtual/phantom.py")),
     "all cards": ("all_cards.json", _all_cards, ("autoaccum/trace", "autoaccum/simulate", "autoaccum/virtual")),
     "published fine-tuning": ("published_t4.json", _fine_tuning, ("autoaccum/simulate", "autoaccum/virtual/phantom.py", "autoaccum/trace")),
     "published peaks": ("estimate_published.json", _published, ("autoaccum/simulate", "autoaccum/virtual/phantom.py")),

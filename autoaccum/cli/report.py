@@ -86,7 +86,8 @@ def changed(rows: Sequence[ChangedPlan]) -> str:
         if row.plan is None:
             lines.append(f"  {row.words:<{wide}}{f'failed: {row.error}' if row.error else 'does not fit'}")
             continue
-        rate = "" if row.plan.samples_per_second is None else f"{row.plan.samples_per_second:.3g} samples a second"
+        per_second = row.plan.samples_per_second
+        rate = "" if per_second is None else f"{per_second:,.0f} samples a second" if per_second >= 100 else f"{per_second:.3g} samples a second"
         speed = "" if row.speed is None else f", {row.speed:.2f} times as fast"
         halves = " (half as long)" if "half-length" in row.changes else ""
         peak = "" if row.plan.peak_bytes is None else in_words(row.plan.peak_bytes)
