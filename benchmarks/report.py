@@ -250,6 +250,14 @@ def _sources(brackets: dict[str, Any]) -> str:
     )
 
 
+def _families(document: dict[str, Any]) -> str:
+    """Which model families trace, by library and task."""
+    lines = ["| library, task | families that train on the CPU | of them traced |", "| --- " * 3 + "|"]
+    for kind, counts in document["by_kind"].items():
+        lines.append(f"| {kind.replace('_', ' ')} | {counts['train_on_cpu']} | {counts['trace']} |")
+    return "\n".join(lines)
+
+
 def _planners(document: dict[str, Any]) -> str:
     """Published runs over unlike nodes: seconds of every plan, forecast and measured, and our shares."""
 
@@ -331,6 +339,7 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] 
         ("autoaccum/distributed/fleet.py", "autoaccum/distributed/shares.py", "autoaccum/distributed/speed_curves.py"),
     ),
     "sources": ("timm_brackets.json", _sources, ("autoaccum/simulate", "autoaccum/virtual/phantom.py")),
+    "families": ("families.json", _families, ("autoaccum/trace",)),
     "all cards": ("all_cards.json", _all_cards, ("autoaccum/trace", "autoaccum/simulate", "autoaccum/virtual")),
     "published fine-tuning": ("published_t4.json", _fine_tuning, ("autoaccum/simulate", "autoaccum/virtual/phantom.py", "autoaccum/trace")),
     "published peaks": ("estimate_published.json", _published, ("autoaccum/simulate", "autoaccum/virtual/phantom.py")),

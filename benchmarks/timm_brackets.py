@@ -28,7 +28,6 @@ HERE = Path(__file__).resolve().parent
 GIB = 1 << 30
 SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
 CONTEXT_BYTES = 3 * GIB // 2
-TOTAL_BYTES = 24 * GIB
 
 
 def main() -> None:
@@ -123,7 +122,7 @@ def most_bytes(made, job, batch: int) -> tuple[bool, int]:
     for number, operator in enumerate(tape.operators):
         if operator == "cudnn benchmark":
             tape.sizes[number] = 0
-    limited = replay(tape, Allocator(TOTAL_BYTES, available_bytes=TOTAL_BYTES - CONTEXT_BYTES))
+    limited = replay(tape, Allocator(card.total_bytes, available_bytes=card.total_bytes - CONTEXT_BYTES))
     return limited.failed_at is None, replay(tape, Allocator()).peak_reserved_bytes
 
 
