@@ -71,7 +71,7 @@ def test_every_command_and_file_that_is_named_exists():
 def test_every_flag_that_is_named_exists():
     known = (
         "".join(autoaccum(name, "--help").stdout for name in ("tune", "check", "train", "estimate", "fleet", "selfcheck"))
-        + " --batch-size --accum --max-steps --nnodes --max-restarts --nproc-per-node --multi_gpu --num_processes --signal --requeue"
+        + " --batch-size --accum --max-steps --nnodes --max-restarts --nproc-per-node --multi_gpu --num_processes --signal --requeue --card"
     )
     for flag in set(re.findall(r"--[a-z][a-z-]+", TEXT)):
         assert flag in known, flag
