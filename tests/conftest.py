@@ -26,6 +26,7 @@ settings.load_profile("without a clock")
 def nothing_remembered(tmp_path, monkeypatch):
     """Nothing of the user's is read or written, and every test searches anew."""
     monkeypatch.setenv("AUTOACCUM_CACHE_DIR", str(tmp_path / "readings"))
+    monkeypatch.delenv("AUTOACCUM_MALLOC", raising=False)  # a benchmark that an earlier test imported turns the steady allocator off
 
 
 @pytest.fixture(autouse=True, scope="module")
