@@ -147,6 +147,17 @@ def shapes(batch: Any) -> dict[str, tuple[int, ...]]:
     return result
 
 
+def of_one(batch: Any) -> Any:
+    """What the samples of a batch look like: equal for batches whose tensors differ only in the number of samples. Quick for plain batches."""
+    if isinstance(batch, torch.Tensor):
+        return batch.shape[1:]
+    if type(batch) in (tuple, list) and all(type(item) is torch.Tensor and not item.is_nested for item in batch):
+        return [item.shape[1:] for item in batch] if not is_list_of_samples(batch) else None
+    if type(batch) is dict and all(type(item) is torch.Tensor and not item.is_nested for item in batch.values()):
+        return {name: item.shape[1:] for name, item in batch.items()}
+    return {path: shape[1:] for path, shape in shapes(batch).items()}
+
+
 def _tensors(leaf: Any) -> Iterator[torch.Tensor]:
     """The tensors of a leaf: the leaf itself, or the tensors in a list of samples."""
     if isinstance(leaf, torch.Tensor):

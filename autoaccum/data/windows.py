@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -101,10 +102,10 @@ class Window:
     def cut(self, sizes: Sequence[int], *, most: int | None = None) -> Cut:
         """Cuts the window into micro-batches of `sizes`, which must sum to the window's samples.
 
-        Parts are cut at the end of a micro-batch, and joined if a micro-batch spans several parts. Parts that cannot be joined
-        (for example, each padded to its own longest sample) become smaller micro-batches. Parts that cannot be cut stay as they
-        are.
-        most: the largest size allowed for a part that cannot be cut; by default the largest of `sizes`.
+        Parts are cut at the end of a micro-batch, and joined if a micro-batch spans several parts. Where parts cannot be joined
+        (for example, each padded to its own longest sample), each of them is cut by itself, into as few micro-batches as it takes. Parts that
+        cannot be cut stay as they are.
+        most: the largest size allowed; by default the largest of `sizes`.
         Raises `PlanError` for a part that cannot be cut and holds more, and if the sizes do not sum to the window's samples.
         """
         if sum(sizes) != self.samples:
@@ -138,7 +139,7 @@ class Window:
                 if starts_here:
                     groups.append([])
                 groups[-1].append((piece, length))
-        return [pair for group in groups for pair in group] if self.told else _Joined(groups)
+        return [pair for group in groups for pair in group] if self.told else _Joined(self, groups, most or max(sizes))
 
     def _pieces(self, part: Any, sizes: Sequence[int], samples: int) -> Sequence[Any]:
         if len(sizes) == 1:
@@ -147,12 +148,26 @@ class Window:
 
 
 class _Joined:
-    """Micro-batches that are joined only when they are iterated. Can be iterated more than once."""
+    """Micro-batches that are joined only when they are iterated. Can be iterated more than once.
 
-    def __init__(self, groups: list[list[tuple[Any, int]]]) -> None:
-        self._groups = groups
+    Where a micro-batch spans parts of unlike shapes, the window is cut between those parts instead, and what is alike as evenly as it can be: cuts at
+    the planned places would only add micro-batches.
+    most: the largest size allowed.
+    """
+
+    def __init__(self, window: Window, groups: list[list[tuple[Any, int]]], most: int) -> None:
+        self._window, self._groups, self._most = window, groups, most
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
+        if any(batches.of_one(part) != batches.of_one(group[0][0]) for group in self._groups if len(group) > 1 for part, _ in group[1:]):
+            pairs = zip(self._window.parts, self._window.sizes)
+            for _, alike in groupby(pairs, key=lambda pair: batches.of_one(pair[0])):
+                parts, sizes = zip(*alike)
+                samples = sum(sizes)
+                steps = -(-samples // self._most)
+                size, larger = divmod(samples, steps)
+                yield from Window(parts, sizes, self._window.split).cut((size + 1,) * larger + (size,) * (steps - larger), most=self._most)
+            return
         for group in self._groups:
             micro_batch = batches.join([batch for batch, _ in group]) if len(group) > 1 else None
             if micro_batch is None:

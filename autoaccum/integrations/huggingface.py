@@ -21,7 +21,7 @@ import torch
 from autoaccum.data import lengths, variety
 from autoaccum.errors import AutoaccumWarning, PlanError, UsageError
 from autoaccum.integrations import needed, not_remembered, rollouts, trainer_counts, trainer_evaluation, trainer_loader, trainer_samples
-from autoaccum.integrations.module_attributes import attributes_kept, own_attributes_kept
+from autoaccum.loop import attributes_kept, own_attributes_kept
 from autoaccum.plan import Plan, framework_arguments
 from autoaccum.probe import COMPARED_SAMPLES, compare_values
 from autoaccum.tuner import tune as tune_in_place

@@ -1,7 +1,9 @@
-"""Lightning: a callback that sets the micro-batches and the gradient accumulation steps for an exact effective batch.
+"""Lightning: a callback with which every optimizer step is over an exact effective batch.
 
 trainer = lightning.Trainer(callbacks=[EffectiveBatch(512)])
 trainer.fit(model, loader)  # the loader may have any batch size
+
+How many samples fit at once is learned in the first steps, or measured before training.
 """
 
 from __future__ import annotations
@@ -10,52 +12,71 @@ import inspect
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader
 
-from autoaccum.data import Window, Windows, WindowSampler, batches, samples_in
+from autoaccum.data import Window, batches
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.integrations import needed, not_remembered
-from autoaccum.integrations.loaders import copied, with_batches_of
-from autoaccum.integrations.module_attributes import attributes_kept
-from autoaccum.loop import FirstWindows, Progress
+from autoaccum.integrations.lightning_loader import Fed, MicroBatches, of_windows, to_count, with_batches_of
+from autoaccum.integrations.lightning_windows import LearnedWindows
+from autoaccum.loop import FirstWindows, Progress, attributes_kept
 from autoaccum.plan import Plan, framework_arguments, window_notation
 from autoaccum.probe import Evaluation, Request
 from autoaccum.tuner import refuse_unknown_keywords
 from autoaccum.tuner import tune as tune_in_place
-from autoaccum.window import Job, RngState
+from autoaccum.window import Job, RngState, replays_graphs
 
 # Both packages have the same classes. Use the package that the user has imported already.
 _pytorch: Any = sys.modules.get("lightning.pytorch") or sys.modules.get("pytorch_lightning") or needed("lightning.pytorch", "lightning")
 
 
+_LIMITS = ("memory_limit", "headroom", "max_micro_batch", "equal")  # what holds while it learns, too
+
+
 class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is not typed here
-    """Tunes when `fit` begins, then feeds windows of exactly `target_batch` samples. After `fit` it restores the Trainer.
+    """Feeds windows of exactly `target_batch` samples, and learns in the first ones how many samples fit at once. After `fit` it restores the Trainer.
 
     Every optimizer step is over one window, also over the smaller last window of an epoch. Its gradient is the gradient of the whole
-    window: each micro-batch is weighted by its number of samples. The callback does not change what `training_step` returns and logs.
-    Lightning still does clipping, precision, schedulers and checkpoints.
-    The loader may come from `fit`, from a datamodule or from the model. In distributed training micro-batches are equal.
-    The attribute `plan` is the plan after `fit` has begun.
+    window: each micro-batch is weighted by its number of samples. Lightning still does clipping, precision, schedulers and checkpoints.
+    The loader may come from `fit`, from a datamodule or from the model.
+    The attribute `plan` is the plan after `fit` has begun; while it is learned, what is known so far.
+
+    While training, and afterwards with what was learned, Lightning sees one batch a step: the whole window, on the host. `training_step` and the hooks of backward
+    run for each micro-batch of it, `batch_idx` counts windows, and so do `limit_train_batches` and `val_check_interval`. A window that runs out of memory
+    runs again in smaller micro-batches.
+
+    tune: True measures before training instead, and then Lightning sees each micro-batch as a batch. This is also what happens on several ranks, where
+    micro-batches are equal, with keywords that only `autoaccum.tune` has, and for CUDA graphs. None: as needed. False: never.
 
     count: `count(batch)`, what the loss of a batch is a mean over, if that is not its samples: the number of its label tokens, or the
     sum of its class weights. Micro-batches are then weighted by it. A micro-batch in which nothing counts is replaced by another one of
     its window, with weight 0. Called on the host; one rank only.
-    batch: the batch to measure with, as in `autoaccum.tune`; by default the loader's first batch. For samples of different lengths
+    batch: the batch to measure with before training, as in `autoaccum.tune`; by default the loader's first batch. For samples of different lengths
     give `autoaccum.worst_case(loader)`.
     evaluate: True also searches the batch size of validation (`plan.eval_batch`), with `validation_step` and the validation loader's first
     batch, and sets it: in loaders whose batches are slices of their sampler, and unless `limit_val_batches` counts batches.
-    plan: a plan that exists already, instead of tuning; its `eval_batch` is set too. request: the other keywords of `autoaccum.tune`.
+    plan: a plan that exists already; its `eval_batch` is set too. request: the other keywords of `autoaccum.tune`, of which memory_limit, headroom,
+    max_micro_batch and equal also hold while it learns.
     Raises `UsageError` for manual optimization, several loaders, sharding strategies, and limits that end inside a window.
     """
 
-    def __init__(self, target_batch: int, *, batch: Any = None, plan: Plan | None = None, count: Callable[[Any], float] | None = None, **request: Any) -> None:
+    def __init__(
+        self,
+        target_batch: int,
+        *,
+        tune: bool | None = None,
+        batch: Any = None,
+        plan: Plan | None = None,
+        count: Callable[[Any], float] | None = None,
+        **request: Any,
+    ) -> None:
         Request(target_batch)  # raise errors before anything is built
         refuse_unknown_keywords(request, tune_in_place)
         if plan is not None and plan.target_batch != target_batch:
@@ -63,11 +84,13 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         if count is not None and not callable(count):
             raise UsageError(f"count must be a function of a batch, not {type(count).__name__}")
         self.target_batch, self.plan, self._batch, self._request, self._given_plan = target_batch, plan, batch, request, plan
-        self._count = count
-        self._fed: deque[_Fed] = deque()
+        self._count, self._tune = count, tune
+        self._learned: LearnedWindows | None = None
+        self._learns = False
+        self._fed: deque[Fed] = deque()
         self._weight, self._backwards = 1.0, 0
         self._ends: Window | None = None
-        self._feed: _MicroBatches | None = None
+        self._feed: MicroBatches | None = None
         self._resumed: dict[str, Any] = {}  # the state of `_feed` in a checkpoint
         self._undo: list[Callable[[], object]] = []
         self._read_loader: Callable[[], Any] = _nothing_to_read
@@ -84,7 +107,8 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         if stage != "fit":
             return
         self._check(trainer, pl_module)
-        self.plan, self._world_size = None, trainer.world_size  # forget the plan of an earlier fit
+        self.plan, self._learned, self._world_size = None, None, trainer.world_size  # forget the plan of an earlier fit
+        self._learns = self._given_plan is None and self._may_learn(trainer)
         self._limit = trainer.limit_train_batches if isinstance(trainer.limit_train_batches, int) and not trainer.fast_dev_run else None
         source = trainer.fit_loop._data_source
         self._read_loader = source.dataloader
@@ -104,11 +128,19 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         """
         loader = self._user_loader()
         if self.plan is None:
-            return _to_count(loader, self.target_batch, self._world_size, self._most_windows())
-        progress = Progress(self.plan.target_batch, alone=True) if self._feed is None else self._feed.progress
+            return to_count(loader, self.target_batch, self._world_size, self._most_windows())
+        plan = self.plan if self._learned is None else self._learned.fed
+        progress = Progress(plan.target_batch, alone=True) if self._feed is None else self._feed.progress
         batch_progress = trainer.fit_loop.epoch_loop.batch_progress
-        self._feed = _MicroBatches(
-            self.plan, _of_windows(self.plan, loader), self._fed, self._count, self._look, progress, was_last=lambda: batch_progress.is_last_batch
+        self._feed = MicroBatches(
+            plan,
+            of_windows(plan, loader),
+            self._fed,
+            self._count,
+            self._look if self._learned is None else _look_at_nothing,
+            progress,
+            keeps_whole=self._learned is not None,
+            was_last=lambda: batch_progress.is_last_batch,
         )
         self._feed.load_state_dict(self._resumed)
         self._resumed = {}
@@ -153,13 +185,13 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         return Evaluation(run, partial(batches.resize, batch), *(() if samples is None else (samples,)))
 
     def _most_windows(self) -> int | None:
-        """The windows of an epoch that `limit_train_batches` lets through; None if it does not count micro-batches.
+        """The windows of an epoch that `limit_train_batches` lets through; None if it is no number of batches.
 
         Raises `UsageError` if the number of micro-batches in a window is not known yet.
         """
         limit = self._limit
-        if limit is None:
-            return None
+        if limit is None or self._learns:
+            return limit
         if self._given_plan is None:
             raise UsageError(
                 f"limit_train_batches={limit} counts micro-batches, and how many make a step is not known before tuning, so nobody can say how many steps "
@@ -176,9 +208,21 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         return loader
 
     def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
-        """Tunes. The model is on its device and has its optimizer; Lightning has not read the loader yet."""
-        plan = self._given_plan if self._given_plan is not None else self._tuned(trainer, pl_module, self._user_loader())
-        if plan.world_size != trainer.world_size:
+        """Tunes, or begins to learn. The model is on its device and has its optimizer; Lightning has not read the loader yet."""
+        if self._learns:
+            learned = self._learned = LearnedWindows(
+                self._job(trainer, pl_module, ()),
+                Request(self.target_batch, **self._request),
+                self._count,
+                weigh=self._weigh,
+                look=lambda window: self._look(window),
+                compare=self._comparing(trainer, pl_module),
+            )
+            self._undo += learned.attach(trainer, pl_module)
+            self.plan, plan = learned.plan, learned.fed
+        else:
+            plan = self._given_plan if self._given_plan is not None else self._tuned(trainer, pl_module, self._user_loader())
+        if not self._learns and plan.world_size != trainer.world_size:
             raise PlanError(
                 f"the plan is for {plan.world_size} rank{'s' if plan.world_size != 1 else ''}, and the Trainer has {trainer.world_size}: tune again"
             )
@@ -188,10 +232,12 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         if trainer.fast_dev_run:  # fast_dev_run then counts windows instead of batches
             self._undo.append(_putting_back(trainer, "limit_train_batches"))
             trainer.limit_train_batches = int(trainer.fast_dev_run) * plan.accumulation_steps
-        _check_limits(trainer, plan)
-        _check_optimizers(trainer, plan)
-        self.plan, self._look, self._feed = plan, self._looking(trainer, pl_module, plan), None
-        if trainer.is_global_zero:
+        if self._learned is None:
+            _check_limits(trainer, plan)
+            _check_optimizers(trainer, plan)
+            self.plan = plan
+        self._look, self._feed = self._looking(trainer, pl_module, plan), None
+        if trainer.is_global_zero and self._learned is None:
             logging.getLogger(_pytorch.__name__).info("EffectiveBatch: %s", plan)
         self._undo.append(_putting_back(trainer._accelerator_connector, "use_distributed_sampler"))
         trainer._accelerator_connector.use_distributed_sampler = False  # each rank's loader reads only its own part already
@@ -212,7 +258,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             open_ones = current.processed - current.completed
             current.ready = current.started = current.processed = read
             current.completed = read - open_ones
-        elif 0 < current.ready < trainer.num_training_batches:
+        elif current.ready and not trainer.fit_loop.epoch_loop.batch_progress.is_last_batch:
             raise UsageError(
                 f"the checkpoint was written inside an epoch, after {current.ready} micro-batches, and no place in its data can be found again, because the "
                 "loader has an order of its own or EffectiveBatch was not there: resume from a checkpoint that was written at an epoch's end "
@@ -227,6 +273,12 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         """Notes the place behind a window that has ended; callbacks that write checkpoints run later."""
         if self._ends is not None and self._feed is not None:
             self._feed.progress.finished(self._ends, stops=False)
+            if self._learned is not None:
+                self._learned.end(self._ends)
+                self.plan = self._learned.plan
+
+    def _weigh(self, weight: float) -> None:
+        self._weight = weight
 
     def on_before_backward(self, trainer: Any, pl_module: Any, loss: torch.Tensor) -> None:
         """Weights the gradient, not the loss. Lightning divides by the accumulation steps, even if micro-batches differ in size."""
@@ -269,6 +321,32 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         if any(type(callback).__name__ in ("BatchSizeFinder", "GradientAccumulationScheduler") for callback in trainer.callbacks):
             raise UsageError("BatchSizeFinder and GradientAccumulationScheduler change what EffectiveBatch keeps together: leave them out")
 
+    def _may_learn(self, trainer: Any) -> bool:
+        """True if the plan is learned while training. Raises `UsageError` if it cannot be, and tune=False forbids to measure before."""
+        only_tune = [name for name in self._request if name not in _LIMITS] + ([] if self._batch is None else ["batch"])
+        reason = (
+            f"on {trainer.world_size} ranks"
+            if trainer.world_size > 1
+            else f"with {' and '.join(only_tune)}"
+            if only_tune
+            else "with CUDA graphs"
+            if trainer.strategy.root_device.type == "cuda" and replays_graphs(trainer.lightning_module, trainer.lightning_module.training_step)
+            else ""
+        )
+        if reason and self._tune is False:
+            raise UsageError(f"EffectiveBatch measures before training {reason}: leave tune=False out")
+        return not reason and not self._tune
+
+    def _comparing(self, trainer: Any, pl_module: Any) -> Callable[[Window], None]:
+        """A function that compares a few samples of a window, together and one by one."""
+
+        def compare(window: Window) -> None:
+            with attributes_kept(pl_module):
+                pl_module.log = pl_module.log_dict = _log_nothing
+                FirstWindows([self._job(trainer, pl_module, ())]).look(window, None, 2, at_any=True)
+
+        return compare
+
     def _job(self, trainer: Any, pl_module: Any, batch: Any) -> Job:
         clips = trainer.gradient_clip_val if trainer.gradient_clip_algorithm in (None, "norm") else None
         return Job(
@@ -283,14 +361,17 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
 
     def _looking(self, trainer: Any, pl_module: Any, plan: Plan) -> Callable[[Window], None]:
         """A function that looks at the first windows of training."""
-        first = FirstWindows.of(plan, [self._job(trainer, pl_module, ())])
+        first = FirstWindows.of(plan if self._learned is None else self._learned.plan, [self._job(trainer, pl_module, ())])
 
         def look(window: Window) -> None:
             if first is None or first.is_over:
                 return
+            most = plan.micro_batch if self._learned is None else self._learned.plan.micro_batch
+            if self._learned is not None and most < 2:  # one sample is known to fit, and two may not
+                return
             with attributes_kept(pl_module):
                 pl_module.log = pl_module.log_dict = _log_nothing
-                first.look(window, None, plan.micro_batch)
+                first.look(window, None, most)
 
         return look
 
@@ -373,149 +454,3 @@ def _evaluates_again(optimizer: Any) -> str:
         f"{name} evaluates the loss again inside its step, and in Lightning that is the loss of the last micro-batch only: train in one piece "
         f"(a target batch that fits at once), or with autoaccum.Accumulator in a loop of your own, which gives {name} the whole window"
     )
-
-
-def _is_any_order(loader: DataLoader[Any]) -> bool:
-    """True if the loader reads its whole dataset, each sample once, in order or shuffled.
-
-    Then `WindowSampler` can replace its sampler.
-    """
-    sampler, plain = loader.sampler, (RandomSampler, SequentialSampler, DistributedSampler)
-    if isinstance(loader.dataset, IterableDataset) or not isinstance(sampler, plain) or loader.batch_size is None:
-        return False
-    return not isinstance(sampler, RandomSampler) or (not sampler.replacement and sampler.num_samples == len(cast(Sized, loader.dataset)))
-
-
-def _to_count(loader: DataLoader[Any], target: int, world_size: int, most: int | None) -> DataLoader[Any]:
-    """A loader with one batch per window on every rank, of which there are at most `most`. A stream is returned itself, because its windows cannot be counted."""
-    try:
-        samples = len(cast(Sized, loader.dataset)) if _is_any_order(loader) else samples_in(loader)
-    except TypeError:
-        return loader
-    windows = samples // target if _is_any_order(loader) and loader.drop_last else -(-samples // target)
-    windows = windows if most is None else min(windows, most)
-    return DataLoader(range(windows * world_size), batch_size=1)  # type: ignore[arg-type] # Lightning divides it between the ranks
-
-
-def _of_windows(plan: Plan, loader: DataLoader[Any]) -> DataLoader[Any]:
-    """A loader of the same data in whole micro-batches. A stream or a loader with its own order is returned unchanged."""
-    sampler = loader.sampler
-    if not _is_any_order(loader):
-        return loader
-    shuffle = sampler.shuffle if isinstance(sampler, DistributedSampler) else isinstance(sampler, RandomSampler)
-    # On one rank the seed comes from torch's generator, so `seed_everything` controls it. Several ranks need the same seed.
-    seed = torch.initial_seed() % 2**31 if plan.world_size == 1 else 0
-    return copied(loader, batch_sampler=plan.batch_sampler(cast(Sized, loader.dataset), shuffle=shuffle, seed=seed, drop_last=loader.drop_last))
-
-
-_Fed = tuple[float, Window | None]  # the weight of a micro-batch, and the window if it is its last one
-
-
-class _MicroBatches:
-    """A loader of micro-batches, window by window. It appends to `fed` what belongs to each one.
-
-    was_last: `was_last()`, True if the last micro-batch of the run that wrote a checkpoint was the last one of its epoch.
-
-    Its state is the place in the data behind the last window that has ended.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        loader: DataLoader[Any],
-        fed: deque[_Fed],
-        count: Callable[[Any], float] | None,
-        look: Callable[[Window], None],
-        progress: Progress,
-        *,
-        was_last: Callable[[], bool],
-    ) -> None:
-        self._plan, self._loader, self._fed, self._count, self._look, self.progress = plan, loader, fed, count, look, progress
-        self._was_last = was_last
-        self.read_before: int | None = None  # micro-batches of this plan before the place that a state led to; None if none did
-        self.dataset = loader.dataset
-        self._drop_last = isinstance(loader.batch_sampler, WindowSampler) and loader.batch_sampler.drop_last
-
-    def __iter__(self) -> Iterator[Any]:
-        self._fed.clear()
-        for window in self.progress.through(self._windows()):
-            self._look(window)
-            sizes = self._sizes(window.of_all, window.samples)
-            pieces = list(window.cut([size for size in sizes if size], most=self._plan.micro_batch)) if window.samples else []
-            if len(pieces) > len(sizes):  # some parts cannot be joined: cut each part separately, which may give fewer pieces
-                pieces = list(window.cut([size for samples in window.sizes for size in self._plan.sizes(samples)], most=self._plan.micro_batch))
-            if len(pieces) > len(sizes):  # Lightning has counted the micro-batches already and would drop the rest
-                raise PlanError(
-                    f"a window came in {len(pieces)} micro-batches instead of {len(sizes)}, because its batches cannot be joined (padded to "
-                    "unlike lengths): leave the sampler to EffectiveBatch, with shuffle=True or False"
-                )
-            # The ranks synchronize in every micro-batch. A rank with fewer pieces repeats one with weight 0.
-            pieces += [(pieces[-1][0] if pieces else window.parts[0], 0)] * (len(sizes) - len(pieces))
-            weighted = self._weighted(pieces, window.of_all)
-            for index, (piece, weight) in enumerate(weighted):
-                self._fed.append((weight, window if index == len(weighted) - 1 else None))
-                yield piece
-
-    def _windows(self) -> Windows:
-        return self._plan.windows(self._loader, drop_last=self._drop_last)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The place behind the last window that has ended; empty if it could not be found again."""
-        try:
-            return {**self.progress.state(), "seed": getattr(self._loader.batch_sampler, "seed", None)}
-        except PlanError:
-            return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there. Raises `PlanError` for another target, or other data."""
-        if not state:
-            return
-        self.progress.load(state)
-        sampler = self._loader.batch_sampler
-        if isinstance(sampler, WindowSampler) and state["seed"] is not None:
-            sampler.seed = state["seed"]
-        place = state["place"]
-        if place is not None:
-            done = place["done"] // self._plan.target_batch + (place["done"] % self._plan.target_batch > 0) if "done" in place else place["windows"]
-            windows = self._windows()
-            windows.load_state_dict(dict(place))
-            self.read_before = done * self._plan.accumulation_steps
-            try:
-                ended = done >= len(windows)
-                if ended:
-                    self.read_before = len(self)
-            except TypeError:  # its windows cannot be counted
-                ended = self._was_last()
-            if ended:  # the next window is the first one of the next epoch
-                place = {**place, "epoch": place["epoch"] + 1, "done" if "done" in place else "windows": 0}
-        self.progress.load({**state, "place": place})
-
-    def _weighted(self, pieces: list[tuple[Any, int]], of_all: int) -> list[tuple[Any, float]]:
-        """The pieces of a window of `of_all` samples with the weights of their mean losses. Raises `PlanError` where nothing counts."""
-        if self._count is None:
-            return [(piece, self._plan.world_size * size / of_all) for piece, size in pieces]
-        counts = [float(self._count(piece)) for piece, _ in pieces]
-        counted = next((piece for (piece, _), value in zip(pieces, counts) if value), None)
-        if counted is None:
-            raise PlanError(f"count= counts nothing in a window of {of_all} samples, so its loss is the mean of nothing: leave such samples out of the data")
-        # Lightning runs as many micro-batches as it was told. The mean over nothing is nan, and nan with weight 0 is nan.
-        return [(piece if value else counted, value / sum(counts)) for (piece, _), value in zip(pieces, counts)]
-
-    def __len__(self) -> int:
-        """The number of micro-batches in an epoch, equal on every rank. Raises `TypeError` for a stream."""
-        sampler, target = self._loader.batch_sampler, self._plan.target_batch
-        if isinstance(sampler, WindowSampler):
-            if self._plan.world_size == 1:
-                return len(sampler)
-            return sum(len(self._sizes(min(target, sampler.length - start))) for start, _, _ in sampler.windows(0))
-        windows, rest = divmod(samples_in(self._loader), target)
-        return windows * self._plan.accumulation_steps + (len(self._sizes(rest)) if rest else 0)
-
-    def _sizes(self, of_all: int, own: int | None = None) -> tuple[int, ...]:
-        """This rank's micro-batch sizes in a window of `of_all` samples over all ranks.
-
-        Every rank has the same number; a size may be 0.
-        """
-        if self._plan.fleet is None:
-            return self._plan.sizes(of_all if own is None else own)
-        return self._plan.fleet.sizes(self._plan.rank, of_all)

@@ -308,8 +308,10 @@ class Accumulator:
             results.append(result)
         self._begun = True
         if self._learner is not None:
-            if self._team is None and len(results) == 1 and self._learner.grows_with_size(results[0]._result):
-                FirstWindows(self._jobs).look(window, loss, 2, at_any=True)  # a sum, or chance: a few samples decide
+            if self._team is None and len(results) == 1:
+                self._learner.warn_of_nothing(results[0]._result, loss or self._jobs[0].loss)
+                if self._learner.grows_with_size(results[0]._result):
+                    FirstWindows(self._jobs).look(window, loss, 2, at_any=True)  # a sum, or chance: a few samples decide
             self._learned(self._learner, window, stepped=not any(result._result.infs and result.skipped for result in results))
         if self._team is not None:
             self._team.went_by(any(result.rescued is not None for result in results))

@@ -122,6 +122,20 @@ class Learner:
         times = (sum(large) / len(large)) / (sum(value for value, _ in small) / len(small))
         return bool(times > (most * len(small) / sum(size for _, size in small)) ** 0.5)
 
+    def warn_of_nothing(self, result: WindowResult, loss: object) -> None:
+        """Warns if the loss of a micro-batch is nan and that of another is not, as with a mean over labels of which a sample has none."""
+        values = [float(term.sum()) for term in result.total.terms]
+        if not any(map(math.isnan, values)) or not any(map(math.isfinite, values)) or len(values) != len(self._cut):
+            return
+        size = next(size for size, value in zip(self._cut, values) if math.isnan(value))
+        cure = getattr(loss, "cure", "return the pair (loss_sum, count) from the loss, or give count=")
+        warnings.warn(
+            f"the loss of a micro-batch of {size} sample{'s' if size > 1 else ''} is nan, and that of others is not: if it is a mean over labels or weights, a "
+            f"micro-batch without any is 0/0, and the model's weights are nan now; {cure}, and begin again",
+            AutoaccumWarning,
+            stacklevel=4,
+        )
+
     @property
     def why_not(self) -> str:
         """The sentence for a job of which not even the smallest micro-batch runs."""
@@ -163,7 +177,7 @@ class Learner:
             return list(zip(window.parts, window.sizes))
         if window.split is None and not self._beforehand:
             settled = self._search().propose(self.budget.budget_bytes) is None
-            self._lazy = LearnedCut(window, self._next_size, ahead=settled)
+            self._lazy = LearnedCut(window, self._next_size, ahead=settled, is_limited=self._is_limited)
             self._cut = self._lazy.sizes
             return self._lazy
         sizes: list[int] = []
@@ -280,7 +294,7 @@ class Learner:
         searching = proposal is not None and (self._fleet is None or proposal <= self._whole)
         if self._lazy is not None and self._lazy.is_limited:
             self._say_that_parts_limit()
-            searching = searching and proposal is not None and proposal <= max(self._cut)
+            searching = searching and proposal is not None and proposal <= self._lazy.largest_part
             planned = tuple(self._cut) if max(self._cut) <= found or not searching else planned
         self._whole_windows = self._whole_windows + 1 if tuple(self._cut) == planned else self._whole_windows if samples < self._whole else 0
         if self._whole_windows > 1 and self._window_retries:
@@ -308,7 +322,7 @@ class Learner:
             log.warning(
                 "the loader's batches cannot be joined (padded to unlike lengths), so no micro-batch is larger than one of them, %d samples: give the loader "
                 "larger batches, or tune and use plan.batch_sampler(dataset)",
-                max(self._cut),
+                0 if self._lazy is None else self._lazy.largest_part,
             )
 
     def goes_on(self, micro_batch: int) -> bool:

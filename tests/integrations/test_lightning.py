@@ -139,7 +139,7 @@ def test_a_plan_that_was_made_before_is_applied(tmp_path):
     ],
 )
 def test_what_would_not_be_exact_is_refused(tmp_path, given, said):
-    made = trainer(tmp_path, EffectiveBatch(20, max_micro_batch=7), **given)
+    made = trainer(tmp_path, EffectiveBatch(20, max_micro_batch=7, tune=True), **given)
     with pytest.raises(autoaccum.UsageError, match=said):
         made.fit(Module(), DataLoader(data(40), batch_size=8))
     assert made.accumulate_grad_batches == given.get("accumulate_grad_batches", 1)
@@ -186,16 +186,19 @@ def test_a_smaller_last_window_of_batches_that_cannot_be_joined_is_whole(tmp_pat
             return self.inner(batch[0][:, :1, 0].double().expand(-1, 8)).mean()
 
     loader = DataLoader(texts, batch_size=8, sampler=torch.utils.data.SubsetRandomSampler(range(44)), collate_fn=padded)
-    trainer(tmp_path, EffectiveBatch(24, max_micro_batch=8)).fit(Counting(), loader)
+    trainer(tmp_path, EffectiveBatch(24, max_micro_batch=8, tune=True)).fit(Counting(), loader)
     assert seen[-6:] == [8, 8, 8, 8, 8, 4]
+    seen.clear()
+    trainer(tmp_path, EffectiveBatch(24, max_micro_batch=8), max_epochs=3).fit(Counting(), loader)  # learned
+    assert sum(seen) == 3 * 44 and seen[-6:] == [8, 8, 8, 8, 8, 4]
 
 
-def _fitted(tmp_path, loader, *more, most=4, target=22, seed=7, **given):
+def _fitted(tmp_path, loader, *more, most=4, target=22, seed=7, tune=None, **given):
     """Three epochs of windows of 22 samples. loader: a function, so that nothing of an earlier run is left in it."""
     torch.manual_seed(seed)
     made_loader, model = loader(), Module(lr=0.1)
     ckpt_path = given.pop("ckpt_path", None)
-    made = trainer(tmp_path, EffectiveBatch(target, max_micro_batch=most), *more, **{"max_epochs": 3, **given})
+    made = trainer(tmp_path, EffectiveBatch(target, max_micro_batch=most, tune=tune), *more, **{"max_epochs": 3, **given})
     made.fit(model, made_loader, ckpt_path=ckpt_path)
     return model, made
 
@@ -207,14 +210,15 @@ LOADERS = {
 }
 
 
+@pytest.mark.parametrize("before", ["learned", "measured"])
 @pytest.mark.parametrize("order", LOADERS)
-def test_a_checkpoint_goes_on_after_any_window_with_other_micro_batches(tmp_path, order):
+def test_a_checkpoint_goes_on_after_any_window_with_other_micro_batches(tmp_path, order, before):
     """Three windows an epoch, of 22, 22 and 2 samples; checkpoints after each, the last of which is an epoch's end."""
     writes = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1, save_last=True)
-    whole, _ = _fitted(tmp_path, LOADERS[order], writes, enable_checkpointing=True)
+    whole, _ = _fitted(tmp_path, LOADERS[order], writes, enable_checkpointing=True, tune=before == "measured")
     assert len(whole.samples) == 9
     for step, most in ((1, 4), (1, 22), (2, 6), (3, 4), (3, 11), (4, 2), (5, 22), (6, 6), (8, 6)):
-        gone_on, made = _fitted(tmp_path, LOADERS[order], most=most, seed=8, ckpt_path=tmp_path / f"step={step}.ckpt")
+        gone_on, made = _fitted(tmp_path, LOADERS[order], most=most, seed=8, tune=step % 3 > 0, ckpt_path=tmp_path / f"step={step}.ckpt")
         assert gone_on.samples == whole.samples[step:] and made.global_step == 9, (step, most)
         assert (gone_on.inner.weight - whole.inner.weight).abs().max() < 1e-14, (step, most)
 
@@ -233,7 +237,7 @@ def test_a_checkpoint_from_inside_a_window_begins_it_again(tmp_path):
             if batch_idx == 8 and trainer.current_epoch == 0:  # 6 micro-batches are the first window, and this is the third of the second
                 trainer.save_checkpoint(tmp_path / "inside.ckpt")
 
-    _fitted(tmp_path, LOADERS["shuffled"], Writes())
+    _fitted(tmp_path, LOADERS["shuffled"], Writes(), tune=True)
     gone_on, _ = _fitted(tmp_path, LOADERS["shuffled"], most=11, seed=8, max_epochs=1, ckpt_path=tmp_path / "inside.ckpt")
     assert gone_on.samples == [22, 2]
     once, _ = _fitted(tmp_path, LOADERS["shuffled"], max_epochs=1)
@@ -246,7 +250,7 @@ def test_a_checkpoint_whose_place_cannot_be_found_or_of_another_target_is_refuse
     def random():
         return DataLoader(data(46), batch_size=7, sampler=torch.utils.data.RandomSampler(range(46), replacement=True))
 
-    _fitted(tmp_path, random, inside, enable_checkpointing=True, max_steps=1)
+    _fitted(tmp_path, random, inside, enable_checkpointing=True, max_steps=1, tune=True)
     with pytest.raises(autoaccum.UsageError, match="written inside an epoch, after 6 micro-batches, and no place in its data"):
         _fitted(tmp_path, random, ckpt_path=inside.best_model_path)
     inside = lightning.pytorch.callbacks.ModelCheckpoint(tmp_path, filename="other", every_n_train_steps=1, save_top_k=1)
@@ -302,8 +306,11 @@ class Optimized(Module):
 def test_an_optimizer_that_evaluates_again_is_refused_by_name_and_the_remedies_work(tmp_path, make):
     loader = DataLoader(data(40), batch_size=8)
     with pytest.raises(autoaccum.PlanError, match=r"(LBFGS|Again) evaluates the loss again .* or with autoaccum.Accumulator"):
-        trainer(tmp_path, EffectiveBatch(20, max_micro_batch=7)).fit(Optimized(make), loader)
-    trainer(tmp_path, EffectiveBatch(20)).fit(Optimized(make), loader)  # in one piece
+        trainer(tmp_path, EffectiveBatch(20, max_micro_batch=7, tune=True)).fit(Optimized(make), loader)
+    in_one_piece, learned = Optimized(make), Optimized(make)
+    trainer(tmp_path, EffectiveBatch(20, tune=True)).fit(in_one_piece, loader)
+    trainer(tmp_path, EffectiveBatch(20, max_micro_batch=7)).fit(learned, loader)  # each evaluation is of the whole window
+    assert (in_one_piece.inner.weight - learned.inner.weight).abs().max() < 1e-8
 
 
 def counted_mean(model, batch):
@@ -340,6 +347,8 @@ def test_a_mean_over_something_else_than_samples_is_weighted_by_its_count(tmp_pa
 
 def test_a_mean_over_something_else_is_told_with_its_cure_and_a_window_of_nothing_is_refused(tmp_path):
     with pytest.warns(UserWarning, match="give EffectiveBatch count="):
+        trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4, tune=True)).fit(Module(loss=counted_mean), DataLoader(counted_data(44), batch_size=8))
+    with pytest.warns(UserWarning, match="micro-batch of 1 sample is nan, .* give EffectiveBatch count="):
         trainer(tmp_path, EffectiveBatch(22, max_micro_batch=4)).fit(Module(loss=counted_mean), DataLoader(counted_data(44), batch_size=8))
     nothing = EffectiveBatch(22, plan=by_hand(None, 22, 4), count=lambda batch: batch[2].sum())
     with pytest.raises(autoaccum.PlanError, match="counts nothing in a window of 22 samples"):
@@ -361,11 +370,12 @@ def test_a_schedule_under_limit_train_batches_is_as_long_as_training_or_refused_
     with pytest.raises(
         autoaccum.UsageError, match=r"limit_train_batches=12 counts micro-batches.* give max_steps instead, or tune before and give EffectiveBatch plan="
     ):
-        fitted(EffectiveBatch(24, max_micro_batch=4), max_epochs=2, limit_train_batches=12)
+        fitted(EffectiveBatch(24, max_micro_batch=4, tune=True), max_epochs=2, limit_train_batches=12)
     with pytest.raises(autoaccum.UsageError, match=r"ends inside a window of 7 x 2 \+ 6 x 1: give a whole number of windows, 3 for instance"):
         fitted(EffectiveBatch(20, plan=by_hand(None, 20, 7)), limit_train_batches=4)
     assert fitted(EffectiveBatch(24, plan=by_hand(None, 24, 4)), max_epochs=2, limit_train_batches=12) == (4, 4)
-    assert fitted(EffectiveBatch(24, max_micro_batch=4), max_epochs=2, max_steps=4) == (4, 4)
+    assert fitted(EffectiveBatch(24, max_micro_batch=4, tune=True), max_epochs=2, max_steps=4) == (4, 4)
+    assert fitted(EffectiveBatch(24, max_micro_batch=4), max_epochs=2, limit_train_batches=2) == (4, 4)  # learned: it counts windows
 
 
 class Validated(Module):
