@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from itertools import groupby
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 from autoaccum.data import batches
 from autoaccum.data.sampler import WindowSampler
 from autoaccum.data.tokens import TokenGauge
-from autoaccum.errors import PlanError
+from autoaccum.errors import AutoaccumWarning, PlanError
 
 Cut = Iterable[tuple[Any, int]]  # pairs of (micro-batch, number of its samples); can be iterated more than once
 _END = object()
@@ -99,13 +100,14 @@ class Window:
         """The micro-batch sizes that `cut(sizes)` is expected to return. Parts that cannot be cut keep their sizes."""
         return self.sizes if self.told and self.split is None else tuple(sizes)
 
-    def cut(self, sizes: Sequence[int], *, most: int | None = None) -> Cut:
+    def cut(self, sizes: Sequence[int], *, most: int | None = None, elsewhere: bool = False) -> Cut:
         """Cuts the window into micro-batches of `sizes`, which must sum to the window's samples.
 
         Parts are cut at the end of a micro-batch, and joined if a micro-batch spans several parts. Where parts cannot be joined
-        (for example, each padded to its own longest sample), each of them is cut by itself, into as few micro-batches as it takes. Parts that
-        cannot be cut stay as they are.
-        most: the largest size allowed; by default the largest of `sizes`.
+        (for example, each padded to its own longest sample) become smaller micro-batches. Parts that cannot be cut stay as they are.
+        most: the largest size allowed for a part that cannot be cut; by default the largest of `sizes`.
+        elsewhere: True if `most` is all that limits a micro-batch. Where parts cannot be joined, each is then cut by itself, into as few
+        micro-batches as it takes.
         Raises `PlanError` for a part that cannot be cut and holds more, and if the sizes do not sum to the window's samples.
         """
         if sum(sizes) != self.samples:
@@ -139,7 +141,7 @@ class Window:
                 if starts_here:
                     groups.append([])
                 groups[-1].append((piece, length))
-        return [pair for group in groups for pair in group] if self.told else _Joined(self, groups, most or max(sizes))
+        return [pair for group in groups for pair in group] if self.told else _Joined(self, groups, (most or max(sizes)) if elsewhere else None)
 
     def _pieces(self, part: Any, sizes: Sequence[int], samples: int) -> Sequence[Any]:
         if len(sizes) == 1:
@@ -150,16 +152,18 @@ class Window:
 class _Joined:
     """Micro-batches that are joined only when they are iterated. Can be iterated more than once.
 
-    Where a micro-batch spans parts of unlike shapes, the window is cut between those parts instead, and what is alike as evenly as it can be: cuts at
-    the planned places would only add micro-batches.
-    most: the largest size allowed.
+    most: the largest size allowed, if that is all that limits a micro-batch; None keeps the cuts. Where a micro-batch spans parts of unlike shapes, the
+    window is then cut between those parts instead, and what is alike as evenly as it can be: cuts at the planned places would only add
+    micro-batches.
     """
 
-    def __init__(self, window: Window, groups: list[list[tuple[Any, int]]], most: int) -> None:
+    def __init__(self, window: Window, groups: list[list[tuple[Any, int]]], most: int | None) -> None:
         self._window, self._groups, self._most = window, groups, most
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        if any(batches.of_one(part) != batches.of_one(group[0][0]) for group in self._groups if len(group) > 1 for part, _ in group[1:]):
+        if self._most is not None and any(
+            batches.of_one(part) != batches.of_one(group[0][0]) for group in self._groups if len(group) > 1 for part, _ in group[1:]
+        ):
             pairs = zip(self._window.parts, self._window.sizes)
             for _, alike in groupby(pairs, key=lambda pair: batches.of_one(pair[0])):
                 parts, sizes = zip(*alike)
@@ -233,6 +237,7 @@ class Windows:
         if self.ends():
             return
         finds_again = self._sampler is not None or not _shuffles(self._loader)
+        samples = 0
         to_skip, self._to_skip = self._to_skip, 0
         for number, window in enumerate(self._windows()):
             if self._sampler is None:
@@ -241,9 +246,18 @@ class Windows:
                 continue
             window.regrouped = True
             window.position = self.state_dict() if finds_again else None
+            samples += window.of_all
             yield window
             if self.ends():
                 return
+        if samples < self._share and not to_skip and self._gauge is None and self._sampler is None:
+            told = f"an epoch of this loader has {samples} samples" if samples or not self._drop_last else "an epoch of this loader has no whole window"
+            warnings.warn(
+                f"{told}, and the target batch is {self._share}: "
+                + ("with drop_last=True there is no step at all" if self._drop_last else "every step is smaller"),
+                AutoaccumWarning,
+                stacklevel=2,
+            )
         if self._sampler is None:
             self._epoch, self._done = self._epoch + 1, 0
 

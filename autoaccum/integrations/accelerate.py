@@ -258,5 +258,5 @@ def _steps(plan: Plan, window: Window, count: Callable[[Any], float] | None) -> 
     """
     if count is None and window.samples == plan.share and len(window.parts) == 1:
         return plan.accumulation_steps
-    pieces = window.cut(plan.sizes_of(window), most=plan.micro_batch) if window.samples else ()
+    pieces = window.cut(plan.sizes_of(window), most=plan.micro_batch, elsewhere=plan.micro_tokens is None) if window.samples else ()
     return max(sum(1 for piece, _ in pieces if count is None or count(piece)), 1)

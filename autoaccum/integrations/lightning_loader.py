@@ -114,7 +114,7 @@ class MicroBatches:
         for window in self.progress.through(self._windows()):
             self._look(window)
             sizes = self._sizes(window.of_all, window.samples)
-            pieces = list(window.cut([size for size in sizes if size], most=self._plan.micro_batch)) if window.samples else []
+            pieces = list(window.cut([size for size in sizes if size], most=self._plan.micro_batch, elsewhere=True)) if window.samples else []
             if len(pieces) > len(sizes) and self._keeps_whole:
                 self._check_count(window.parts, window.samples)
                 self._fed.append((1.0, window))

@@ -139,7 +139,7 @@ class LearnedWindows:
         result, _ = self._rescuer.run(window, lambda most: self.plan.sizes(window.samples, most), attempt if learner is None else watched, learner=learner)
         if learner is not None and self._count is None:
             learner.warn_of_nothing(result, self._job.loss)
-            self._seems_summed = learner.grows_with_size(result)
+            self._seems_summed = learner.seems_no_mean(result)
         (returned,) = last
         if any_loss:
             returned.closure_loss = returned.loss = result.loss

@@ -306,11 +306,13 @@ class Accumulator:
                     noted(error, "autoaccum: raised by the scheduler, after the optimizer step of this window: the weights are updated, and the window is done")
                     raise
             results.append(result)
+        if not self._begun and self._learner is None and self._settled is None and self._first is not None and results[0]._result.total.pairs:
+            self._first.look(window, loss, self.micro_batch, at_any=True)  # only pairs can have a second part that is no count
         self._begun = True
         if self._learner is not None:
             if self._team is None and len(results) == 1:
                 self._learner.warn_of_nothing(results[0]._result, loss or self._jobs[0].loss)
-                if self._learner.grows_with_size(results[0]._result):
+                if self._learner.seems_no_mean(results[0]._result):
                     FirstWindows(self._jobs).look(window, loss, 2, at_any=True)  # a sum, or chance: a few samples decide
             self._learned(self._learner, window, stepped=not any(result._result.infs and result.skipped for result in results))
         if self._team is not None:

@@ -108,19 +108,30 @@ class Learner:
             self._readings = {(each.micro_batch, True): each for each in earlier if each.micro_batch <= self._target}
         self.plan = self._planned(self._start())
 
-    def grows_with_size(self, result: WindowResult) -> bool:
-        """True if the losses of a window's micro-batches grow with their size, as a sum over samples does, and a mean does not."""
+    def seems_no_mean(self, result: WindowResult) -> bool:
+        """True if the losses of a window's micro-batches grow with their size, as sums over samples do and means do not; of pairs, if the sum is none, or the
+        count no count."""
+        size_of = self._cut
+        if pairs := result.total.pairs:
+            counts = [float(count) for _, count in pairs]
+            if len(pairs) != len(size_of) or not all(counts):
+                return False
+            means = [float(value) / count for (value, _), count in zip(pairs, counts)]
+            return self._grows([count / size for count, size in zip(counts, size_of)], down=True) or self._grows(means, down=True)
         terms = result.total.terms
-        if result.counted is not None or result.by_term or len(terms) != len(self._cut):
+        if result.counted is not None or result.by_term or len(terms) != len(size_of):
             return False
-        values = [float(term.sum()) * result.samples / size for term, size in zip(terms, self._cut)]
+        return self._grows([float(term.sum()) * result.samples / size for term, size in zip(terms, size_of)])
+
+    def _grows(self, values: Sequence[float], *, down: bool = False) -> bool:
+        """True if the values of micro-batches grow with their size, or with down become smaller, at least as its square root does."""
         most = max(self._cut)
         large = [abs(value) for value, size in zip(values, self._cut) if size == most]
         small = [(abs(value), size) for value, size in zip(values, self._cut) if size * 3 <= most]
         if not small or not sum(large) or not sum(value for value, _ in small):
             return False
         times = (sum(large) / len(large)) / (sum(value for value, _ in small) / len(small))
-        return bool(times > (most * len(small) / sum(size for _, size in small)) ** 0.5)
+        return bool((1 / times if down else times) > (most * len(small) / sum(size for _, size in small)) ** 0.5)
 
     def warn_of_nothing(self, result: WindowResult, loss: object) -> None:
         """Warns if the loss of a micro-batch is nan and that of another is not, as with a mean over labels of which a sample has none."""

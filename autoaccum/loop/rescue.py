@@ -122,7 +122,7 @@ class Rescuer:
             self._start.note()
         failures: list[tuple[str, int]] = []
         try:
-            cut = learner.cut(window) if learner is not None else window.cut(sizes(self.micro_batch), most=self.micro_batch)
+            cut = learner.cut(window) if learner is not None else self._cut(window, sizes, self.micro_batch)
         except PlanError:
             raise
         except Exception as error:
@@ -183,6 +183,9 @@ class Rescuer:
         log.warning("%s", rescued)
         return result, rescued
 
+    def _cut(self, window: Window, sizes: Sizes, most: int) -> Cut:
+        return window.cut(sizes(most), most=most, elsewhere=self._plan.micro_tokens is None)
+
     def _cut_again(self, error: Exception, window: Window, sizes: Sizes, outside: BaseException | None, *, alone: bool) -> Cut:
         """The window cut smaller after the user's `split` ran out of memory. Raises `error`, with a note, if it failed for another reason or again."""
         self._phase, self._index = "split", 0
@@ -228,7 +231,7 @@ class Rescuer:
             if most >= self.micro_batch or max(new_sizes) >= max(current_sizes) or min(new_sizes) < min(smallest, *current_sizes):
                 continue
             try:
-                cut = window.cut(sizes(most), most=most)
+                cut = self._cut(window, sizes, most)
             except Exception as error:  # micro-batches that cannot be cut, or the user's splitter failed
                 if oom.verdict(error) == "oom":
                     continue

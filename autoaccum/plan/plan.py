@@ -71,7 +71,7 @@ class Plan(PlanRecord):
         if self.fleet is not None:
             cut, weights = self._cut_over_ranks(window, count)
         else:
-            cut = window.cut(self.sizes_of(window), most=self.micro_batch)
+            cut = window.cut(self.sizes_of(window), most=self.micro_batch, elsewhere=self.micro_tokens is None)
             counts = [float(samples if count is None else count(piece)) for piece, samples in cut]
             weights = [value / sum(counts) if any(counts) else 0.0 for value in counts]
             if not all(weights):
@@ -95,7 +95,7 @@ class Plan(PlanRecord):
             part, size = window.parts[0], window.sizes[0]
             self._ranks().table([0.0, 0.0], "announcing a window")
             return [(type(window)([part], [max(size, 1)], window.split, told=window.told).between(0, 1).parts[0], 0)], [0.0]
-        pieces = list(window.cut(self.sizes_of(window), most=self.micro_batch))
+        pieces = list(window.cut(self.sizes_of(window), most=self.micro_batch, elsewhere=self.micro_tokens is None))
         counts = [float(samples if count is None else count(piece)) for piece, samples in pieces]
         table = self._ranks().table([window.samples, sum(counts)], "announcing a window")
         total = sum(row[1] for row in table)
@@ -219,7 +219,8 @@ class Plan(PlanRecord):
     ) -> WindowSampler:
         """A sampler for `DataLoader(dataset, batch_sampler=...)` that yields micro-batches in whole windows.
 
-        The loader collates each micro-batch by itself. Give the loader to `windows`.
+        The loader collates each micro-batch by itself. Give the loader to `windows`. Of a plan that is still learned it yields whole windows, which are
+        cut while they run; make another one when it has settled, so that samples are padded within their micro-batch only.
         The order of an epoch depends only on `seed` and the epoch's number, and the windows only on the target: on several ranks,
         each rank takes its slice of the same windows.
         length: `length(sample)`, or a length for every sample, for a plan made with `lengths`. The longest samples of a window then
@@ -286,6 +287,8 @@ class Plan(PlanRecord):
 
     def _cuts(self, samples: int) -> list[tuple[int, ...]]:
         """Every rank's micro-batches of a window of `samples` samples, without the steps that a rank skips."""
+        if self.learning and self.fleet is None:  # how many fit is not known yet, and a window can be cut when it is
+            return [(samples,)]
         return [self.sizes(samples)] if self.fleet is None else self.fleet.cuts(samples)
 
     def of_rank(self, rank: int) -> Plan:

@@ -86,6 +86,12 @@ def compare_values(job: Job, batch: Any, samples: int | None = None) -> str:
     for name, value in sums[0].items():
         parts = [of_piece.get(name, math.nan) for of_piece in sums[1:]]
         if math.isfinite(value) and abs(value - sum(parts)) > _tolerance(job) * max(abs(value), *map(abs, parts)):
+            mean = sum(part * size for part, size in zip(parts, sizes)) / samples
+            if abs(value - mean) <= _tolerance(job) * max(abs(value), *map(abs, parts)):
+                return (
+                    f"the first part of the pair that the loss returns is {value:.4g} for {samples} samples, and {parts[0]:.4g} and {parts[1]:.4g} for {_words(sizes)} "
+                    "of them, so it is a mean, and a pair is read as (loss_sum, count): return the mean alone, or the sum of the losses and their count"
+                )
             return (
                 f"the loss sum is {value:.4g} for {samples} samples, and {parts[0]:.4g} and {parts[1]:.4g} for {_words(sizes)} of them, which do not add up: the "
                 "samples' losses depend on which others are there (padding that counts, a mean over something else), so micro-batches change the gradient"
@@ -113,6 +119,11 @@ def compare_values(job: Job, batch: Any, samples: int | None = None) -> str:
         if field:
             weighed = f"{weight:.3f} and {1 - weight:.3f} instead of {sizes[0] / samples:.3f} and {sizes[1] / samples:.3f}"
             return f"{term} is a mean over what counts in {field!r} (labels, tokens, weights), not over samples: pieces weigh {weighed}; {_cure(job, batch, field)}"
+        if abs(value - one - other) <= _tolerance(job) * max(abs(value), abs(one), abs(other)):
+            return (
+                f"{term} is {value:.4g} for {samples} samples, and {one:.4g} and {other:.4g} for {_words(sizes)} of them: it is a sum over samples, and is "
+                "taken for a mean, so micro-batches change the gradient: return the mean, or the pair (loss_sum, count)"
+            )
         return (
             f"{term} is {value:.4g} for {samples} samples, and {one:.4g} and {other:.4g} for {_words(sizes)} of them, whose mean is {expected:.4g}: it is no mean "
             "over samples, so micro-batches change it; autoaccum.equivalence(...) looks for the reason"

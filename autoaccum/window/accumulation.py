@@ -190,7 +190,7 @@ def gradients(
             # Where the counts of pieces are not that of the whole, the pieces are what was trained on.
             factor = torch.tensor(of_count / sum(counted), dtype=torch.float64, device=device)
             of_count = sum(counted)
-        window_loss, count_of_all = WindowLoss(losses, factor), sum(counts) if counts else of_count if counted else None
+        window_loss, count_of_all = WindowLoss(losses, factor, counts), sum(counts) if counts else of_count if counted else None
     if apart is not None and apart.has_one_denominator:
         by_term = apart.losses(factor)
     if factor is not None:

@@ -3,7 +3,7 @@ its optimizer step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # the command line imports this file without the cost of importing torch
@@ -20,19 +20,24 @@ def silent(phase: str, index: int) -> None:
 class WindowLoss:
     """The loss of a window, kept on the device as one term per micro-batch.
 
-    The terms are added up when the loss is read.
+    The terms are added up when the loss is read. counts: what each term's loss sum was counted with; empty for means over samples.
     """
 
-    def __init__(self, terms: list[torch.Tensor], factor: torch.Tensor | None) -> None:
-        self._terms, self._factor = terms, factor
+    def __init__(self, terms: list[torch.Tensor], factor: torch.Tensor | None, counts: Sequence[torch.Tensor | float] = ()) -> None:
+        self._terms, self._factor, self._counts = terms, factor, counts
         if len(terms) > 16:  # limits how many tensors a stored result keeps alive
             self._terms = [self.sum()]
-            self._factor = None
+            self._factor, self._counts = None, ()
 
     @property
     def terms(self) -> list[torch.Tensor]:
         """The terms of a short window, one for each micro-batch; of a long one, or one with a factor, nothing is said."""
         return [] if self._factor is not None or len(self._terms) < 2 else list(self._terms)
+
+    @property
+    def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor | float]]:
+        """The loss sum and the count of each micro-batch of a short window, each sum times the same number; empty for means over samples."""
+        return list(zip(self._terms, self._counts)) if len(self._terms) == len(self._counts) else []
 
     def sum(self) -> torch.Tensor:
         """The sum of the terms, 0-d, in single precision at least."""

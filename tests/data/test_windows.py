@@ -62,10 +62,28 @@ def test_batches_padded_to_unlike_lengths_are_not_joined_but_come_as_smaller_mic
     loader = [{"ids": torch.ones(5, length), "labels": torch.ones(5)} for length in (3, 4, 4)]
     (window,) = by_hand(None, 15, 8).windows(loader)
     pieces = list(window.cut((8, 7)))
-    assert [(size, tuple(piece["ids"].shape)) for piece, size in pieces] == [(5, (5, 3)), (5, (5, 4)), (5, (5, 4))]
+    assert [(size, tuple(piece["ids"].shape)) for piece, size in pieces] == [(5, (5, 3)), (3, (3, 4)), (7, (7, 4))]
     # Their weights are by samples all the same.
     micros = list(by_hand(None, 15, 8).split(window))
     assert [micro.weight for micro in micros] == [5 / 15, 5 / 15, 5 / 15] and [micro.last for micro in micros] == [False, False, True]
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_epoch_that_is_smaller_than_the_target_is_told(drop_last):
+    loader = torch.utils.data.DataLoader(torch.zeros(20, 3), batch_size=8)
+    with pytest.warns(
+        UserWarning, match=r"no whole window, .* no step at all" if drop_last else "20 samples, and the target batch is 50: every step is smaller"
+    ):
+        windows = list(by_hand(None, 50, 8).windows(loader, drop_last=drop_last))
+    assert [window.samples for window in windows] == ([] if drop_last else [20])
+
+
+def test_a_part_is_cut_evenly_where_its_neighbours_cannot_be_joined_to_it():
+    """Lengths of 3 and 4 in turn, 17 samples each: nothing is cut where a micro-batch of 50 would end."""
+    loader = [{"ids": torch.ones(17, 3 + index % 2)} for index in range(6)]
+    (window,) = by_hand(None, 102, 50).windows(loader)
+    assert [size for _, size in window.cut((34, 34, 34), most=50, elsewhere=True)] == [17] * 6
+    assert [size for _, size in window.cut((12,) * 8 + (6,), most=12, elsewhere=True)] == [9, 8] * 6
 
 
 def test_batches_whose_other_values_differ_are_not_joined():

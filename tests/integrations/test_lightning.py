@@ -378,6 +378,76 @@ def test_a_schedule_under_limit_train_batches_is_as_long_as_training_or_refused_
     assert fitted(EffectiveBatch(24, max_micro_batch=4), max_epochs=2, limit_train_batches=2) == (4, 4)  # learned: it counts windows
 
 
+def test_a_window_that_runs_out_while_it_learns_runs_again_and_what_it_logged_is_taken_back(tmp_path):
+    """Above five samples it runs out: gradients, hooks, and the mean that is logged over an epoch are those of whole windows."""
+    pairs, ran_out, backwards, seen = data(66), [], [], []
+
+    def loss(model, batch):
+        if len(batch[0]) > 5:
+            ran_out.append(len(batch[0]))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    class Hooked(Module):
+        def training_step(self, batch, batch_idx):
+            found = self._loss(self.inner, batch)
+            self.log("train_loss", found, on_epoch=True, on_step=False)
+            return {"loss": found, "size": len(batch[0])}
+
+        def on_after_backward(self):
+            backwards.append(1)
+
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return [batch[0] * 2, batch[1]]
+
+        def on_train_batch_end(self, outputs, batch, batch_idx):
+            seen.append((float(outputs["loss"]), len(batch[0]), batch_idx))
+
+        def _saw(self, batch): ...
+
+        def on_before_optimizer_step(self, optimizer):
+            self.gradients.append(torch.cat([each.grad.flatten().clone() for each in self.inner.parameters()]))
+
+    model, callback = Hooked(loss=loss), EffectiveBatch(22)
+    made = trainer(tmp_path, callback)
+    made.fit(model, DataLoader(pairs, batch_size=7))
+    whole = Module()
+    losses = []
+    for start, ours in zip((0, 22, 44), model.gradients):
+        whole.zero_grad()
+        inputs, targets = pairs[start : start + 22]
+        losses.append(whole._loss(whole.inner, (inputs * 2, targets)))
+        losses[-1].backward()
+        theirs = torch.cat([each.grad.flatten() for each in whole.inner.parameters()])
+        assert (ours - theirs).norm() / theirs.norm() < 1e-13
+    assert ran_out and callback.plan.micro_batch <= 5 and callback.plan.learned_windows == 3
+    assert [(samples, index) for _, samples, index in seen] == [(22, 0), (22, 1), (22, 2)]
+    for (ours, _, _), theirs in zip(seen, losses):
+        assert ours == pytest.approx(float(theirs), rel=1e-12)
+    assert float(made.callback_metrics["train_loss"]) == pytest.approx(float(sum(losses)) / 3, rel=1e-6)
+    assert len(backwards) >= 3 * 5
+    assert "batch_to_device" not in vars(made.strategy) and "_on_before_batch_transfer" not in vars(model)
+
+
+def test_what_only_a_measurement_can_answer_is_measured_or_refused(tmp_path):
+    loader = DataLoader(data(40), batch_size=8)
+    callback = EffectiveBatch(20, batch=data(40)[:8], max_micro_batch=7)
+    trainer(tmp_path, callback).fit(Module(), loader)
+    assert callback.plan.trials and not callback.plan.learned_windows
+    with pytest.raises(autoaccum.UsageError, match="measures before training with largest: leave tune=False out"):
+        trainer(tmp_path, EffectiveBatch(20, largest=True, tune=False)).fit(Module(), loader)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
+def test_it_learns_under_lightnings_precision(tmp_path, precision):
+    model = Module(
+        inner=nn.Linear(8, 1), loss=lambda model, batch: nn.functional.mse_loss(model(batch[0].to(model.weight.dtype)), batch[1].to(model.weight.dtype))
+    )
+    callback = EffectiveBatch(22, max_micro_batch=4)
+    trainer(tmp_path, callback, precision=precision, max_epochs=2).fit(model, DataLoader(data(46), batch_size=7))
+    assert model.samples == [22, 22, 2] * 2 and callback.plan.micro_batches == (4, 4, 4, 4, 3, 3)
+
+
 class Validated(Module):
     def __init__(self):
         super().__init__(loader=DataLoader(data(40), batch_size=4))

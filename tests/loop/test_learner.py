@@ -16,6 +16,7 @@ import autoaccum
 from autoaccum.devices.cpu import Cpu
 from tests import jobs
 from tests.loop.test_rescue import TEXT, Trap
+from tests.plans import by_hand
 
 MIB = 2**20
 
@@ -290,9 +291,53 @@ def test_what_cannot_be_learned_from_is_said_in_a_sentence(make, says):
 
 def test_a_loss_that_is_a_sum_is_noticed_without_a_rehearsal():
     loop = autoaccum.Accumulator(jobs.sum_loss(), target_batch=64, max_micro_batch=16)
-    with pytest.warns(UserWarning, match="no mean over samples"):
+    with pytest.warns(UserWarning, match="is a sum over samples, and is taken for a mean"):
         for _ in range(4):
             loop.step(jobs.pairs(64))
+
+
+@pytest.mark.parametrize("learns", [True, False])
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [(lambda batch: len(batch[0]), "so it is a mean, and a pair is read as"), (lambda batch: 0.37, "its second part is no count")],
+    ids=["a mean and a count", "a mean and a metric"],
+)
+def test_a_pair_that_is_no_sum_and_count_is_noticed_wherever_the_plan_came_from(second, says, learns):
+    model, data = torch.nn.Linear(8, 1).double(), [each.double() for each in jobs.pairs(64)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+
+    def loss(model, batch):
+        return torch.nn.functional.mse_loss(model(batch[0]), batch[1]), second(batch)
+
+    plan = None if learns else by_hand(None, 64, 16)
+    loop = autoaccum.Accumulator(model, optimizer, plan, **({"target_batch": 64, "max_micro_batch": 16} if learns else {}))
+    with pytest.warns(UserWarning, match=says):
+        for _ in range(4):
+            loop.step(data, loss)
+
+
+def test_a_sum_and_a_count_of_their_own_are_not_suspected():
+    model, data = torch.nn.Linear(8, 1).double(), [each.double() for each in jobs.pairs(64)]
+    loop = autoaccum.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.01), target_batch=64, max_micro_batch=16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            loop.step(data, lambda model, batch: (torch.nn.functional.mse_loss(model(batch[0]), batch[1], reduction="sum"), len(batch[0])))
+
+
+def test_padded_samples_in_the_order_of_a_learned_plan_come_in_whole_windows_until_it_has_settled():
+    data = [torch.randn(5 + index % 7) for index in range(120)]
+
+    def padded(samples):
+        return torch.nn.utils.rnn.pad_sequence(samples, batch_first=True)
+
+    model = torch.nn.Linear(1, 1)
+    loop = autoaccum.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.01), target_batch=30, max_micro_batch=10)
+    epochs = []
+    for _ in range(2):
+        loader = torch.utils.data.DataLoader(data, batch_sampler=loop.plan.batch_sampler(data), collate_fn=padded)
+        epochs.append([loop.step(window, lambda model, batch: model(batch[..., None]).square().mean()).micro_batches for window in loop.windows(loader)])
+    assert len(loader) == 12 and epochs[1] == [3, 3, 3, 3] and not loop.plan.learning
 
 
 def test_a_mean_is_not_suspected():
