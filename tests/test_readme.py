@@ -25,7 +25,7 @@ def skeleton(text):
     """Text without what differs between machines and runs: sizes, times, counts of trials, the processor's name."""
     text = re.sub(r" on cpu, .*", " on cpu, NAME", text.rstrip())
     text = re.sub(r"\d+ trials?, [\d.]+ s", "N trials, N s", text)
-    text = re.sub(r"ran out in \w+|took [\d.]+ \w+", "REFUSED", text)
+    text = re.sub(r"ran out( in \w+)?|took [\d.]+ \w+", "REFUSED", text)
     return re.sub(r"\b\d+(\.\d+)?(?= (of|spare|limit|headroom|MiB|KiB|over)\b)|\(\d+ spare\)|^\d+ = |(?<=[=-] )\d+", "N", text, flags=re.M)
 
 

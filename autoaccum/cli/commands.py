@@ -67,7 +67,7 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
         click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated."),
         click.option("--timeout", type=float, metavar="SECONDS", help="A trial that takes longer counts as not fitting."),
         click.option("--world", type=int, metavar="N", help="Of a command: the ranks that it runs on, if that cannot be seen. The target is over all of them."),
-        click.option("--trial-seconds", type=float, metavar="N", help="Of a command: a trial that trained so long within the limit fits, and is ended."),
+        click.option("--trial-seconds", type=float, metavar="N", help="For a command: a trial that is within the limit after N seconds fits, and is ended."),
         click.option(
             "--set-file",
             "set_files",
@@ -100,7 +100,7 @@ def _shared(command: Callable[..., Any]) -> Callable[..., Any]:
 @cli.command()
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")
 def devices(as_json: bool) -> None:
-    """Every device here: total, free, held by us and by others, and the limit that binds."""
+    """Every device here: total, free, held by us and by others, and which limit applies."""
     from autoaccum import devices as found
 
     listed = found.list()
@@ -131,7 +131,7 @@ def tune(rest: list[str] | None, /, **given: Any) -> None:
     """Find the fewest accumulation steps that fit, and print the plan.
 
     JOB is file.py[:make_job] or package.module[:make_job], a function that returns an autoaccum.Job; left out,
-    it is the built-in demo. What follows -- is the file's own arguments, or, without a JOB, a command:
+    it is the built-in demo. What follows -- goes to the file as its arguments; without a JOB it is a command:
 
     autoaccum tune -b 120 -- python train.py --batch-size {micro_batch} --accum {accumulation_steps}
 
@@ -155,7 +155,7 @@ def tune(rest: list[str] | None, /, **given: Any) -> None:
 @cli.command(epilog=_EPILOG)
 @_shared
 @click.option("-m", "--micro-batch", type=int, help="The size to rehearse.")
-@click.option("--windows", type=click.IntRange(min=2, max=1_000_000), default=2, show_default=True, help="Run so many windows; memory that grows is told.")
+@click.option("--windows", type=click.IntRange(min=2, max=1_000_000), default=2, show_default=True, help="Run so many windows, and report memory that grows.")
 @click.option(
     "--equivalence", is_flag=True, help="Compare a split batch's gradient with the whole one's; needs neither -b nor -m, and exits with 0 whatever it finds."
 )

@@ -119,7 +119,7 @@ def profiles(found: Sequence[Profile]) -> str:
 
 def devices(found: Sequence[tuple[Facts, Memory]]) -> str:
     """A table of devices, one a line. Other processes on a device are listed below it."""
-    lines = [f"{'device':8}{'total':>11}{'free':>11}{'ours':>11}  binds      name"]
+    lines = [f"{'device':8}{'total':>11}{'free':>11}{'by us':>11}  limit      name"]
     for facts, memory in found:
         unit = unit_for(memory.total_bytes)
         figures = "".join(f"{number(bytes_, unit):>7} {unit}" for bytes_ in (memory.total_bytes, memory.free_bytes, memory.ours_bytes))

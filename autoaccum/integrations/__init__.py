@@ -11,6 +11,7 @@ from typing import Any
 
 from autoaccum.errors import MissingExtra, UsageError
 
+LIMITS = ("memory_limit", "headroom", "max_micro_batch", "equal")  # of the keywords of `tune`, those that hold while a plan is learned, too
 # The framework's package -> the module here.
 _FILES = {"transformers": "huggingface", "lightning": "lightning", "pytorch_lightning": "lightning", "accelerate": "accelerate"}
 

@@ -63,7 +63,8 @@ def make_job(
     finally:
         torch.set_default_dtype(before)
     if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the name until Transformers 5.2
+        enable({"use_reentrant": False})
     if quantize:
         needed("bitsandbytes", "bitsandbytes")
         in_four_bits(model, dtype)

@@ -267,7 +267,7 @@ def _compare_first(trainer: Any, batch: Any) -> None:
     try:
         model.eval()
         samples, collate = trainer_samples.samples_of(batch), None
-        if samples is None or trainer_counts.holds_pairs(trainer, batch):
+        if samples is None or not trainer_samples.counts_samples(trainer):
             loader = trainer._autoaccum_own["get_train_dataloader"]()
             trainer_loader.forget(trainer, loader)
             batch, collate = [loader.dataset[index * len(loader.dataset) // few] for index in range(few)], loader.collate_fn

@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader
 
 from autoaccum.data import Window, batches
 from autoaccum.errors import PlanError, UsageError
-from autoaccum.integrations import needed, not_remembered
+from autoaccum.integrations import LIMITS, needed, not_remembered
 from autoaccum.integrations.lightning_loader import Fed, MicroBatches, of_windows, to_count, with_batches_of
 from autoaccum.integrations.lightning_windows import LearnedWindows
 from autoaccum.loop import FirstWindows, Progress, attributes_kept
@@ -35,9 +35,6 @@ from autoaccum.window import Job, RngState, replays_graphs
 
 # Both packages have the same classes. Use the package that the user has imported already.
 _pytorch: Any = sys.modules.get("lightning.pytorch") or sys.modules.get("pytorch_lightning") or needed("lightning.pytorch", "lightning")
-
-
-_LIMITS = ("memory_limit", "headroom", "max_micro_batch", "equal")  # what holds while it learns, too
 
 
 class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is not typed here
@@ -323,7 +320,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
 
     def _may_learn(self, trainer: Any) -> bool:
         """True if the plan is learned while training. Raises `UsageError` if it cannot be, and tune=False forbids to measure before."""
-        only_tune = [name for name in self._request if name not in _LIMITS] + ([] if self._batch is None else ["batch"])
+        only_tune = [name for name in self._request if name not in LIMITS] + ([] if self._batch is None else ["batch"])
         reason = (
             f"on {trainer.world_size} ranks"
             if trainer.world_size > 1

@@ -15,18 +15,22 @@ from types import MethodType
 from typing import Any
 
 import torch
+from torch.utils.data import IterableDataset
 
 from autoaccum import devices
 from autoaccum.data import Cut, Window
 from autoaccum.devices import malloc_for_training
 from autoaccum.errors import PlanError, UsageError
-from autoaccum.integrations import needed, of, rollouts, trainer_counts
+from autoaccum.integrations import LIMITS, needed, of, rollouts, trainer_counts, trainer_samples
 from autoaccum.loop import Learner, Rescuer
 from autoaccum.plan import Plan
 from autoaccum.probe import Request
+from autoaccum.tuner import refuse_unknown_keywords
+from autoaccum.tuner import tune as tune_in_place
 from autoaccum.window import Job, PhaseCallback, WindowLoss, WindowResult
 
 _transformers: Any = needed("transformers", "huggingface")
+_OF_TRAINERS = ("max_length", "length", "batch", "evaluate")  # keywords that `huggingface.tune` has beside those of `autoaccum.tune`
 
 
 class EffectiveBatch(_transformers.TrainerCallback):  # type: ignore[misc] # Transformers is not typed here
@@ -35,14 +39,17 @@ class EffectiveBatch(_transformers.TrainerCallback):  # type: ignore[misc] # Tra
     Give it to the Trainer when it is made: `Trainer(..., callbacks=[EffectiveBatch(512)])`. The batch size and the gradient accumulation steps
     in the Trainer's arguments are then not used. A window is collated as one batch, so all its samples are padded to its longest.
     plan: what is known so far; None before training.
-    tune: True measures before training instead, with `huggingface.tune`. count: as there. limits: memory_limit, headroom, max_micro_batch;
-    with tune=True all keywords of `huggingface.tune`.
-    Raises `UsageError` where it cannot learn: several ranks, trainers that generate, preference pairs, and what `huggingface.tune` refuses.
+    tune: True measures before training instead, with `huggingface.tune`. This is also what happens where nothing can be learned: on several ranks, for
+    trainers that generate, for batches that cannot be cut into samples (preference pairs, packed texts), and with keywords that only
+    `huggingface.tune` has. None: as needed. False: never.
+    count: as in `huggingface.tune`. request: its other keywords, of which memory_limit, headroom, max_micro_batch and equal also hold while it learns.
+    Raises `UsageError` for what `huggingface.tune` refuses.
     """
 
-    def __init__(self, target_batch: int, *, tune: bool = False, count: Callable[[Any], float] | None = None, **limits: Any) -> None:
-        self._request = None if tune else Request(target_batch, **limits)
-        self._target, self._count, self._limits = target_batch, count, limits
+    def __init__(self, target_batch: int, *, tune: bool | None = None, count: Callable[[Any], float] | None = None, **request: Any) -> None:
+        Request(target_batch)  # raises at once what is wrong
+        refuse_unknown_keywords({name: value for name, value in request.items() if name not in _OF_TRAINERS}, tune_in_place)
+        self._target, self._tune, self._count, self._request = target_batch, tune, count, request
         self._trainer: Any = None
         self.plan: Plan | None = None
 
@@ -68,16 +75,28 @@ class EffectiveBatch(_transformers.TrainerCallback):  # type: ignore[misc] # Tra
             raise UsageError("EffectiveBatch must be there when the Trainer is made: Trainer(..., callbacks=[EffectiveBatch(512)]), not add_callback")
 
     def _begin(self, trainer: Any) -> None:
-        if self._request is None:
-            self.plan = of(trainer).tune(trainer, target_batch=self._target, count=self._count, **self._limits)
+        of(trainer).check_trainer(trainer)
+        reason = self._why_not(trainer)
+        if reason and self._tune is False:
+            raise UsageError(f"EffectiveBatch measures before training {reason}: leave tune=False out")
+        if reason or self._tune:
+            self.plan = of(trainer).tune(trainer, target_batch=self._target, count=self._count, **self._request)
             self.plan.apply(trainer)
             return
-        of(trainer).check_trainer(trainer)
-        if trainer.args.world_size > 1 or rollouts.generates(trainer) or hasattr(trainer, "loss_types"):
-            raise UsageError(
-                "EffectiveBatch learns on one rank, from batches that can be cut: with several ranks, rollouts or pairs give EffectiveBatch(512, tune=True)"
-            )
-        _Windows(trainer, self, self._request).attach(self._count)
+        _Windows(trainer, self, Request(self._target, **self._request)).attach(self._count)
+
+    def _why_not(self, trainer: Any) -> str:
+        """Why nothing can be learned while training; "" if it can."""
+        only_tune = [name for name in self._request if name not in LIMITS]
+        if trainer.args.world_size > 1:
+            return f"on {trainer.args.world_size} ranks"
+        if rollouts.generates(trainer):
+            return f"with {type(trainer).__name__}, which generates"
+        if only_tune:
+            return f"with {' and '.join(only_tune)}"
+        if not isinstance(trainer.train_dataset, IterableDataset) and not trainer_samples.counts_samples(trainer):
+            return "where batches cannot be cut into samples (pairs, packed texts)"
+        return ""
 
 
 class _Windows:

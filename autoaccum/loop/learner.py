@@ -99,7 +99,7 @@ class Learner:
                 f"{refusals.norms_in_words(norms)} sees micro-batches of unlike sizes while the plan is learned, and not the whole batch: train with a saved "
                 "plan where its statistics matter",
                 AutoaccumWarning,
-                stacklevel=5,
+                stacklevel=4,
             )
         self._cache = learned_cache.of(jobs, device) if cache else None
         self._cache_was_wrong = False
@@ -331,8 +331,8 @@ class Learner:
         if not self._is_limited:
             self._is_limited = True
             log.warning(
-                "the loader's batches cannot be joined (padded to unlike lengths), so no micro-batch is larger than one of them, %d samples: give the loader "
-                "larger batches, or tune and use plan.batch_sampler(dataset)",
+                "the loader's batches cannot be joined (padded to unlike lengths), so no micro-batch is larger than one of them, here %d: give the loader "
+                "larger batches, or take DataLoader(dataset, batch_sampler=loop.plan.batch_sampler(dataset))",
                 0 if self._lazy is None else self._lazy.largest_part,
             )
 

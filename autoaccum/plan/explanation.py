@@ -93,7 +93,7 @@ def _why(plan: PlanRecord) -> str:
     if plan.predicted_refusal is not None:
         parts.append(f"{plan.predicted_refusal} would not fit (predicted: nothing would have stopped it here)")
     if between := _between(plan):
-        parts.append(f"{between} would still take {plan.accumulation_steps}")
+        parts.append(f"{between} would take {plan.accumulation_steps} as well")
     return " · ".join(parts)
 
 
@@ -134,6 +134,8 @@ def chart(plan: PlanRecord, columns: int) -> Iterator[str]:
 
 def outcome(tried: TrialRecord) -> str:
     """The outcome of a trial that did not fit, in words: `"ran out in backward"`."""
+    if tried.outcome == "oom" and tried.phase == "command":
+        return "ran out"
     return _OUTCOMES[tried.outcome].format(phase=tried.phase, peak=in_words(tried.peak_bytes or 0))
 
 

@@ -25,8 +25,8 @@ def enough(budget: Budget) -> Budget:
 
 
 def norms_in_words(names: Sequence[str]) -> str:
-    """`"BatchNorm (1, 3.norm, 5.norm and more)"`: the layers of these names, of which there is at least one."""
-    return f"BatchNorm ({', '.join(names[:3])}{' and more' if len(names) > 3 else ''})"
+    """`"BatchNorm (layers 1, 3.norm, 5.norm and more)"`: the layers of these names, of which there is at least one."""
+    return f"BatchNorm (layer{'s' if len(names) > 1 else ''} {', '.join(names[:3])}{' and more' if len(names) > 3 else ''})"
 
 
 def norms_see_parts(names: Sequence[str], micro_batch: int, target: int) -> str:

@@ -179,4 +179,5 @@ def quieten_torch() -> None:
     """Hides torch's warnings about the simulating machine. They are not about the simulated card or the job."""
     for message in ("torch.cuda.amp.GradScaler is enabled, but CUDA", "PyTorch was compiled without cuDNN", "Failed to initialize NumPy"):
         warnings.filterwarnings("ignore", message=message)
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.|peft\.")  # names that these libraries call each other by
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells which kernels of the CPU could not be loaded

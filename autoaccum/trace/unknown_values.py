@@ -72,7 +72,9 @@ class UnknownValues:
             if known is not None:
                 return known
             if self._phase() != "step" or where() != _IN_TORCH:  # an optimizer reads its own step count, which is no assumption
-                self.assume(f"a value that is read from the device was taken to be {'False' if args[0].dtype is torch.bool else 1}, at {{where}}")
+                self.assume(
+                    f"a value that is read from the device was taken to be {'False' if args[0].dtype is torch.bool else 1}, at {{where}}; that matters only if the memory depends on it"
+                )
             if args[0].dtype is torch.bool:
                 return False
             return 1.0 if args[0].is_floating_point() else 1
@@ -164,7 +166,7 @@ class UnknownValues:
         if name == "nonzero":
             return self.nonzero(args[0])
         if name == "bincount" and (least := args[2] if len(args) > 2 else kwargs.get("minlength", 0)):
-            self.assume(f"bincount() was taken to count {least} values, its minlength, at {{where}}")
+            self.assume(f"bincount() was taken to count {least} values, its minlength, at {{where}}; that matters only if the memory depends on it")
             weights = args[1] if len(args) > 1 and args[1] is not None else args[0]
             return weights.new_empty(least, dtype=torch.int64 if weights is args[0] else weights.dtype)
         if name == "repeat_interleave":

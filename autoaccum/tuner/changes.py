@@ -149,7 +149,8 @@ def _nf4(job: Job) -> Job:
 
 
 def in_four_bits(model: Any, dtype: torch.dtype | None = None) -> None:
-    """Packs the weights of a model's linear layers into four bits (nf4, its scales packed too), except those of its head, in place, without quantising them.
+    """Packs the weights of a model's linear layers into four bits (nf4, its scales packed too), in place, without quantising them. Its head stays as it is, and so
+    do adapters that train.
 
     The layers are frozen, and are those of bitsandbytes; the weights have no values any more. dtype: what they compute in, and what a weight is unpacked
     to; None for the type of their input, and bfloat16. Raises `UsageError` without bitsandbytes.
@@ -158,9 +159,10 @@ def in_four_bits(model: Any, dtype: torch.dtype | None = None) -> None:
 
     bitsandbytes = _bitsandbytes()
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    has_adapters = not all(parameter.requires_grad for parameter in model.parameters())  # then what trains stays as it is
     for module in list(model.modules()):
         for name, layer in list(module.named_children()):
-            if type(layer) is not torch.nn.Linear or layer is head:
+            if type(layer) is not torch.nn.Linear or layer is head or (has_adapters and layer.weight.requires_grad):
                 continue
             packed = bitsandbytes.nn.Linear4bit(
                 layer.in_features, layer.out_features, layer.bias is not None, compute_dtype=dtype, quant_type="nf4", device="meta"
@@ -187,7 +189,8 @@ def _checkpointing(job: Job) -> Job:
     if any(getattr(each, "gradient_checkpointing", False) is True for each in model.modules()):
         raise UsageError(f"blocks are checkpointed {_ALREADY}")
     if hasattr(model, "gradient_checkpointing_enable") and getattr(model, "supports_gradient_checkpointing", True):
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the name until Transformers 5.2
+        enable({"use_reentrant": False})
         return job
     blocks = _repeated(model)
     if not blocks:

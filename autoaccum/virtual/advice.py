@@ -16,7 +16,8 @@ def advice(estimate: Estimate, job: Job) -> tuple[str, ...]:
     A change is left out if the job already has it, or if it saves less than 2 % of the peak.
     """
     parts, peak, optimizer = estimate.breakdown, estimate.peak_bytes, job.optimizers[0]
-    halved = all(parameter.element_size() <= 2 for parameter in job.model.parameters())
+    wide = sum(parameter.nbytes for parameter in job.model.parameters() if parameter.element_size() > 2)
+    halved = wide < 0.1 * sum(parameter.nbytes for parameter in job.model.parameters())  # adapters in single precision are not worth the word
     messages = []
 
     def would(saved: int, change: str) -> None:

@@ -10,6 +10,8 @@ from autoaccum.plan import window_notation
 from autoaccum.tuner import WhatIf
 from autoaccum.units import in_words, number, unit_for
 
+_FIGURES = {"total_bytes": "its memory", "context_bytes": "the size of its CUDA context", "cublas_workspace_bytes": "the size of cuBLAS's workspace"}
+
 
 @dataclass(frozen=True)
 class Estimates:
@@ -36,7 +38,7 @@ class Estimates:
         lines = [
             f"{self.target_batch} samples a step of {self.job}"
             + (f", simulated at {shape_text}" if shape_text else "")
-            + "; the columns from weights on break down the memory at the peak (rest: workspaces, the optimizer's temporaries, fragmentation)"
+            + "; the columns weights to rest add up to the peak (rest: workspaces, the optimizer's temporaries, fragmentation)"
         ]
         lines.append("".join(f"{title:<{width}}" for title, width in _TABLE).rstrip())
         lines += [_row(estimate) for estimate in self.gpus]
@@ -46,10 +48,11 @@ class Estimates:
             lines += _changed(gpu, rows)
         lines += [f"warning: {warning}" for warning in dict.fromkeys(warning for estimate in self.gpus for warning in estimate.warnings)]
         lines += [f"margin: {margin}" for margin in dict.fromkeys(estimate.margin for estimate in self.gpus)]
-        guessed = sorted({name for estimate in self.gpus for name in estimate.estimated if name in ("total_bytes", "context_bytes", "cublas_workspace_bytes")})
+        guessed = sorted({name for estimate in self.gpus for name in estimate.estimated if name in _FIGURES})
         if guessed:
             some = ", for some of these cards" if len(self.gpus) > 1 else ""
-            lines.append(f"estimated, not measured{some}: {', '.join(guessed)} (autoaccum profiles show NAME)")
+            words = [_FIGURES[name] for name in guessed]
+            lines.append(f"estimated, not measured on a card{some}: {', '.join(words)} (autoaccum profiles show NAME)")
         return "\n".join(lines)
 
     def as_dict(self) -> dict[str, Any]:
@@ -93,7 +96,7 @@ def _row(estimate: Estimate) -> str:
 
 def _changed(gpu: str, rows: Sequence[WhatIf]) -> Iterator[str]:
     """The table of a job with changes, each traced."""
-    yield f"{gpu}, what if: each traced; time is the arithmetic of a sample at the card's rates beside the job's as it is, the least that can be expected"
+    yield f"{gpu}, what if: each traced; time is a lower bound, the arithmetic of a sample on this card as a multiple of the unchanged job's"
     for row in rows:
         if row.error:
             yield f"  {row.words:<64}could not be traced: {row.error}"
@@ -114,7 +117,7 @@ def _notes_on(estimate: Estimate, *, traced: bool = False) -> Iterator[str]:
     elif estimate.largest_micro_batch is not None and estimate.hard_largest_micro_batch is not None:
         flushed = estimate.hard_largest_micro_batch
         more = f", {flushed} if the allocator flushes its cache on the way, which is slow" if flushed > estimate.largest_micro_batch else ""
-        yield f"{estimate.gpu}: by the simulation alone, without headroom, the largest micro-batch is {estimate.largest_micro_batch}{more}"
+        yield f"{estimate.gpu}: without headroom and a margin for the simulation's error, {estimate.largest_micro_batch} samples fit at once{more}"
 
 
 @dataclass(frozen=True)
@@ -129,7 +132,8 @@ class Estimate:
     breakdown: bytes at the peak, by kind: parameters, gradients, optimizer (its state), activations, workspace, step (temporary
     memory of the optimizer step), context (outside the allocator, so not part of the peak), and unused (reserved, and free
     between blocks).
-    largest_micro_batch: the largest without a flush of the cache, with gradients resident and the whole card.
+    largest_micro_batch: the largest without a flush of the cache, with gradients resident and the whole card. None if it was not searched: for many
+    cards, and for jobs of which every size must be traced.
     hard_largest_micro_batch: the largest that still runs with flushes.
     estimated: names of the card's numbers that are neither measured nor published. margin: the source of the interval.
     advice: changes that make the job need less memory. measured_at: the shapes of the micro-batch, by path.

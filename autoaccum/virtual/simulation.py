@@ -206,6 +206,7 @@ class Simulation:
         # Memory that only the running step holds is not optimizer state: state is still held at the end.
         temporary = max(parts["optimizer"] - held_at(tape, len(tape.events) - 1)["optimizer"], 0)
         parts = {**parts, "optimizer": parts["optimizer"] - temporary, "step": temporary}
+        searched = both and self._jobs[0].split is None
         return Estimate(
             gpu=self._profile.label,
             name=self._profile.name,
@@ -218,10 +219,8 @@ class Simulation:
             peak_bytes=replayed.peak_reserved_bytes,
             peak_interval_bytes=(int(replayed.peak_reserved_bytes * (1 - margin.low)), int(replayed.peak_reserved_bytes * (1 + margin.high))),
             breakdown={**parts, "context": self._profile.context_bytes, "unused": max(replayed.peak_reserved_bytes - sum(parts.values()), 0)},
-            largest_micro_batch=self._anchored_most(lambda micro_batch: self._peak(micro_batch, 2) <= self._available)
-            if both and self._jobs[0].split is None
-            else None,
-            hard_largest_micro_batch=self._anchored_most(self._survives) if both and self._jobs[0].split is None else None,
+            largest_micro_batch=self._anchored_most(lambda micro_batch: self._peak(micro_batch, 2) <= self._available) if searched else None,
+            hard_largest_micro_batch=self._anchored_most(self._survives) if searched else None,
             estimated=tuple(name for name, figure in self._profile.figures() if figure.estimated),
             margin=margin.provenance,
             warnings=(*self._remarks, *self._card_remarks(), *self._traced.remarks, *self._routed(sizes, allowed, traced=both)),
@@ -302,9 +301,14 @@ class Simulation:
     def _on_card(self, tape: Tape) -> Tape:
         return tape.on(self._profile.cublas_workspace.value, *self._profile.parallel)
 
-    def _anchored_most(self, fits: Callable[[int], bool]) -> int:
-        """`_most`, repeated until the line is confirmed at the answer."""
+    def _anchored_most(self, fits: Callable[[int], bool]) -> int | None:
+        """`_most`, repeated until the line is confirmed at the answer.
+
+        None where every size must be traced, as for losses that work in chunks: a search far above the plan would take minutes.
+        """
         for _ in range(12):
+            if self._traced.changes_with_size(self._card):
+                return None
             answer = self._most(fits)
             if not answer or self._traced.anchored(self._card, answer, 2):
                 break

@@ -97,6 +97,10 @@ class JobTapes:
         growths = self._growths.get(key)
         return min(growths, key=lambda growth: abs(math.log(max(micro_batch, 1) / growth.low_batch))) if growths else None
 
+    def changes_with_size(self, card: Card) -> bool:
+        """True if no line was found, so that every size is traced."""
+        return any(growths is None for key, growths in self._growths.items() if key[0] == card)
+
     def anchor(self, card: Card, micro_batch: int, pieces: int) -> int:
         """The micro-batch through which the line for this size goes; 0 without a line."""
         growth = self._line((card, pieces), micro_batch)

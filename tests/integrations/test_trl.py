@@ -14,10 +14,10 @@ import trl.trainer.utils
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 from transformers.models.llama import modeling_llama
 from transformers.models.mixtral import modeling_mixtral
-from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.integrations import huggingface
@@ -108,6 +108,9 @@ class Sft(InOrder, SFTTrainer): ...
 class Dpo(InOrder, DPOTrainer): ...
 
 
+class Reward(InOrder, RewardTrainer): ...
+
+
 def settings(folder, per_device, steps, **given):
     return {
         "output_dir": str(folder), "per_device_train_batch_size": per_device, "gradient_accumulation_steps": steps, "learning_rate": 1e-2,
@@ -128,20 +131,28 @@ def adapted(trainer):
     return trainer
 
 
-def sft(folder, per_device, steps, data=texts, peft=None, model=llama, **given):
+def sft(folder, per_device, steps, data=texts, peft=None, model=llama, callbacks=(), **given):
     config = SFTConfig(**settings(folder, per_device, steps, **{"max_length": 64, **given}))
-    made = Sft(model=model(), args=config, train_dataset=data(), processing_class=tokenizer(), peft_config=peft)
+    made = Sft(model=model(), args=config, train_dataset=data(), processing_class=tokenizer(), peft_config=peft, callbacks=list(callbacks))
     return made if peft is None else adapted(made)
 
 
-def dpo(folder, per_device, steps, **given):
+def dpo(folder, per_device, steps, callbacks=(), **given):
     model = llama()
     reference = copy.deepcopy(model)
     torch.manual_seed(5)
     for parameter in reference.parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
     config = DPOConfig(**settings(folder, per_device, steps, **{"beta": 0.5, "max_length": 64, **given}))
-    return Dpo(model=model, ref_model=reference, args=config, train_dataset=preferences(), processing_class=tokenizer())
+    return Dpo(model=model, ref_model=reference, args=config, train_dataset=preferences(), processing_class=tokenizer(), callbacks=list(callbacks))
+
+
+def rewarded(folder, per_device, steps, callbacks=(), **given):
+    torch.manual_seed(0)
+    model = LlamaForSequenceClassification(LlamaConfig(**SIZES, num_labels=1)).double()
+    config = RewardConfig(**settings(folder, per_device, steps, **{"max_length": 64, **given}))
+    pairs = preferences().remove_columns("prompt")
+    return Reward(model=model, args=config, train_dataset=pairs, processing_class=tokenizer(), callbacks=list(callbacks))
 
 
 def reward(completions, **_):
@@ -176,6 +187,7 @@ def error(make, folder, target=TARGET, most=MOST, start=(2, 1), **given):
     return float((trained(planned) - whole).norm() / whole.norm())
 
 
+PACKED = {"data": lambda: datasets.concatenate_datasets([texts()] * 3), "packing": True, "max_length": 24}
 LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, task_type="CAUSAL_LM")
 
 
@@ -185,7 +197,7 @@ LORA = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], lora_dropout=0.0, ta
         {},
         {"data": answers, "completion_only_loss": True},
         {"peft": LORA},
-        {"data": lambda: datasets.concatenate_datasets([texts()] * 3), "packing": True, "max_length": 24},
+        PACKED,
         {"padding_free": True, "max_length": None},
         {"loss_type": "dft"},
         {"model": mixtral, "router_aux_loss_coef": 0.0},
@@ -208,6 +220,25 @@ def test_supervised_fine_tuning_is_exact(given, tmp_path):
 )
 def test_preference_losses_are_exact_in_pairs_and_in_tokens(given, tmp_path):
     assert error(lambda *where: dpo(*where, **given), tmp_path) < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("make", "learns"),
+    [(sft, True), (lambda *where, **given: sft(*where, **PACKED, **given), False), (dpo, False), (rewarded, False)],
+    ids=["texts", "packed", "pairs", "rewards"],
+)
+def test_the_callback_learns_or_measures_where_samples_cannot_be_cut(make, learns, tmp_path):
+    whole, callback = trained(make(tmp_path, TARGET, 1)), huggingface.EffectiveBatch(TARGET, max_micro_batch=MOST)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # nothing of these is wrong
+        ours = trained(make(tmp_path, 2, 1, callbacks=[callback]))
+    assert float((ours - whole).norm() / whole.norm()) < 1e-12
+    assert (callback.plan.learned_windows > 0) is learns and callback.plan.micro_batches == (3, 2, 2)
+    if not learns:
+        with pytest.raises(
+            UsageError, match=r"measures before training where batches cannot be cut into samples \(pairs, packed texts\): leave tune=False out"
+        ):
+            make(tmp_path, 2, 1, callbacks=[huggingface.EffectiveBatch(TARGET, tune=False)]).train()
 
 
 @pytest.mark.parametrize(("loss_type", "most", "start"), [("dapo", 3, (3, 4)), ("dapo", 4, (12, 1)), ("grpo", 4, (12, 1)), ("dr_grpo", 4, (3, 4))])

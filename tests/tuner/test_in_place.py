@@ -132,7 +132,7 @@ def test_batch_norm_gets_no_micro_batch_of_one_sample():
     job = autoaccum.Job(model, torch.optim.SGD(model.parameters(), lr=0.1), jobs.mse, jobs.pairs(8))
     plan = autoaccum.tune(job, target_batch=13, max_micro_batch=3)
     assert plan.micro_batches == (3, 3, 3, 2, 2)
-    assert any("BatchNorm (1)" in warning for warning in plan.warnings)
+    assert any("BatchNorm (layer 1)" in warning for warning in plan.warnings)
     with pytest.raises(autoaccum.NothingFits, match=r"BatchNorm layer '1' needs micro-batches of at least 2"):
         autoaccum.tune(job, target_batch=13, max_micro_batch=1)
     with pytest.raises(autoaccum.NothingFits, match="BatchNorm layer '1'"):

@@ -49,7 +49,7 @@ def test_the_table_says_it_in_words():
     assert finished.returncode == 0, finished.stderr
     first, head, t4, *rest = finished.stdout.splitlines()
     of = "batch[0] (n, 3, 32, 32), batch[1] (n,)"
-    assert first.startswith(f"64 samples a step of {FILE}:conv, simulated at {of}; the columns from weights on break down the memory at the peak (")
+    assert first.startswith(f"64 samples a step of {FILE}:conv, simulated at {of}; the columns weights to rest add up to the peak (")
     assert head.split()[:3] == ["gpu", "plan", "peak"]
     assert t4.split()[:4] == ["t4", "64", "x", "1"]
     assert f"margin: {margins.SEEN['convolutions'].provenance}" in rest
