@@ -267,7 +267,7 @@ def _compare_first(trainer: Any, batch: Any) -> None:
     try:
         model.eval()
         samples, collate = trainer_samples.samples_of(batch), None
-        if samples is None or not trainer_samples.counts_samples(trainer):
+        if samples is None or samples > trainer.args.per_device_train_batch_size or trainer_counts.holds_pairs(trainer, batch):  # rows of pairs
             loader = trainer._autoaccum_own["get_train_dataloader"]()
             trainer_loader.forget(trainer, loader)
             batch, collate = [loader.dataset[index * len(loader.dataset) // few] for index in range(few)], loader.collate_fn

@@ -25,6 +25,7 @@ class Limits:
     sharing_ranks: the number of the job's ranks that share the device's free memory, this rank included.
     per_token: True if windows are counted in tokens, so that every loss is made one per token (`window.per_token`).
     trial_s: seconds of training after which a trial of a command counts as fitting; None for the whole run.
+    engine, world: of a simulated job over several ranks, what divides or copies its state (`ddp`, `fsdp2`, `zero1` to `zero3`), and over how many.
     buckets: True if the model will be wrapped in DistributedDataParallel. Memory for its copy of the gradients is then kept free.
     """
 
@@ -35,6 +36,8 @@ class Limits:
     sharing_ranks: int = 1
     buckets: bool = False
     per_token: bool = False
+    engine: str = ""
+    world: int = 1
 
     def timeout_of(self, steps: int, *, full: bool, windows: int = 2) -> float | None:
         """The timeout of a trial in seconds. For a run of whole windows it grows with their micro-batches: `timeout_s` is for three."""

@@ -119,6 +119,9 @@ class Tracer(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # several times in each operator
             return args[0].device
+        for kind in types:
+            if kind.__name__ == "DTensor":  # a part of a sharded parameter, whose own operators come again
+                return NotImplemented
         kwargs = kwargs or {}
         if threading.get_ident() not in self._threads:  # each thread asks for itself whether torch.tensor(..., device="cuda") may be made on the host first
             self._threads.add(threading.get_ident())

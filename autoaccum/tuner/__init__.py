@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from autoaccum.tuner import changes
     from autoaccum.tuner.all_ranks import shared_limits
     from autoaccum.tuner.assembly import versions
-    from autoaccum.tuner.changes import ChangedPlan, WhatIf, in_four_bits
+    from autoaccum.tuner.changes import ChangedPlan, WhatIf, in_four_bits, repeated_blocks
     from autoaccum.tuner.foreign_command import check_command, tune_command
     from autoaccum.tuner.in_place import refuse_unknown_keywords, tune
     from autoaccum.tuner.job_file import check_source, compare_source, tune_changed, tune_source
@@ -23,7 +23,7 @@ else:
         __name__,
         all_ranks="shared_limits",
         assembly="versions",
-        changes="ChangedPlan WhatIf in_four_bits",
+        changes="ChangedPlan WhatIf in_four_bits repeated_blocks",
         foreign_command="check_command tune_command",
         in_place="refuse_unknown_keywords tune",
         job_file="check_source compare_source tune_changed tune_source",

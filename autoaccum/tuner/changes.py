@@ -192,7 +192,7 @@ def _checkpointing(job: Job) -> Job:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable  # the name until Transformers 5.2
         enable({"use_reentrant": False})
         return job
-    blocks = _repeated(model)
+    blocks = repeated_blocks(model)
     if not blocks:
         raise UsageError("the model has no repeated blocks")
     for block in blocks:
@@ -210,7 +210,7 @@ def _again(forward: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def _repeated(model: torch.nn.Module) -> list[torch.nn.Module]:
+def repeated_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The outermost blocks of one class that stand side by side in a `ModuleList` or `Sequential`."""
     import torch
 

@@ -13,6 +13,7 @@ from autoaccum.errors import JobError, noted
 from autoaccum.probe import in_eval_mode
 from autoaccum.simulate import AttentionCall, Card, Tape
 from autoaccum.trace import Draws, OperatorWork, PhantomMode, Substitution, Tracer, last_line, quieten_transformers, recording
+from autoaccum.virtual.one_rank import OneRank, local_of
 from autoaccum.window import Job, accumulation
 
 _TEMPLATE = 2  # samples of the real batch that shows the shapes
@@ -21,10 +22,10 @@ _TEMPLATE = 2  # samples of the real batch that shows the shapes
 class Phantom:
     """Jobs that run in turn, on fake tensors. The change is permanent: their parameters have no memory any more.
 
-    kind: "cuda", or "cpu" if CUDA tensors cannot be faked. Raises `JobError` for a job that cannot be traced.
+    kind: "cuda", or "cpu" if CUDA tensors cannot be faked. engine, world: as in `Limits`, for one rank of several. Raises `JobError` for a job that cannot be traced.
     """
 
-    def __init__(self, jobs: Sequence[Job], kind: str = "cuda") -> None:
+    def __init__(self, jobs: Sequence[Job], kind: str = "cuda", *, engine: str = "", world: int = 1) -> None:
         self._jobs, self._kind = jobs, kind
         self._mode = PhantomMode()
         self._templates: dict[int, Any] = {}
@@ -39,7 +40,12 @@ class Phantom:
         with self._mode:
             for job in jobs:
                 self._substitution.swap(job)
-        self._layouts = [(tensor, tensor.dtype, tensor.size(), tensor.stride()) for tensor in self._substitution.resident]
+            self.rank = OneRank(jobs, engine, world, kind) if engine else None
+        self._resident, self._made_from = self._substitution.resident, self._substitution.made_from
+        if self.rank is not None:
+            self._resident = [local_of(self.rank.replaced.get(id(tensor), tensor)) for tensor in self._resident] + self.rank.resident
+            self._made_from = {**self._made_from, **self.rank.made_from}
+        self._layouts = [(tensor, tensor.dtype, tensor.size(), tensor.stride()) for tensor in self._resident]
         self._states = [[dict(state) for state in optimizer.state.values()] for job in jobs for optimizer in job.optimizers]
 
     def tape(self, windows: Sequence[Sequence[int]], card: Card, *, uneven: bool = False) -> Tape:
@@ -89,8 +95,8 @@ class Phantom:
     def recorded(self, run: Callable[[Tracer], None], card: Card, *, uneven: bool = False) -> Tape:
         """The tape of all that `run` does with the jobs. Afterwards the jobs are in the same state as before."""
         with recording(card, self._kind, self._mode, uneven=uneven) as tracer:
-            for tensor in self._substitution.resident:
-                whole = self._substitution.made_from.get(id(tensor), 0)
+            for tensor in self._resident:
+                whole = self._made_from.get(id(tensor), 0)
                 number = tracer.tape.born(whole, "parameters", "packing") if whole else None
                 tracer.track(tensor, "parameter")
                 if number is not None:
@@ -122,6 +128,11 @@ class Phantom:
     # -- one window --
 
     def _window(self, tracer: Tracer, sizes: Sequence[int], scalers: Sequence[Any]) -> None:
+        def on_phase(phase: str, index: int) -> None:
+            tracer.on_phase(phase, index)
+            if self.rank is not None:
+                self.rank.on_phase(phase)
+
         for job, scaler in zip(self._jobs, scalers):
             tracer.phase = "forward"  # with several jobs, a job begins after the step of the job before
             handles = [optimizer.register_step_pre_hook(lambda *_, job=job: _name_gradients(tracer, job)) for optimizer in job.optimizers]
@@ -133,11 +144,13 @@ class Phantom:
                     samples=sum(sizes),
                     device=torch.device(self._kind),
                     scaler=scaler,
-                    on_phase=tracer.on_phase,
+                    on_phase=on_phase,
                 )
             finally:
                 for handle in handles:
                     handle.remove()
+        if self.rank is not None:
+            self.rank.on_phase("end")
         tracer.ended()
 
     def batch(self, samples: int) -> Any:
@@ -179,6 +192,8 @@ class Phantom:
                     optimizer.state[parameter] = dict(state)
             for parameter in job.trained():
                 parameter.grad = None
+        if self.rank is not None:
+            self.rank.rewind()
         for tensor, dtype, size, stride in self._layouts:
             if (tensor.dtype, tensor.size()) != (dtype, size):  # a forward gave it other data, as Linear4bit casts its bias to the dtype of its input
                 with self._mode:

@@ -61,7 +61,11 @@ class Simulation:
         self._remarks = self._job_remarks(approximate)
         self._fingerprint = fingerprint(jobs)
         self._gradient_bytes = max(job.gradient_bytes() for job in jobs)
-        self._traced = JobTapes(Phantom(jobs, "cpu" if approximate else "cuda"), 2 if self._norms else 1)
+        phantom = Phantom(jobs, "cpu" if approximate else "cuda", engine=limits.engine, world=limits.world)
+        if phantom.rank is not None:
+            self._gradient_bytes = phantom.rank.gradient_bytes
+            self._remarks = (*self._remarks, *phantom.rank.remarks)
+        self._traced = JobTapes(phantom, 2 if self._norms else 1)
         self._approximate = bool(approximate)
         self._peaks: dict[Any, Replayed] = {}
         self._works: tuple[tuple[int, list[OperatorWork]], ...] | None = None  # of two sizes
