@@ -209,6 +209,8 @@ def train(rest: list[str] | None, /, epochs: int, **given: Any) -> None:
 @click.option("--max-micro-batch", type=int, metavar="M", help="Consider no larger micro-batch.")
 @click.option("--equal", is_flag=True, help="Equal micro-batches only, as most frameworks need.")
 @click.option("--what-if", is_flag=True, help="Also trace it with changes that make it need less memory.")
+@click.option("--world", type=int, default=1, metavar="N", help="Of that many equal cards which train together, one; the target is that of all.")
+@click.option("--shard", metavar="ddp|fsdp2|zero1|zero2|zero3", help="What copies or divides their state.  [default: ddp]")
 @click.option("--length", type=int, metavar="TOKENS", help="Tokens of a sample, for hf:config.json.")
 @click.option("--lora", metavar="r=16[,alpha=32,targets=q_proj+v_proj]", help="Train LoRA matrices alone, for hf:config.json.")
 @click.option("--set", "settings", multiple=True, metavar="NAME=VALUE", help="A keyword argument for the job's function; may be repeated.")
@@ -231,6 +233,8 @@ def estimate(
     max_micro_batch: int | None,
     equal: bool,
     what_if: bool,
+    world: int,
+    shard: str | None,
     length: int | None,
     lora: str | None,
     settings: tuple[str, ...],
@@ -275,6 +279,8 @@ def estimate(
         on_output=write_nothing if quiet else write_stderr,
         timeline=gpus[0] if timeline is not None else None,
         what_if=what_if,
+        world=world,
+        shard=shard,
     )
     click.echo(report.as_json(estimates.as_dict()) if as_json else estimates.explain())
     if output is not None:

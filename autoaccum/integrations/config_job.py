@@ -54,9 +54,11 @@ def make_job(
         raise UsageError(f"length must be a number of tokens from 2 to the model's {positions} positions, not {tokens!r}")
     known.use_cache = False
     dtype = _PRECISIONS[precision]
+    held = dtype if lora is not None and dtype is not None else torch.float32
+    setattr(known, "dtype" if hasattr(known, "dtype") else "torch_dtype", held)  # a file may name the type that its weights were saved in
     before = torch.get_default_dtype()
     try:
-        torch.set_default_dtype(dtype if lora is not None and dtype is not None else torch.float32)
+        torch.set_default_dtype(held)
         model = transformers.AutoModelForCausalLM.from_config(known, attn_implementation=attention)
     except ValueError as error:
         raise UsageError(f"{config} is no configuration of a causal language model: {str(error).splitlines()[0][:160]}") from None

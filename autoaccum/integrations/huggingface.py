@@ -111,7 +111,7 @@ def estimate(
     """Estimates a `transformers.Trainer` on cards that are not here, in a copy of this process: the Trainer does not change.
 
     The job is the Trainer's: its model, loss, collator, optimizer, precision, clipping and activation checkpointing, and the longest samples of
-    its training set. gpus, request: as in `autoaccum.estimate`. max_length, length: as in `tune`.
+    its training set. gpus, request: as in `autoaccum.estimate` (also `world` and `shard`). max_length, length: as in `tune`.
     Raises `UsageError` for trainers that generate, and what `autoaccum.estimate` raises.
     """
     needed("transformers", "huggingface")

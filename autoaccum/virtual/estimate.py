@@ -10,6 +10,7 @@ from autoaccum.plan import window_notation
 from autoaccum.tuner import WhatIf
 from autoaccum.units import in_words, number, unit_for
 
+ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")  # what divides or copies the state of ranks
 _FIGURES = {"total_bytes": "its memory", "context_bytes": "the size of its CUDA context", "cublas_workspace_bytes": "the size of cuBLAS's workspace"}
 
 
@@ -19,6 +20,7 @@ class Estimates:
 
     gpus: one `Estimate` for each card. seconds: the time that the estimates took. tape: the tape of one card's window, if requested.
     what_if: by card, the job with changes that make it need less memory, if requested; the quickest first.
+    world, shard: the ranks that train together, and what divides or copies their state; each estimate is then of a rank with the largest share.
     """
 
     job: str
@@ -27,6 +29,8 @@ class Estimates:
     seconds: float
     tape: dict[str, Any] | None = field(default=None, repr=False)
     what_if: dict[str, tuple[WhatIf, ...]] = field(default_factory=dict)
+    world: int = 1
+    shard: str = ""
 
     def __str__(self) -> str:
         return self.explain()
@@ -37,6 +41,7 @@ class Estimates:
         shape_text = ", ".join(f"{path} {('n', *shape[1:])}".replace("'", "") for path, shape in list(shapes.items())[:4])
         lines = [
             f"{self.target_batch} samples a step of {self.job}"
+            + (f" over {self.world} ranks ({self.shard}), {-(-self.target_batch // self.world)} on this one" if self.world > 1 else "")
             + (f", simulated at {shape_text}" if shape_text else "")
             + "; the columns weights to rest add up to the peak (rest: workspaces, the optimizer's temporaries, fragmentation)"
         ]
@@ -63,6 +68,7 @@ class Estimates:
             "target_batch": self.target_batch,
             "gpus": [estimate.as_dict() for estimate in self.gpus],
             "seconds": self.seconds,
+            **({"world": self.world, "shard": self.shard, "share": -(-self.target_batch // self.world)} if self.world > 1 else {}),
             **({"what_if": {gpu: [asdict(row) for row in rows] for gpu, rows in self.what_if.items()}} if self.what_if else {}),
         }
 

@@ -18,7 +18,7 @@ from autoaccum.probe import Child, Limits, Request, die_with_parent
 from autoaccum.simulate import profiles
 from autoaccum.tuner import changes
 from autoaccum.units import in_words, parse_headroom
-from autoaccum.virtual.estimate import Estimate, Estimates
+from autoaccum.virtual.estimate import ENGINES, Estimate, Estimates
 from autoaccum.window import Source, parse_source
 
 _DETAILED = 8  # up to this number of cards, the largest micro-batches are also searched
@@ -33,6 +33,8 @@ def estimate(
     max_micro_batch: int | None = None,
     equal: bool = False,
     what_if: bool = False,
+    world: int = 1,
+    shard: str | None = None,
 ) -> Estimates:
     """Estimates a job on cards that are not here: if it fits, its plan, its peak, and a breakdown of the memory.
 
@@ -41,21 +43,44 @@ def estimate(
     gpus: a name or a size (`"t4"`, `"24GiB"`), or a list of them; None for all known cards.
     what_if: also trace the job with changes that make it need less memory: bfloat16 autocast, blocks checkpointed, a fused optimizer, LoRA, half
     the length, and several of them. For a job's file; `Estimates.what_if` has them by card.
+    world: the number of equal cards that train together; the target is that of all. shard: what divides or copies their state: "ddp" (the default),
+    "fsdp2", "zero1", "zero2" or "zero3". The plan is then that of a rank with the largest share.
     The other keywords are those of `tune`.
 
     Raises `UsageError` for an unknown card, `ProfileError` for an invalid data file, `JobError` for a job that cannot be traced.
     """
-    request = Request(target_batch, None, headroom, max_micro_batch, equal)
+    request, ranks = Request(target_batch, None, headroom, max_micro_batch, equal), _ranks(world, shard)
     names = [gpus] if isinstance(gpus, str) else profiles.names() if gpus is None else list(gpus)
     if callable(job) and what_if:
         raise UsageError("what_if=True builds the job several times, each in a process of its own: give the job's file, 'train.py:make_job'")
     if callable(job):
-        return _forked(job, request, names)
+        return _forked(job, request, names, ranks)
     if not isinstance(job, (str, Source)):
         raise UsageError(
             f"estimate needs a function that builds the job, or its file ('train.py:make_job'), not a {type(job).__name__}: the job itself is torn apart"
         )
-    return estimate_source(job, request, names, what_if=what_if)
+    return estimate_source(job, request, names, what_if=what_if, world=world, shard=shard)
+
+
+def _ranks(world: int, shard: str | None) -> tuple[int, str]:
+    """The number of ranks, and what divides or copies their state; "" on one. Raises `UsageError` for what is none."""
+    if isinstance(world, bool) or not isinstance(world, int) or world < 1:
+        raise UsageError(f"world must be a number of ranks, at least 1, not {world!r}")
+    if shard is not None and shard not in ENGINES:
+        raise UsageError(f"shard must be one of {', '.join(ENGINES)}, not {shard!r}")
+    if shard is not None and world == 1:
+        raise UsageError(f"shard={shard!r} divides the state over ranks: say how many with world")
+    return world, (shard or "ddp") if world > 1 else ""
+
+
+def _of_rank(request: Request, ranks: tuple[int, str]) -> Request:
+    """The request of the rank with the largest share. Raises `UsageError` for fewer samples than ranks."""
+    world, engine = ranks
+    if request.samples < world:
+        raise UsageError(f"a target batch of {request.samples} over {world} ranks leaves some without a sample: give a larger one, or fewer ranks")
+    share = Request(-(-request.samples // world), None, request.headroom, request.max_micro_batch, request.equal)
+    object.__setattr__(share, "limits", replace(share.limits, engine=engine, world=world))
+    return share
 
 
 def estimate_source(
@@ -67,18 +92,22 @@ def estimate_source(
     timeline: str | None = None,
     buckets: bool = False,
     what_if: bool = False,
+    world: int = 1,
+    shard: str | None = None,
 ) -> Estimates:
     """Does the same as `estimate`, for a job that a file builds.
 
     on_output: called with the text that the job prints. timeline: the card whose window is also returned as a tape.
-    buckets: True to keep memory free for the gradient buckets of DistributedDataParallel. what_if: as in `estimate`.
+    buckets: True to keep memory free for the gradient buckets of DistributedDataParallel. what_if, world, shard: as in `estimate`.
     """
     started = time.monotonic()
+    target, (world, engine) = request.samples, _ranks(world, shard)
+    request = _of_rank(request, (world, engine))
     _check_cards(names, request)
     origin = where if isinstance(where, Source) else parse_source(where)
     if timeline is None and len(names) > _DETAILED:
         many = _side_by_side(origin, request, names, replace(request.limits, buckets=buckets), on_output)
-        return Estimates(origin.label, request.samples, many, round(time.monotonic() - started, 3))
+        return Estimates(origin.label, target, many, round(time.monotonic() - started, 3), world=world, shard=engine)
     with Child(origin, f"virtual:{names[0]}", replace(request.limits, buckets=buckets), on_output=on_output) as child:
         estimates = [_estimate_card(child, name, request, len(names)) for name in names]
         tape = None
@@ -86,7 +115,7 @@ def estimate_source(
             chosen = _estimate_card(child, timeline, request, len(names))
             tape = child.simulated("taped", sizes=list(chosen.micro_batches))
     found = _what_if(origin, request, names, replace(request.limits, buckets=buckets)) if what_if else {}
-    return Estimates(origin.label, request.samples, tuple(estimates), round(time.monotonic() - started, 3), tape, found)
+    return Estimates(origin.label, target, tuple(estimates), round(time.monotonic() - started, 3), tape, found, world, engine)
 
 
 def _what_if(origin: Source, request: Request, names: Sequence[str], limits: Limits) -> dict[str, tuple[changes.WhatIf, ...]]:
@@ -169,7 +198,7 @@ def _search_options(request: Request, cards: int) -> dict[str, Any]:
     return {"most": request.max_micro_batch, "equal": request.equal, "both": cards <= _DETAILED}
 
 
-def _forked(make: Callable[[], Any], request: Request, names: Sequence[str]) -> Estimates:
+def _forked(make: Callable[[], Any], request: Request, names: Sequence[str], ranks: tuple[int, str]) -> Estimates:
     """Estimates in a copy of this process: the function may live in a notebook, and tracing changes torch for the whole process."""
     started = time.monotonic()
     torch = sys.modules.get("torch")
@@ -177,6 +206,7 @@ def _forked(make: Callable[[], Any], request: Request, names: Sequence[str]) -> 
         raise UsageError("this process has used CUDA, so no copy of it can simulate a card: give the job's file, estimate('train.py:make_job', ...)")
     if not hasattr(os, "fork"):
         raise UsageError("this system cannot copy a process: give the job's file, estimate('train.py:make_job', ...)")
+    target, request = request.samples, _of_rank(request, ranks)
     _check_cards(names, request)
     receive, send = os.pipe()
     sys.stdout.flush()
@@ -198,7 +228,8 @@ def _forked(make: Callable[[], Any], request: Request, names: Sequence[str]) -> 
     answer = json.loads(text)
     if "error" in answer:
         raise from_document(answer["error"])
-    return Estimates(getattr(make, "__name__", "job"), request.samples, tuple(map(Estimate.from_dict, answer["gpus"])), round(time.monotonic() - started, 3))
+    found = tuple(map(Estimate.from_dict, answer["gpus"]))
+    return Estimates(getattr(make, "__name__", "job"), target, found, round(time.monotonic() - started, 3), world=ranks[0], shard=ranks[1])
 
 
 def _run_copy(make: Callable[[], Any], request: Request, names: Sequence[str], receive: int, send: int, parent: int) -> NoReturn:

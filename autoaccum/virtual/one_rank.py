@@ -17,9 +17,9 @@ import torch
 from autoaccum.errors import JobError, UsageError
 from autoaccum.tuner import repeated_blocks
 from autoaccum.units import MIB
+from autoaccum.virtual.estimate import ENGINES
 from autoaccum.window import Job
 
-ENGINES = ("ddp", "fsdp2", "zero1", "zero2", "zero3")
 # DistributedDataParallel sends the parameters once, in pieces of this size (torch/nn/parallel/distributed.py, broadcast_bucket_size).
 _BROADCAST_BYTES = 250 * MIB
 # DeepSpeed's defaults, in elements (deepspeed/runtime/zero/config.py): reduce_bucket_size, stage3_max_live_parameters.
@@ -27,9 +27,10 @@ _REDUCE_BUCKET, _MOST_LIVE = 500_000_000, 1_000_000_000
 
 
 class OneRank:
-    """Rank 0 of `world`. engine: one of `ENGINES`. jobs: with phantom tensors already; they change for good. Inside the mode of these tensors.
+    """Rank 0 of `world`. engine: one of `estimate.ENGINES`. jobs: with phantom tensors already; they change for good. Inside the mode of these tensors.
 
     resident: tensors that it holds beside the job's. made_from: by id of a resident tensor, the bytes beside it while it is made.
+    kinds: by id of a resident tensor, the kind of its memory (`tape.KINDS`), if it is no weight.
     replaced: by id of a parameter that it has divided, this rank's part.
     gradient_bytes: of the gradients that stay between micro-batches. remarks: how far the figures can be trusted, in words.
     Raises `UsageError` for an engine that there is not, and `JobError` for a job that it cannot run.
@@ -39,6 +40,7 @@ class OneRank:
         self._jobs, self._world, self._kind = jobs, world, kind
         self.resident: list[torch.Tensor] = []
         self.made_from: dict[int, int] = {}
+        self.kinds: dict[int, str] = {}
         self.replaced: dict[int, torch.Tensor] = {}
         self.gradient_bytes = max(job.gradient_bytes() for job in jobs)
         self.remarks: tuple[str, ...] = ()
@@ -65,6 +67,7 @@ class OneRank:
     def _with_buckets(self, job: Job) -> None:
         trained = job.trained()
         buckets = self._held(sum(each.nbytes for each in trained))
+        self.kinds[id(buckets)] = "gradients"
         self.made_from[id(buckets)] = min(sum(each.nbytes for each in job.model.parameters()), _BROADCAST_BYTES)
         self.remarks = ("ddp: its buckets, a second copy of the gradients, are counted by formula; NCCL's own memory is not",)
 
@@ -119,6 +122,7 @@ class OneRank:
                 numbers = math.ceil(sum(each.numel() for each in group["params"] if each.requires_grad) / self._world)
                 part = torch.nn.Parameter(torch.empty(numbers, dtype=torch.float32, device=self._kind))  # single_partition_of_fp32_groups
                 self.resident.append(part)
+                self.kinds[id(part)] = "optimizer"
                 share += numbers
                 group["params"] = [part]
             optimizer.register_step_pre_hook(lambda optimizer, *_: self._take_gradients(optimizer, trained))
@@ -135,6 +139,7 @@ class OneRank:
         if stage == 3:  # its buckets are made once; parts of the parameters stay beside those that are gathered
             for dtype in sorted(types, key=str):
                 self.resident.append(torch.empty(_REDUCE_BUCKET, dtype=dtype, device=self._kind))
+                self.kinds[id(self.resident[-1])] = "gradients"
             self._held(math.ceil(whole_bytes / self._world))
         gathered = ", all parameters gathered" if stage == 3 else ""
         self.remarks = (

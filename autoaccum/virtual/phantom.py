@@ -101,6 +101,8 @@ class Phantom:
                 tracer.track(tensor, "parameter")
                 if number is not None:
                     tracer.tape.died(number)
+                if self.rank is not None and (named := self.rank.kinds.get(id(tensor))):
+                    tracer.named([tensor], named)
             tracer.late = {tensor.untyped_storage()._cdata for tensor in self._substitution.late}
             made_before = [value for states in self._states for state in states for value in state.values() if isinstance(value, FakeTensor)]
             tracer.named([value for value in made_before if value.device.type == self._kind], "optimizer")  # made by its constructor, as Adagrad does

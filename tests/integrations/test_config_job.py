@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from autoaccum.errors import UsageError
 from autoaccum.integrations import config_job
@@ -40,6 +41,15 @@ def test_a_configuration_is_estimated_in_full_and_with_lora(config):
     assert full["breakdown"]["parameters"] == pytest.approx(weights, rel=0.02)  # in fp32
     assert lora["breakdown"]["parameters"] < 0.65 * weights and lora["breakdown"]["optimizer"] < 0.2 * full["breakdown"]["optimizer"]
     assert short["measured_at"]["input_ids"][1] == 128 and full["measured_at"]["input_ids"][1] == 512
+
+
+@pytest.mark.parametrize("saved", ["float16", "bfloat16"])
+def test_the_type_that_weights_were_saved_in_is_not_the_type_they_are_trained_in(tmp_path, saved):
+    (tmp_path / "config.json").write_text(json.dumps({**SMALL, "torch_dtype": saved}))
+    job = config_job.make_job(str(tmp_path / "config.json"))
+    assert {parameter.dtype for parameter in job.model.parameters()} == {torch.float32}
+    adapted = config_job.make_job(str(tmp_path), lora="r=8", precision="fp16")
+    assert {parameter.dtype for parameter in adapted.model.parameters() if not parameter.requires_grad} == {torch.float16}
 
 
 @pytest.mark.parametrize(
