@@ -6,7 +6,6 @@ the engine allocates them.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -195,15 +194,15 @@ def _ranks_that_are_not_there(world: int, kind: str) -> Iterator[Any]:
     import torch.distributed as dist
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-    if not dist.is_available() or not importlib.util.find_spec("torch.testing._internal.distributed.fake_pg"):
-        raise UsageError(f"this build of torch ({torch.__version__}) has no process group to try: leave shard=fsdp2 out, or take ddp")
+    if not dist.is_available():
+        raise UsageError(f"this build of torch ({torch.__version__}) has no process groups: leave fsdp2 out, or take ddp")
     if dist.is_initialized():
         raise UsageError("this process has a process group already: estimate in a process of its own, from the job's file")
     with unset_fake_temporarily():
+        import torch.distributed._tools.fake_collectives
         from torch.distributed.device_mesh import init_device_mesh
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
-        importlib.import_module("torch.distributed._tools.fake_collectives")  # shapes of collectives
         dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
         if kind == "cuda":
             for name in ("Stream", "Event"):
