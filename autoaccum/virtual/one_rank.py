@@ -199,7 +199,7 @@ def _ranks_that_are_not_there(world: int, kind: str) -> Iterator[Any]:
     if dist.is_initialized():
         raise UsageError("this process has a process group already: estimate in a process of its own, from the job's file")
     with unset_fake_temporarily():
-        import torch.distributed._tools.fake_collectives
+        from torch.distributed._tools import fake_collectives  # noqa: F401 - gives collectives their shapes
         from torch.distributed.device_mesh import init_device_mesh
         from torch.testing._internal.distributed.fake_pg import FakeStore
 
