@@ -12,12 +12,12 @@ from torch.utils.data import DataLoader
 
 import autoaccum
 from autoaccum.data import batches
-from autoaccum.devices.cpu import Cpu
 from autoaccum.errors import JobError
 from autoaccum.plan import arithmetic
 from autoaccum.window import accumulation, weights
 from autoaccum.window.job import Job
 from tests import jobs
+from tests.devices.fresh import fresh
 from tests.plans import by_hand
 
 MIB = 2**20
@@ -386,19 +386,31 @@ def test_nested_batches_of_every_kind_are_exact_texts_included(kind):
 
 @pytest.mark.slow
 def test_with_8_steps_the_peak_is_that_of_2():
-    """No graph and no activation outlives its micro-batch. 20 samples take 40 MiB."""
-    job = jobs.hungry(mib=2)
-    cpu = Cpu()
-    cpu.prepare()
-    peaks = []
-    for steps in (2, 8):
-        loop = autoaccum.Accumulator(job, by_hand(job, 20 * steps, 20))
+    """No graph and no activation outlives its micro-batch. 20 samples take 40 MiB. In a process of its own: where other tests ran, the C library keeps
+    what they freed."""
+    peaks = fresh(
+        """
+import json
+import torch
+import autoaccum
+from autoaccum.devices.cpu import Cpu
+from tests import jobs
+from tests.plans import by_hand
+
+torch.set_num_threads(1)
+job, cpu, peaks = jobs.hungry(mib=2), Cpu(), []
+cpu.prepare()
+for steps in (2, 8):
+    loop = autoaccum.Accumulator(job, by_hand(job, 20 * steps, 20))
+    loop.step(torch.zeros(20 * steps, 1))
+    with cpu.watch() as watch:
+        before = cpu.held_bytes()
         loop.step(torch.zeros(20 * steps, 1))
-        with cpu.watch() as watch:
-            before = cpu.held_bytes()
-            loop.step(torch.zeros(20 * steps, 1))
-            peaks.append(watch.peak_bytes() - before)
-    assert peaks[0] > 40 * MIB and abs(peaks[1] - peaks[0]) < 2 * MIB
+        peaks.append(watch.peak_bytes() - before)
+print(json.dumps(peaks))
+"""
+    )
+    assert peaks[0] > 40 * MIB and abs(peaks[1] - peaks[0]) < 2 * MIB, peaks
 
 
 def test_the_norm_is_that_of_what_is_stepped_and_other_gradients_do_not_pile_up():
