@@ -149,13 +149,17 @@ def shapes(batch: Any) -> dict[str, tuple[int, ...]]:
 
 def of_one(batch: Any) -> Any:
     """What the samples of a batch look like: equal for batches whose tensors differ only in the number of samples. Quick for plain batches."""
-    if isinstance(batch, torch.Tensor):
+    if isinstance(batch, torch.Tensor) and not batch.is_nested:
         return batch.shape[1:]
     if type(batch) in (tuple, list) and all(type(item) is torch.Tensor and not item.is_nested for item in batch):
         return [item.shape[1:] for item in batch] if not is_list_of_samples(batch) else None
     if type(batch) is dict and all(type(item) is torch.Tensor and not item.is_nested for item in batch.values()):
         return {name: item.shape[1:] for name, item in batch.items()}
-    return {path: shape[1:] for path, shape in shapes(batch).items()}
+    # Nested tensors and lists of samples take samples of any length.
+    return {
+        path: (str(leaf.layout), leaf.dtype) if _is_nested(leaf) else tuple(leaf.shape[1:]) if hasattr(leaf, "shape") else None
+        for path, leaf in _leaves(_with_samples_marked(batch))
+    }
 
 
 def _tensors(leaf: Any) -> Iterator[torch.Tensor]:

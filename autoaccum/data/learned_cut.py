@@ -16,7 +16,7 @@ class LearnedCut:
     ahead: True if the next micro-batch may be copied to the device while one computes; the size of a next one may depend on the peak of this one.
     is_limited: True once parts could not be joined, so that micro-batches are no larger than they are, and parts are cut evenly.
     sizes: the samples of each micro-batch so far, as they ran. Parts that cannot be joined become micro-batches of their own.
-    largest_part: the samples of the largest part. parts: the window's own parts, for what must be known of all of them before the first one runs.
+    parts: the window's own parts, for what must be known of all of them before the first one runs.
     """
 
     def __init__(self, window: Window, next_size: Callable[[int, int], int], *, ahead: bool = False, is_limited: bool = False) -> None:
@@ -25,7 +25,7 @@ class LearnedCut:
         self.decided: list[int] = []  # the sizes that were asked for
         self.sizes: list[int] = []
         self.is_limited = is_limited
-        self.parts, self.largest_part = window.parts, max(window.sizes, default=0)
+        self.parts = window.parts
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         start = 0

@@ -159,11 +159,17 @@ class _Joined:
 
     def __init__(self, window: Window, groups: list[list[tuple[Any, int]]], most: int | None) -> None:
         self._window, self._groups, self._most = window, groups, most
+        self._unlike: bool | None = None
+
+    def _spans_unlike(self) -> bool:
+        """True if a micro-batch spans parts whose samples have unlike shapes."""
+        if self._unlike is None:
+            several = (group for group in self._groups if len(group) > 1)
+            self._unlike = any(batches.of_one(part) != first for group in several for first in [batches.of_one(group[0][0])] for part, _ in group[1:])
+        return self._unlike
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
-        if self._most is not None and any(
-            batches.of_one(part) != batches.of_one(group[0][0]) for group in self._groups if len(group) > 1 for part, _ in group[1:]
-        ):
+        if self._most is not None and self._spans_unlike():
             pairs = zip(self._window.parts, self._window.sizes)
             for _, alike in groupby(pairs, key=lambda pair: batches.of_one(pair[0])):
                 parts, sizes = zip(*alike)

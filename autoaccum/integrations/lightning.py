@@ -12,7 +12,8 @@ import inspect
 import logging
 import sys
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,7 +26,7 @@ from autoaccum.data import Window, batches
 from autoaccum.errors import PlanError, UsageError
 from autoaccum.integrations import LIMITS, needed, not_remembered
 from autoaccum.integrations.lightning_loader import Fed, MicroBatches, of_windows, to_count, with_batches_of
-from autoaccum.integrations.lightning_windows import LearnedWindows
+from autoaccum.integrations.lightning_windows import LearnedWindows, Metrics
 from autoaccum.loop import FirstWindows, Progress, attributes_kept
 from autoaccum.plan import Plan, framework_arguments, window_notation
 from autoaccum.probe import Evaluation, Request
@@ -174,7 +175,8 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         takes_index = len(inspect.signature(pl_module.validation_step).parameters) > 1
 
         def run(model: Any, batch: Any) -> Any:
-            moved = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+            moved = trainer.precision_plugin.convert_input(batch)
+            moved = trainer.strategy.batch_to_device(type(model)._on_before_batch_transfer(model, moved), dataloader_idx=0)
             with trainer.precision_plugin.val_step_context():
                 return model.validation_step(moved, 0) if takes_index else model.validation_step(moved)
 
@@ -273,6 +275,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             if self._learned is not None:
                 self._learned.end(self._ends)
                 self.plan = self._learned.plan
+            self._ends = None  # its samples are not needed any more
 
     def _weigh(self, weight: float) -> None:
         self._weight = weight
@@ -338,8 +341,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
         """A function that compares a few samples of a window, together and one by one."""
 
         def compare(window: Window) -> None:
-            with attributes_kept(pl_module):
-                pl_module.log = pl_module.log_dict = _log_nothing
+            with _undisturbed(pl_module):
                 FirstWindows([self._job(trainer, pl_module, ())]).look(window, None, 2, at_any=True)
 
         return compare
@@ -366,8 +368,7 @@ class EffectiveBatch(_pytorch.Callback):  # type: ignore[misc] # Lightning is no
             most = plan.micro_batch if self._learned is None else self._learned.plan.micro_batch
             if self._learned is not None and most < 2:  # one sample is known to fit, and two may not
                 return
-            with attributes_kept(pl_module):
-                pl_module.log = pl_module.log_dict = _log_nothing
+            with _undisturbed(pl_module):
                 first.look(window, None, most)
 
         return look
@@ -393,6 +394,18 @@ def apply(plan: Plan, trainer: Any, *, count: Callable[[Any], float] | None = No
     trainer.callbacks.append(EffectiveBatch(plan.target_batch, plan=plan, count=count))
 
 
+@contextmanager
+def _undisturbed(pl_module: Any) -> Iterator[None]:
+    """Inside, the module logs nothing; at the end its attributes and metrics are as before."""
+    metrics = Metrics(pl_module)
+    try:
+        with attributes_kept(pl_module):
+            pl_module.log = pl_module.log_dict = _log_nothing
+            yield
+    finally:
+        metrics.put_back()
+
+
 def _putting_back(owner: Any, name: str) -> Callable[[], None]:
     value = getattr(owner, name)
     return lambda: setattr(owner, name, value)
@@ -411,7 +424,8 @@ def _loss_of(trainer: Any, pl_module: Any) -> Callable[[Any, Any], Any]:
     takes_index = len(inspect.signature(pl_module.training_step).parameters) > 1
 
     def loss(model: Any, batch: Any) -> Any:
-        moved = trainer.precision_plugin.convert_input(trainer.strategy.batch_to_device(batch, dataloader_idx=0))
+        hook = type(model)._on_before_batch_transfer  # not that of the instance, which lets windows through
+        moved = trainer.strategy.batch_to_device(hook(model, trainer.precision_plugin.convert_input(batch)), dataloader_idx=0)
         with trainer.precision_plugin.train_step_context():
             returned = model.training_step(moved, 0) if takes_index else model.training_step(moved)
         return returned["loss"] if isinstance(returned, dict) else returned

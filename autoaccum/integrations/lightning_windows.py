@@ -12,6 +12,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
+import torch
+
 from autoaccum import devices
 from autoaccum.data import Cut, Window
 from autoaccum.devices import malloc_for_training
@@ -45,7 +47,6 @@ class LearnedWindows:
         self._learner: Learner | None = Learner([job], device, request)
         self.plan: Plan = self._learner.plan
         self._rescuer = Rescuer([job], device, self.plan, enabled=True, grow_after=None)
-        self._is_next = False  # True between the two hooks that move a batch to the device
         self._scale, self._seems_summed = 0.0, False
 
     @property
@@ -57,19 +58,13 @@ class LearnedWindows:
     def attach(self, trainer: Any, module: Any) -> list[Callable[[], object]]:
         """Lets windows through to the training step as they are, and cuts them there. Returns functions that undo it."""
         strategy, loop = trainer.strategy, trainer.fit_loop.epoch_loop.automatic_optimization
-        before_transfer, to_device, make_closure = module._on_before_batch_transfer, strategy.batch_to_device, loop._make_closure
+        to_device, make_closure = strategy.batch_to_device, loop._make_closure
         lightnings = sys.modules[type(loop).__module__]
-
-        def stays(batch: Any, *args: Any, **settings: Any) -> Any:
-            self._is_next = bool(trainer.training)
-            if isinstance(batch, Whole):
-                window = batch.window
-                return Whole(Window([before_transfer(part, *args, **settings) for part in window.parts], window.sizes))
-            return before_transfer(batch, *args, **settings)
+        stays = _StaysOnHost(module)
 
         def moved(batch: Any, *args: Any, **settings: Any) -> Any:
-            if self._is_next:
-                self._is_next = False
+            if stays.let_through:  # the loop's own call, between reading a window and the training step
+                stays.let_through = False
                 return batch
             return to_device(batch, *args, **settings)
 
@@ -77,12 +72,13 @@ class LearnedWindows:
             own = make_closure(kwargs, optimizer, batch_idx)
 
             def ran(batch: Any) -> Any:
-                batch = to_device(trainer.precision_plugin.convert_input(batch), dataloader_idx=0)
+                batch = to_device(stays.hooked(trainer.precision_plugin.convert_input(batch)), dataloader_idx=0)
                 trainer._results.batch, trainer._results.batch_size = batch, None  # means over an epoch are weighted by it
                 return loop._training_step(OrderedDict(kwargs, batch=batch))
 
             return lightnings.Closure(step_fn=partial(self._window, kwargs["batch"], ran, own, optimizer, trainer._results))
 
+        self._module = module
         module._on_before_batch_transfer, strategy.batch_to_device, loop._make_closure = stays, moved, closure
         return [
             lambda: vars(module).pop("_on_before_batch_transfer", None),
@@ -94,34 +90,37 @@ class LearnedWindows:
         """Forward and backward of a window. own: Lightning's closure, whose parts run for each micro-batch. Returns the result of the last one, with the loss of all."""
         learner, window = self._learner, batch.window if isinstance(batch, Whole) else Window.of([batch])
         total = float(window.samples) if self._count is None else sum(float(self._count(part)) for part in window.parts)
-        values_before = {name: dict(vars(metric)) for name, metric in logged.items()}
+        metrics = Metrics(self._module, logged)
         last: list[Any] = []
         attempts, any_loss = 0, False
 
         def attempt(cut: Cut, *, on_phase: PhaseCallback) -> WindowResult:
             nonlocal attempts, any_loss
             attempts += 1
+            last.clear()
             if attempts > 1:
-                _put_back(logged, values_before)
+                metrics.put_back()
                 optimizer.zero_grad()
             elif own._zero_grad_fn is not None:
                 own._zero_grad_fn()
             losses, index = [], -1
             for index, (piece, size) in enumerate(cut):
-                on_phase("forward", index)
                 weight = (float(size) if self._count is None else float(self._count(piece))) / total
                 if not weight:  # the mean over nothing is nan
                     continue
+                on_phase("forward", index)
                 result = ran(piece)
+                loss, result.closure_loss = result.closure_loss, None  # nothing but `loss` holds the graph
+                if loss is None:  # the training step left this micro-batch out
+                    on_phase("left out", index)
+                else:
+                    on_phase("backward", index)
+                    losses.append(result.loss * weight)
+                    self._weigh(weight)
+                    if own._backward_fn is not None:
+                        own._backward_fn(loss)
+                    del loss
                 last[:] = [result]
-                if result.closure_loss is None:  # the training step left this micro-batch out
-                    continue
-                on_phase("backward", index)
-                losses.append(result.loss * weight)
-                self._weigh(weight)
-                if own._backward_fn is not None:
-                    own._backward_fn(result.closure_loss)
-                result.closure_loss = None  # frees its graph
             on_phase("clip", index)
             any_loss = bool(losses)
             return WindowResult(WindowLoss(losses, None), window.samples, index + 1, None, None, (), {})
@@ -140,7 +139,7 @@ class LearnedWindows:
         if learner is not None and self._count is None:
             learner.warn_of_nothing(result, self._job.loss)
             self._seems_summed = learner.seems_no_mean(result)
-        (returned,) = last
+        returned = last[0]
         if any_loss:
             returned.closure_loss = returned.loss = result.loss
         return returned
@@ -166,10 +165,55 @@ def _scale(job: Job) -> float:
     return 0.0 if job.scaler is None else float(job.scaler.get_scale())
 
 
-def _put_back(logged: Any, before: dict[str, dict[str, Any]]) -> None:
-    """Takes back what a window that failed has logged."""
-    for name, metric in logged.items():
-        if name in before:
-            vars(metric).update(before[name])
-        else:
-            metric.reset()
+class _StaysOnHost:
+    """In the place of a module's hook before the transfer: a window stays as it is while it is read, and the hook runs on each micro-batch.
+
+    A copy of the module, or one that was written to a file, has the hook of its class.
+    """
+
+    def __init__(self, module: Any) -> None:
+        self._module, self._is_copy, self.let_through = module, False, False
+
+    def __call__(self, batch: Any, *args: Any, **settings: Any) -> Any:
+        trainer = None if self._is_copy else self._module._trainer
+        if trainer is not None and trainer.training:
+            self.let_through = True
+            return batch
+        return self.hooked(batch, *args, **settings)
+
+    def hooked(self, batch: Any, *args: Any, **settings: Any) -> Any:
+        """What the module's own hook makes of a batch."""
+        return type(self._module)._on_before_batch_transfer(self._module, batch, *args, **settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_module": self._module, "_is_copy": True, "let_through": False}
+
+
+class Metrics:
+    """The states of a module's torchmetrics and of what it has logged, to be put back. Their tensors change in place."""
+
+    def __init__(self, module: torch.nn.Module, logged: Any = None) -> None:
+        self._logged = {} if logged is None else dict(logged)
+        metrics = [each for each in module.modules() if _is_metric(each)]
+        self._before = [(each, _states(each)) for each in (*metrics, *self._logged.values())]
+        self._results = logged
+
+    def put_back(self) -> None:
+        for metric, states in self._before:
+            vars(metric).update({name: _copied(value) for name, value in states.items()})
+        for name, metric in dict(self._results or {}).items():
+            if name not in self._logged:
+                metric.reset()
+
+
+def _is_metric(module: Any) -> bool:
+    """True for a `torchmetrics.Metric`, which need not be installed to ask."""
+    return hasattr(module, "_defaults") and hasattr(module, "_update_count")
+
+
+def _states(metric: Any) -> dict[str, Any]:
+    return {name: _copied(value) for name, value in vars(metric).items() if isinstance(value, (torch.Tensor, list, int, bool, type(None)))}
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, torch.Tensor) else list(value) if isinstance(value, list) else value

@@ -129,8 +129,9 @@ class _Windows:
         def attempt(cut: Cut, *, on_phase: PhaseCallback) -> WindowResult:
             losses, index = [], -1
             for index, (piece, _) in enumerate(cut):
-                on_phase("forward", index)
                 counted = trainer_counts.counted(self._trainer, piece)
+                if counted:  # else it does not run
+                    on_phase("forward", index)
                 weight = trainer_counts.Weight(counted, counted / total if total else 0.0)
                 losses.append(self._trainer._autoaccum_weighted_step(model, piece, weight).detach())
             on_phase("clip", index)

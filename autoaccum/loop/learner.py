@@ -82,6 +82,7 @@ class Learner:
         self._peak_bytes = self._held_bytes = 0
         self._beforehand = self._given = self._is_fixed = False
         self._lazy: LearnedCut | None = None  # the window that runs, if it is cut while it runs
+        self._largest_part = 0  # the samples of the largest part of all windows
         self._is_limited = False  # True once parts of windows could not be joined
         self._cut: Sequence[int] = ()  # the sizes of the window that runs, as far as they are decided
         self._window_retries = 0
@@ -188,6 +189,7 @@ class Learner:
             return list(zip(window.parts, window.sizes))
         if window.split is None and not self._beforehand:
             settled = self._search().propose(self.budget.budget_bytes) is None
+            self._largest_part = max(self._largest_part, *window.sizes)
             self._lazy = LearnedCut(window, self._next_size, ahead=settled, is_limited=self._is_limited)
             self._cut = self._lazy.sizes
             return self._lazy
@@ -305,13 +307,14 @@ class Learner:
         searching = proposal is not None and (self._fleet is None or proposal <= self._whole)
         if self._lazy is not None and self._lazy.is_limited:
             self._say_that_parts_limit()
-            searching = searching and proposal is not None and proposal <= self._lazy.largest_part
+            searching = searching and proposal is not None and proposal <= self._largest_part
             planned = tuple(self._cut) if max(self._cut) <= found or not searching else planned
-        self._whole_windows = self._whole_windows + 1 if tuple(self._cut) == planned else self._whole_windows if samples < self._whole else 0
+        is_smaller = samples < self._whole  # at the end of an epoch; it says nothing
+        self._whole_windows = self._whole_windows if is_smaller else self._whole_windows + 1 if tuple(self._cut) == planned else 0
         if self._whole_windows > 1 and self._window_retries:
             self._refused(found, "over-budget", "step", self.budget.budget_bytes)  # the allocator flushes its cache in every window, which is slow
             self._whole_windows = 0
-        settled = not searching and self._whole_windows >= _WHOLE_WINDOWS
+        settled = not searching and not is_smaller and self._whole_windows >= _WHOLE_WINDOWS
         if self._is_fixed:  # micro-batches that are given, or cannot be cut: nothing is decided here
             self._fixed_windows += 1
             found, settled = max(self._cut, default=found), self._fixed_windows > _WHOLE_WINDOWS
@@ -333,7 +336,7 @@ class Learner:
             log.warning(
                 "the loader's batches cannot be joined (padded to unlike lengths), so no micro-batch is larger than one of them, here %d: give the loader "
                 "larger batches, or take DataLoader(dataset, batch_sampler=loop.plan.batch_sampler(dataset))",
-                0 if self._lazy is None else self._lazy.largest_part,
+                self._largest_part,
             )
 
     def goes_on(self, micro_batch: int) -> bool:
@@ -457,10 +460,13 @@ class _Listener:
         self._last, self._base_bytes = -1, 0
 
     def __call__(self, phase: str, index: int) -> None:
-        if phase == "forward":
+        if phase == "left out":  # it has not run to its end
+            self._watch.lap_bytes()
+            self._last = -1
+        elif phase == "forward":
             lap_bytes = self._watch.lap_bytes()
-            if index:
-                self._learner.read(index - 1, lap_bytes, self._base_bytes)
+            if self._last >= 0:
+                self._learner.read(self._last, lap_bytes, self._base_bytes)
             self._last, self._base_bytes = index, self._live_bytes()
         elif phase in ("sync", "clip") and self._last >= 0:
             self._learner.read(self._last, self._watch.lap_bytes(), self._base_bytes)

@@ -86,6 +86,18 @@ def test_a_part_is_cut_evenly_where_its_neighbours_cannot_be_joined_to_it():
     assert [size for _, size in window.cut((12,) * 8 + (6,), most=12, elsewhere=True)] == [9, 8] * 6
 
 
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+@pytest.mark.parametrize("kind", [lambda part: part, lambda part: {"ids": part}, lambda part: (part, torch.zeros(4))], ids=["bare", "dict", "tuple"])
+def test_nested_tensors_are_joined_whatever_their_longest_rows(kind, layout):
+    def part(longest):
+        return kind(
+            torch.nested.nested_tensor([torch.ones(1 + (row * longest) % longest + row % 2) for row in range(3)] + [torch.ones(longest)], layout=layout)
+        )
+
+    (window,) = by_hand(None, 16, 8).windows([part(longest) for longest in (3, 5, 4, 6)])
+    assert [size for _, size in window.cut((8, 8), most=8, elsewhere=True)] == [8, 8]
+
+
 def test_batches_whose_other_values_differ_are_not_joined():
     loader = [(torch.ones(2, 3), "english"), (torch.ones(2, 3), "german")]
     (window,) = by_hand(None, 4, 4).windows(loader)

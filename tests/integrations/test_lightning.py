@@ -1,11 +1,14 @@
 """In a real Trainer: every optimizer step is over the target, its gradient that of the whole window, and all is put back."""
 
+import copy
 import logging
+import pickle
 import warnings
 
 import lightning
 import pytest
 import torch
+import torchmetrics
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
@@ -427,6 +430,127 @@ def test_a_window_that_runs_out_while_it_learns_runs_again_and_what_it_logged_is
     assert float(made.callback_metrics["train_loss"]) == pytest.approx(float(sum(losses)) / 3, rel=1e-6)
     assert len(backwards) >= 3 * 5
     assert "batch_to_device" not in vars(made.strategy) and "_on_before_batch_transfer" not in vars(model)
+
+
+class Counter(torchmetrics.Metric):
+    """The samples that it has seen, summed in place."""
+
+    def __init__(self):
+        super().__init__()
+        self.add_state("seen", torch.zeros(()), dist_reduce_fx="sum")
+
+    def update(self, samples):
+        self.seen += samples
+
+    def compute(self):
+        return self.seen.clone()
+
+
+@pytest.mark.parametrize("tune", [None, True])
+def test_metrics_count_each_sample_once_whatever_ran_again_or_was_compared(tmp_path, tune):
+    pairs, ran_out = data(64), []
+
+    def loss(model, batch):
+        if len(batch[0]) > 3 and torch.is_grad_enabled() and made.global_step == 1 and not tune and not ran_out:
+            ran_out.append(len(batch[0]))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return nn.functional.mse_loss(model(batch[0]), batch[1])
+
+    class Counted(Module):
+        def __init__(self):
+            super().__init__(loss=loss)
+            self.logged, self.kept = Counter(), Counter()
+
+        def training_step(self, batch, batch_idx):
+            self.logged(len(batch[0]))
+            self.kept.update(len(batch[0]))
+            self.log("seen", self.logged, on_epoch=True, on_step=False)
+            return loss(self.inner, batch)
+
+        def on_before_optimizer_step(self, optimizer): ...
+
+    model = Counted()
+    made = trainer(tmp_path, EffectiveBatch(16, max_micro_batch=4, tune=tune))
+    made.fit(model, DataLoader(pairs, batch_size=7))
+    assert bool(ran_out) is (tune is None)
+    assert float(made.callback_metrics["seen"]) == 64 and float(model.kept.compute()) == 64
+
+
+@pytest.mark.parametrize("tune", [None, True])
+@pytest.mark.parametrize("length", [7, 16])
+def test_the_hook_before_the_transfer_runs_on_what_the_training_step_gets(tmp_path, length, tune):
+    """It adds a tensor that has no samples, once as long as a window."""
+    met = []
+
+    class Hooked(Module):
+        def on_before_batch_transfer(self, batch, dataloader_idx):
+            return {"inputs": batch[0], "targets": batch[1], "positions": torch.arange(length)}
+
+        def training_step(self, batch, batch_idx):
+            met.append(len(batch["positions"]))
+            return nn.functional.mse_loss(self.inner(batch["inputs"]), batch["targets"])
+
+        def on_before_optimizer_step(self, optimizer): ...
+
+    trainer(tmp_path, EffectiveBatch(16, max_micro_batch=4, tune=tune)).fit(Hooked(), DataLoader(data(32), batch_size=7))
+    assert set(met) == {length}
+
+
+class Plain(lightning.LightningModule):
+    """Without functions of its own, which cannot be written to a file."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(8, 1).double()
+
+    def on_before_batch_transfer(self, batch, dataloader_idx):
+        return [batch[0] * 2, *batch[1:]]
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self.inner(batch[0]), batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_a_module_can_be_copied_and_written_to_a_file_while_it_learns(tmp_path):
+    copies = []
+
+    class Copies(lightning.pytorch.callbacks.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            trainer_of, pl_module._trainer = pl_module._trainer, None  # a Trainer cannot be copied, with or without autoaccum
+            copies.append(copy.deepcopy(pl_module))
+            copies.append(pickle.loads(pickle.dumps(pl_module)))
+            pl_module._trainer = trainer_of
+
+    trainer(tmp_path, EffectiveBatch(16), Copies()).fit(Plain(), DataLoader(data(32), batch_size=7))
+    assert len(copies) == 4
+    for copied in copies:
+        assert copied._on_before_batch_transfer([torch.ones(2)], dataloader_idx=0)[0].tolist() == [2, 2]
+
+
+def test_micro_batches_in_which_nothing_counts_teach_nothing_and_a_step_may_leave_one_out(tmp_path):
+    counts = torch.ones(64, 1, dtype=torch.float64)
+    counts[2:14] = 0
+    pairs = TensorDataset(*data(64).tensors, counts)
+    model, callback = Module(loss=counted_mean), EffectiveBatch(16, count=lambda batch: batch[2].sum(), max_micro_batch=4)
+    trainer(tmp_path, callback, max_epochs=2).fit(model, DataLoader(pairs, batch_size=8))
+    whole = Module(loss=counted_mean)
+    for start, ours in zip((0, 16, 32, 48), model.gradients):
+        whole.zero_grad()
+        counted_mean(whole.inner, pairs[start : start + 16]).backward()
+        theirs = torch.cat([each.grad.flatten() for each in whole.inner.parameters()])
+        assert (ours - theirs).norm() / theirs.norm() < 1e-12
+    assert callback.plan.micro_batches == (4, 4, 4, 4)
+
+    class Leaves(Module):
+        def training_step(self, batch, batch_idx):
+            return None if batch[0].mean() > 10 else super().training_step(batch, batch_idx)
+
+    far = TensorDataset(torch.cat([torch.full((4, 8), 20.0), torch.randn(28, 8)]).double(), torch.randn(32, 1).double())
+    leaving = Leaves()
+    trainer(tmp_path, EffectiveBatch(16, max_micro_batch=4)).fit(leaving, DataLoader(far, batch_size=8))
+    assert all(torch.isfinite(each).all() for each in leaving.gradients)
 
 
 def test_what_only_a_measurement_can_answer_is_measured_or_refused(tmp_path):

@@ -356,6 +356,25 @@ def test_padded_samples_in_the_order_of_a_learned_plan_come_in_whole_windows_unt
     assert len(loader) == 12 and epochs[1] == [3, 3, 3, 3] and not loop.plan.learning
 
 
+@pytest.mark.parametrize("left_over", [0, 1, 2])
+def test_a_smaller_last_window_settles_nothing(left_over):
+    """Batches of 100, 100 and 56 that cannot be joined: the last window of an epoch has one part of one sample."""
+
+    def batches():
+        for _ in range(3):
+            for at, size in enumerate((100, 100, 56)):
+                yield {"inputs": torch.ones(size, 1 + at)}
+        if left_over:
+            yield {"inputs": torch.ones(left_over, 9)}
+
+    model = nn.Linear(1, 1)
+    loop = autoaccum.Accumulator(model, torch.optim.SGD(model.parameters(), lr=0.0), target_batch=256)
+    for _ in range(2):
+        for window in loop.windows(list(batches())):
+            loop.step(window, lambda model, batch: model(batch["inputs"].sum(1, keepdim=True)).mean())
+    assert not loop.plan.learning and loop.plan.micro_batch == 86
+
+
 def test_a_mean_is_not_suspected():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
