@@ -4,7 +4,8 @@
 
 Each run has real processes; a sample takes a rank 2 to 12 ms, a third of the ranks has room for 40 to 120 MiB at 2 MiB a sample, and in half of the runs a
 rank runs out of memory once. A run is good if all ranks end within a minute and a half, the parameters are those of whole windows in one process
-(relative difference below 1e-13), and all ranks have the same shares. `ratio` is the window time with the shares after six windows beside that of
+(relative difference below 1e-13), and all ranks have the same shares. Where a rank runs out of memory in a window that is not voted on any more, because
+the shares have settled, the job ends (docs/ranks.md): `all_raised` says whether every rank ended with an error. `ratio` is the window time with the shares after six windows beside that of
 the best real-valued shares, from the drawn speeds and what each rank can hold.
 """
 
@@ -46,6 +47,12 @@ def main() -> None:
         row: dict[str, object] = {"speeds": speeds, "rooms_mib": rooms, "runs_out": runs_out}
         try:
             told = in_ranks("learned", speeds, rooms, WINDOWS, None, runs_out, timeout=90)
+            raised = [None if each is None else each.get("raised") for each in told]
+            if any(raised):
+                row |= {"good": False, "all_raised": all(raised), "messages": [each and str(each.get("message"))[:200] for each in told]}
+                rows.append({**row, "seconds": round(time.monotonic() - began, 2)})
+                print(f"{run + 1}: {rows[-1]}", flush=True)
+                continue
             shares = told[0]["shares"]
             took = max(share * speed for share, speed in zip(shares[-1], speeds))
             row |= {
@@ -64,6 +71,7 @@ def main() -> None:
     summary = {
         "runs": len(rows),
         "good": len(good),
+        "ended_with_an_error_on_every_rank": sum(bool(row.get("all_raised")) for row in rows),
         "slowest_s": max(row["seconds"] for row in rows),
         "ratio_without_limits": statistics.median(free) if free else None,
     }

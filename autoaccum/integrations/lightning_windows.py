@@ -18,7 +18,7 @@ from autoaccum import devices
 from autoaccum.data import Cut, Window
 from autoaccum.devices import malloc_for_training
 from autoaccum.integrations.lightning_loader import Whole
-from autoaccum.loop import Learner, Rescuer
+from autoaccum.loop import Contents, Learner, Rescuer
 from autoaccum.plan import Plan
 from autoaccum.probe import Request
 from autoaccum.window import Job, PhaseCallback, WindowLoss, WindowResult
@@ -92,12 +92,14 @@ class LearnedWindows:
         total = float(window.samples) if self._count is None else sum(float(self._count(part)) for part in window.parts)
         metrics = Metrics(self._module, logged)
         last: list[Any] = []
+        of_step: dict[str, Any] = {}  # what was logged for the step, summed over the micro-batches with their weights
         attempts, any_loss = 0, False
 
         def attempt(cut: Cut, *, on_phase: PhaseCallback) -> WindowResult:
             nonlocal attempts, any_loss
             attempts += 1
             last.clear()
+            of_step.clear()
             if attempts > 1:
                 metrics.put_back()
                 optimizer.zero_grad()
@@ -109,7 +111,12 @@ class LearnedWindows:
                 if not weight:  # the mean over nothing is nan
                     continue
                 on_phase("forward", index)
+                steps_before = {name: metric._forward_cache for name, metric in logged.items()}
                 result = ran(piece)
+                for name, metric in logged.items():
+                    is_mean = metric.is_tensor and metric.meta.on_step and metric.meta.is_mean_reduction
+                    if is_mean and metric._forward_cache is not steps_before.get(name):
+                        of_step[name] = of_step.get(name, 0.0) + metric._forward_cache * (size / window.samples)
                 loss, result.closure_loss = result.closure_loss, None  # nothing but `loss` holds the graph
                 if loss is None:  # the training step left this micro-batch out
                     on_phase("left out", index)
@@ -139,6 +146,8 @@ class LearnedWindows:
         if learner is not None and self._count is None:
             learner.warn_of_nothing(result, self._job.loss)
             self._seems_summed = learner.seems_no_mean(result)
+        for name, value in of_step.items():
+            logged[name]._forward_cache = value
         returned = last[0]
         if any_loss:
             returned.closure_loss = returned.loss = result.loss
@@ -190,15 +199,16 @@ class _StaysOnHost:
 
 
 class Metrics:
-    """The states of a module's torchmetrics and of what it has logged, to be put back. Their tensors change in place."""
+    """The states of a module's torchmetrics, of what it has logged, and of lists that it fills, to be put back. They change in place."""
 
     def __init__(self, module: torch.nn.Module, logged: Any = None) -> None:
         self._logged = {} if logged is None else dict(logged)
         metrics = [each for each in module.modules() if _is_metric(each)]
         self._before = [(each, _states(each)) for each in (*metrics, *self._logged.values())]
-        self._results = logged
+        self._results, self._contents = logged, Contents(module)
 
     def put_back(self) -> None:
+        self._contents.put_back()
         for metric, states in self._before:
             vars(metric).update({name: _copied(value) for name, value in states.items()})
         for name, metric in dict(self._results or {}).items():

@@ -1,6 +1,6 @@
 """Training with a plan: exactly one optimizer step per window, also after an out-of-memory.
 
-It exports `Accumulator`, `StepResult`, and for the integrations `FirstWindows`, `Learner`, `Progress`, `Rescuer`, `attributes_kept`,
+It exports `Accumulator`, `StepResult`, and for the integrations `FirstWindows`, `Learner`, `Progress`, `Rescuer`, `attributes_kept`, `Contents`,
 `own_attributes_kept` and `fed`.
 It imports the doorstep and the rooms from `data` to `tuner`.
 """
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from autoaccum.loop.feeder import fed
     from autoaccum.loop.first_windows import FirstWindows
     from autoaccum.loop.learner import Learner
-    from autoaccum.loop.module_attributes import attributes_kept, own_attributes_kept
+    from autoaccum.loop.module_attributes import Contents, attributes_kept, own_attributes_kept
     from autoaccum.loop.progress import Progress
     from autoaccum.loop.rescue import Rescuer
     from autoaccum.loop.step_result import StepResult
@@ -25,7 +25,7 @@ else:
         feeder="fed",
         first_windows="FirstWindows",
         learner="Learner",
-        module_attributes="attributes_kept own_attributes_kept",
+        module_attributes="Contents attributes_kept own_attributes_kept",
         progress="Progress",
         rescue="Rescuer",
         step_result="StepResult",

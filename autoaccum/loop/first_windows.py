@@ -95,6 +95,8 @@ class FirstWindows:
         except Exception:
             return  # a batch of an unusual kind; whether it can run is not decided here
         self._looked_at += 1
+        # A loader that reads ahead asks in the middle of a window.
+        gradients = [(parameter, parameter.grad) for job in self._jobs for parameter in job.trained()]
         for job in self._jobs:
             try:
                 message = compare_values(replace(job, model=unwrapped(job.model), loss=loss or job.loss, split=window.split), few, samples)
@@ -102,6 +104,8 @@ class FirstWindows:
                 continue
             finally:
                 state.put_back()
+                for parameter, gradient in gradients:
+                    parameter.grad = gradient
             if message:
                 self._looked_at = self._LOOKED_AT
                 warnings.warn(message, AutoaccumWarning, stacklevel=5)

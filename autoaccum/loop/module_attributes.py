@@ -11,16 +11,31 @@ from typing import Any
 import torch
 
 
+class Contents:
+    """What the lists, deques and sets hold that are attributes of a module's modules, such as outputs that a step collects."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        found = [value for module in model.modules() for value in vars(module).values() if type(value) in (list, deque, set)]
+        self._before = [(value, list(value)) for value in found]
+
+    def put_back(self) -> None:
+        for value, items in self._before:
+            value.clear()
+            value.update(items) if isinstance(value, set) else value.extend(items)
+
+
 @contextmanager
 def attributes_kept(model: torch.nn.Module) -> Iterator[None]:
-    """Restores the attributes, hooks, parameters and children of every module of `model` at the end. It does not copy them."""
+    """Restores the attributes, hooks, parameters and children of every module of `model` at the end, and what its lists and sets hold. It does not copy them."""
     before: list[tuple[torch.nn.Module, dict[str, Any], dict[str, dict[Any, Any]]]] = [
         (module, dict(vars(module)), {name: dict(value) for name, value in vars(module).items() if isinstance(value, (dict, OrderedDict))})
         for module in model.modules()
     ]
+    contents = Contents(model)
     try:
         yield
     finally:
+        contents.put_back()
         for module, attributes, dictionaries in before:
             vars(module).clear()
             vars(module).update(attributes)

@@ -90,7 +90,7 @@ class Tracer(TorchDispatchMode):
     def named(self, tensors: Sequence[torch.Tensor], kind: str) -> None:
         """Sets the kind of these tensors' blocks; blocks that were allocated earlier are included."""
         for tensor in tensors:
-            number = self._live.get(tensor.untyped_storage()._cdata)
+            number = self._live.get(getattr(tensor, "_local_tensor", tensor).untyped_storage()._cdata)
             if number is not None:
                 self.tape.kinds[number] = kind
 
@@ -234,6 +234,18 @@ class Tracer(TorchDispatchMode):
         kind = "parameters" if self.phase == "setup" else "optimizer" if self.phase == "step" else "activations"
         self._live[key] = number = self.tape.born(nbytes, kind, operator)
         weakref.finalize(storage, self._dropped, key, number).atexit = False
+
+    def resized(self, tensor: torch.Tensor, kind: str) -> None:
+        """Counts a storage whose size was changed without an operator; of 0 bytes, as freed. kind: of its memory."""
+        storage = tensor.untyped_storage()
+        if tensor.device.type != self._kind or self._done:
+            return
+        number = self._live.get(storage._cdata)
+        if number is not None and self.tape.sizes[number] != storage.nbytes():
+            self.tape.died(self._live.pop(storage._cdata))
+        self.track(tensor, "resize_")
+        if storage._cdata in self._live:
+            self.tape.kinds[self._live[storage._cdata]] = kind
 
     def _dropped(self, key: int, number: int) -> None:
         if self._live.get(key) == number:

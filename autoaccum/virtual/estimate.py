@@ -41,7 +41,7 @@ class Estimates:
         shape_text = ", ".join(f"{path} {('n', *shape[1:])}".replace("'", "") for path, shape in list(shapes.items())[:4])
         lines = [
             f"{self.target_batch} samples a step of {self.job}"
-            + (f" over {self.world} ranks ({self.shard}), {-(-self.target_batch // self.world)} on this one" if self.world > 1 else "")
+            + (f" over {self.world} ranks ({self.shard}), {-(-self.target_batch // self.world)} on each" if self.world > 1 else "")
             + (f", simulated at {shape_text}" if shape_text else "")
             + "; the columns weights to rest add up to the peak (rest: workspaces, the optimizer's temporaries, fragmentation)"
         ]

@@ -43,6 +43,7 @@ class OneRank:
         self.replaced: dict[int, torch.Tensor] = {}
         self.gradient_bytes = max(job.gradient_bytes() for job in jobs)
         self.remarks: tuple[str, ...] = ()
+        self.tracer: Any = None  # of the recording that runs
         self._buffers: list[torch.Tensor] = []
         self._bucket_types: list[torch.dtype] = []
         self._parts: dict[int, torch.Tensor] = {}  # by id of a parameter, the part of its gradient that this rank keeps
@@ -60,6 +61,7 @@ class OneRank:
     def on_phase(self, phase: str) -> None:
         """Called when a phase of the window begins. DeepSpeed has the bucket that gradients are reduced in during backward only."""
         self._buffers = [torch.empty(_REDUCE_BUCKET, dtype=dtype, device=self._kind) for dtype in self._bucket_types] if phase == "backward" else []
+        self.tracer.named(self._buffers, "gradients")
 
     # -- DistributedDataParallel
 
@@ -79,6 +81,7 @@ class OneRank:
 
     def _fully_sharded(self, job: Job) -> None:
         with _ranks_that_are_not_there(self._world, self._kind) as mesh:
+            self._follow_storages()
             from torch.distributed.fsdp import fully_shard
 
             before = dict(job.model.named_parameters(remove_duplicate=False))
@@ -99,8 +102,26 @@ class OneRank:
         whole = "" if blocks else " as a whole, because it has no repeated blocks,"
         self.remarks = (
             f"fsdp2: torch's own, traced as rank 0 of {self._world}: fully_shard of {f'each of {len(blocks)} blocks and of ' if blocks else ''}the model{whole} in the "
-            "parameters' own type, gathered and reduced in each micro-batch; streams and NCCL's own memory are not counted",
+            "parameters' own type, without a mixed-precision policy; gathered and reduced in every micro-batch; NCCL's own memory is not counted",
         )
+
+    def _follow_storages(self) -> None:
+        """FSDP2 frees and allocates a gathered parameter by resizing its storage, which no operator shows."""
+        from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+
+        def following(own: Any) -> Any:
+            def resized(tensor: torch.Tensor) -> None:
+                own(tensor)
+                if self.tracer is not None:
+                    self.tracer.resized(tensor, "parameters")
+
+            return resized
+
+        for name in ("alloc_storage", "free_storage"):
+            made = following(getattr(_fsdp_param, name))
+            for module in (_fsdp_param, _fsdp_param_group):
+                if hasattr(module, name):
+                    setattr(module, name, made)
 
     # -- DeepSpeed's ZeRO
 
@@ -142,20 +163,22 @@ class OneRank:
             self._held(math.ceil(whole_bytes / self._world))
         gathered = ", all parameters gathered" if stage == 3 else ""
         self.remarks = (
-            f"zero{stage}: DeepSpeed's memory by formula, not traced and not compared with a real run: {elements / self._world:.3g} numbers of each optimizer state, the "
-            f"weights of this part in single precision{gathered}, and buckets of 5e8 elements (its default; a smaller reduce_bucket_size takes less)",
+            f"zero{stage}: DeepSpeed's memory by formula, not compared with a real run: this rank holds 1/{self._world} of the optimizer's state and of the weights in single "
+            f"precision ({elements / self._world:.3g} numbers each){gathered}, and buckets of 5e8 numbers (its default; a smaller reduce_bucket_size takes less)",
         )
 
     def _keep_part(self, parameter: torch.Tensor) -> None:
         """Stages 2 and 3 keep this rank's part of each gradient, and free the rest."""
         assert parameter.grad is not None
         if id(parameter) not in self._parts:
-            self._parts[id(parameter)] = torch.empty(math.ceil(parameter.numel() / self._world), dtype=parameter.grad.dtype, device=self._kind)
+            self._parts[id(parameter)] = part = torch.empty(math.ceil(parameter.numel() / self._world), dtype=parameter.grad.dtype, device=self._kind)
+            self.tracer.named([part], "gradients")
         parameter.grad = None
 
     def _take_gradients(self, optimizer: torch.optim.Optimizer, trained: Sequence[torch.Tensor]) -> None:
         for group in optimizer.param_groups:
             (part,) = group["params"]
+            self.tracer.named([each.grad for each in trained if each.grad is not None], "gradients")
             part.grad = torch.empty_like(part)
         self._parts.clear()
         for each in trained:

@@ -95,6 +95,8 @@ class Phantom:
     def recorded(self, run: Callable[[Tracer], None], card: Card, *, uneven: bool = False) -> Tape:
         """The tape of all that `run` does with the jobs. Afterwards the jobs are in the same state as before."""
         with recording(card, self._kind, self._mode, uneven=uneven) as tracer:
+            if self.rank is not None:
+                self.rank.tracer = tracer
             for tensor in self._resident:
                 whole = self._made_from.get(id(tensor), 0)
                 number = tracer.tape.born(whole, "parameters", "packing") if whole else None

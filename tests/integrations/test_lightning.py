@@ -395,6 +395,8 @@ def test_a_window_that_runs_out_while_it_learns_runs_again_and_what_it_logged_is
         def training_step(self, batch, batch_idx):
             found = self._loss(self.inner, batch)
             self.log("train_loss", found, on_epoch=True, on_step=False)
+            self.log("of_step", found)
+            self.losses.append(float(found) * len(batch[0]))
             return {"loss": found, "size": len(batch[0])}
 
         def on_after_backward(self):
@@ -406,13 +408,22 @@ def test_a_window_that_runs_out_while_it_learns_runs_again_and_what_it_logged_is
         def on_train_batch_end(self, outputs, batch, batch_idx):
             seen.append((float(outputs["loss"]), len(batch[0]), batch_idx))
 
+        def on_train_epoch_end(self):
+            seen.append(sum(self.losses) / 66)
+
         def _saw(self, batch): ...
 
         def on_before_optimizer_step(self, optimizer):
             self.gradients.append(torch.cat([each.grad.flatten().clone() for each in self.inner.parameters()]))
 
+    class Steps(lightning.pytorch.callbacks.Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            steps.append(float(trainer._results["training_step.of_step"]._forward_cache))
+
+    steps = []
     model, callback = Hooked(loss=loss), EffectiveBatch(22)
-    made = trainer(tmp_path, callback)
+    model.losses = []
+    made = trainer(tmp_path, callback, Steps())
     made.fit(model, DataLoader(pairs, batch_size=7))
     whole = Module()
     losses = []
@@ -424,7 +435,9 @@ def test_a_window_that_runs_out_while_it_learns_runs_again_and_what_it_logged_is
         theirs = torch.cat([each.grad.flatten() for each in whole.inner.parameters()])
         assert (ours - theirs).norm() / theirs.norm() < 1e-13
     assert ran_out and callback.plan.micro_batch <= 5 and callback.plan.learned_windows == 3
+    assert seen.pop() == pytest.approx(float(sum(losses)) / 3, rel=1e-6)  # a list of the module's own has each micro-batch once
     assert [(samples, index) for _, samples, index in seen] == [(22, 0), (22, 1), (22, 2)]
+    assert steps == pytest.approx([float(loss) for loss in losses], rel=1e-6)  # what is logged for a step is the window's mean
     for (ours, _, _), theirs in zip(seen, losses):
         assert ours == pytest.approx(float(theirs), rel=1e-12)
     assert float(made.callback_metrics["train_loss"]) == pytest.approx(float(sum(losses)) / 3, rel=1e-6)
@@ -551,6 +564,32 @@ def test_micro_batches_in_which_nothing_counts_teach_nothing_and_a_step_may_leav
     leaving = Leaves()
     trainer(tmp_path, EffectiveBatch(16, max_micro_batch=4)).fit(leaving, DataLoader(far, batch_size=8))
     assert all(torch.isfinite(each).all() for each in leaving.gradients)
+
+
+@pytest.mark.parametrize("tune", [None, True])
+def test_a_stream_of_whole_numbers_is_exact_from_the_first_window_on(tmp_path, tune):
+    """Lightning reads a stream one batch ahead, so the next window is looked at while gradients of this one are held."""
+    ids = torch.randint(0, 30, (360, 4), generator=torch.Generator().manual_seed(0))
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter(ids)
+
+    class Embedded(Module):
+        def __init__(self):
+            super().__init__(inner=nn.Embedding(30, 4).double(), loss=lambda model, batch: (model(batch).mean(1) - 1).square().mean())
+
+        def _saw(self, batch): ...
+
+    model = Embedded()
+    trainer(tmp_path, EffectiveBatch(120, max_micro_batch=40, tune=tune)).fit(model, DataLoader(Stream(), batch_size=32))
+    whole = Embedded()
+    whole.inner.load_state_dict(model.inner.state_dict())  # its learning rate is 0
+    assert len(model.gradients) == 3
+    for start, ours in zip((0, 120, 240), model.gradients):
+        whole.zero_grad()
+        whole._loss(whole.inner, ids[start : start + 120]).backward()
+        assert (ours - whole.inner.weight.grad.flatten()).norm() / ours.norm() < 1e-12
 
 
 def test_what_only_a_measurement_can_answer_is_measured_or_refused(tmp_path):

@@ -98,6 +98,7 @@ class Live(TorchDispatchMode):
 def real(model):
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=WORLD, store=FakeStore())
@@ -105,6 +106,18 @@ def real(model):
         fully_shard(block)
     fully_shard(model)
     optimizer, live, found = adam(model), Live(), {}
+
+    def followed(own):  # storages that are resized without an operator
+        def resized(tensor):
+            own(tensor)
+            live.see(tensor)
+
+        return resized
+
+    for name in ("alloc_storage", "free_storage"):
+        for module in (_fsdp_param, _fsdp_param_group):
+            if hasattr(module, name):
+                setattr(module, name, followed(getattr(module, name)))
     with live:
         for parameter in model.parameters():
             live.see(parameter)
