@@ -13,6 +13,7 @@ import math
 import re
 import statistics
 import subprocess
+import time
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -176,6 +177,27 @@ def _elastic(document: dict[str, Any]) -> str:
     )
 
 
+def _first_step(document: dict[str, Any]) -> str:
+    """Seconds until the first optimizer step, with and without a plan that is learned."""
+    lines = ["| | plain loop | plain loop, same allocator | learning | `tune` first |", "| --- | --- | --- | --- | --- |"]
+    lines += [
+        f"| {row['case']}, {row['limit_mib']} MiB | {row['plain_s']:.2f} s | {row['plain_steady_s']:.2f} s | {row['learning_s']:.2f} s | {row['tune_s']:.1f} s |"
+        for row in document["rows"]
+    ]
+    return "\n".join(lines)
+
+
+def _learned_ranks(document: dict[str, Any]) -> str:
+    """What became of many runs of ranks that learn."""
+    ended = document["ended_with_an_error_on_every_rank"]
+    rest = f"; in {ended} a rank ran out of memory after shares had settled, and all three ended with an error" if ended else ""
+    return (
+        f"Of {document['runs']} runs of three gloo ranks with speeds, limits and an out-of-memory drawn anew for each (`benchmarks/learned_ranks.py`), "
+        f"{document['good']} ended with the parameters of whole windows in one process{rest}; none hung, and the slowest took {document['slowest_s']:.0f} s. Where memory "
+        f"limited no rank, a window with the shares learned in ten windows takes {document['ratio_without_limits']:.2f} of the time of the best shares (median)."
+    )
+
+
 def _replanning(document: dict[str, Any]) -> str:
     """What becomes of a run in which a rank slows down."""
     shares = [" + ".join(map(str, document[name])) for name in ("shares_before", "shares_after")]
@@ -331,6 +353,8 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str], tuple[str, ...]]] 
     "plans on a card": ("gpu.json", _on_a_card("plans"), (*SEARCHING, "autoaccum/devices/cuda.py")),
     "peers on a card": ("gpu.json", _on_a_card("peers"), (*SEARCHING, "autoaccum/devices/cuda.py", "benchmarks/work.py", "benchmarks/peers")),
     "elastic": ("elastic.json", _elastic, ("autoaccum/loop/progress.py", "autoaccum/data/windows.py")),
+    "first step": ("first_step.json", _first_step, ("autoaccum/loop/learner.py", "autoaccum/loop/accumulator.py", "benchmarks/first_step.py")),
+    "learned ranks": ("learned_ranks.json", _learned_ranks, ("autoaccum/loop/learner.py", "autoaccum/distributed/pace.py")),
     "replanning": ("replanning.json", _replanning, ("autoaccum/distributed/pace.py", "autoaccum/distributed/fleet.py", "autoaccum/loop/accumulator.py")),
     "sharded": ("sharded_fleets.json", _sharded, ("autoaccum/distributed/shares.py", "benchmarks/sharded_fleets.py")),
     "planners": (
@@ -372,7 +396,8 @@ def tables(*, marked: bool = True) -> dict[str, str]:
     for name, (file, make, code) in TABLES.items():
         text = make(json.loads((RESULTS / file).read_text()))
         if marked and last_change(*code) > measured_at(file):
-            text += "\n\n*Measured before the last change of the code it measures.*"
+            day = time.strftime("%Y-%m-%d", time.gmtime(measured_at(file)))
+            text += f"\n\n*Measured on {day}; the code that it measures has changed since.*"
         found[name] = text
     return found
 
