@@ -13,8 +13,8 @@ import math
 import re
 import statistics
 import subprocess
-import time
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
