@@ -58,7 +58,12 @@ def test_children_are_ended_when_autoaccum_is(tmp_path, name):
     (tmp_path / "temporary").mkdir()
     environment = {**os.environ, "TMPDIR": str(tmp_path / "temporary")}
     tune = [sys.executable, "-m", "autoaccum", "tune", "-b", "8", "-d", "cpu", "--", *words]
-    tuning = subprocess.Popen(tune, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment)
+
+    def heeds():  # a run of the tests under nohup ignores some
+        if name != "SIGKILL":
+            signal.signal(getattr(signal, name), signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+
+    tuning = subprocess.Popen(tune, cwd=ROOT, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=heeds)
     while "STARTED" not in (line := tuning.stderr.readline()):
         assert line, "the command never started"
     tuning.send_signal(getattr(signal, name))
