@@ -91,7 +91,8 @@ class OneRank:
                     fully_shard(block, mesh=mesh)
                 fully_shard(job.model, mesh=mesh)
             except (RuntimeError, ValueError, AssertionError, NotImplementedError) as error:
-                raise JobError(f"FSDP2 cannot shard this model: {str(error).splitlines()[0][:160]}") from error
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise JobError(f"FSDP2 cannot shard this model: {reason[:160]}; shard=ddp and zero1 to zero3 are counted without it") from error
         after = dict(job.model.named_parameters(remove_duplicate=False))
         self.replaced = {id(parameter): after[name] for name, parameter in before.items()}
         for optimizer in job.optimizers:
@@ -118,6 +119,8 @@ class OneRank:
             return resized
 
         for name in ("alloc_storage", "free_storage"):
+            if not hasattr(_fsdp_param, name):
+                raise UsageError(f"the FSDP2 of torch {torch.__version__} frees its parameters in a way that is not known here: take shard=ddp, or torch 2.13")
             made = following(getattr(_fsdp_param, name))
             for module in (_fsdp_param, _fsdp_param_group):
                 if hasattr(module, name):

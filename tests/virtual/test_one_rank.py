@@ -82,6 +82,18 @@ def test_what_is_no_sharded_job_is_said_in_a_sentence(words, says):
     assert finished.returncode == 2 and says in finished.stderr and not finished.stdout
 
 
+def test_a_model_that_fsdp2_refuses_is_said_and_the_way_out_works(tmp_path):
+    """It refuses a list of modules that has no forward of its own."""
+    (tmp_path / "job.py").write_text(
+        "import autoaccum, torch\n\ndef make_job():\n    model = torch.nn.ModuleList([torch.nn.Linear(4, 1)])\n"
+        "    return autoaccum.Job(model, torch.optim.SGD(model.parameters()), lambda model, batch: model[0](batch).mean(), torch.zeros(4, 4))\n"
+    )
+    words = ["estimate", f"{tmp_path}/job.py:make_job", "-b", 64, "-g", "t4", "--world", 2, "--shard"]
+    refused = command_line.autoaccum(*words, "fsdp2")
+    assert refused.returncode != 0 and "FSDP2 cannot shard this model: " in refused.stderr and "shard=ddp" in refused.stderr
+    assert command_line.autoaccum(*words, "ddp").returncode == 0
+
+
 def test_in_python_it_is_a_keyword():
     program = (
         "import autoaccum; found = autoaccum.estimate('examples/tiny_gpt.py:make_job', target_batch=64, gpus='t4', world=8, shard='zero1'); "
