@@ -31,7 +31,7 @@ def of(
 ) -> Plan:
     """The plan of micro-batches of at most `micro_batch`. fleet, rank: the ranks that train together, and which this one is; None for one.
 
-    budget: read before the last window. peak_bytes: the largest peak of a window so far. windows: those that it was learned in.
+    budget: read before the last window. peak_bytes: the largest peak of a window of these micro-batches, or of any window while none has run. windows: those that it was learned in.
     """
     target, memory = request.samples, budget.memory
     share = target if fleet is None else fleet.shares[rank]

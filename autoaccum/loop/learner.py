@@ -79,7 +79,7 @@ class Learner:
         self._windows = self._whole_windows = self._fixed_windows = self._looked = 0
         self._lone_tries = 0
         self._below = 2**63  # the smallest size that ran out in the window that runs
-        self._peak_bytes = self._held_bytes = 0
+        self._peak_bytes = self._window_peak_bytes = self._held_bytes = 0
         self._beforehand = self._given = self._is_fixed = False
         self._lazy: LearnedCut | None = None  # the window that runs, if it is cut while it runs
         self._largest_part = 0  # the samples of the largest part of all windows
@@ -218,16 +218,18 @@ class Learner:
                 cap.close()
                 self._failed_budget = min(self._budget().budget_bytes, self.budget.budget_bytes)  # a neighbour may have taken memory meanwhile
                 raise
-            self._peak_bytes = max(self._peak_bytes, watch.peak_bytes())
-            self._window_retries = watch.retries()
+            self._ran(watch)
 
     @contextmanager
     def unguarded(self) -> Iterator[tuple[Watch, Callable[[], int]]]:
         """A context in which a window runs in somebody else's loop, with the watch of its peaks and the function that says what is held."""
         with self._device.watch() as watch:
             yield watch, self._device.live_bytes
-            self._peak_bytes = max(self._peak_bytes, watch.peak_bytes())
-            self._window_retries = watch.retries()
+            self._ran(watch)
+
+    def _ran(self, watch: Watch) -> None:
+        self._window_peak_bytes, self._window_retries = watch.peak_bytes(), watch.retries()
+        self._peak_bytes = max(self._peak_bytes, self._window_peak_bytes)
 
     def has_read(self, index: int) -> bool:
         """True if the peak of a micro-batch of this size is known."""
@@ -311,6 +313,8 @@ class Learner:
             planned = tuple(self._cut) if max(self._cut) <= found or not searching else planned
         is_smaller = samples < self._whole  # at the end of an epoch; it says nothing
         self._whole_windows = self._whole_windows if is_smaller else self._whole_windows + 1 if tuple(self._cut) == planned else 0
+        if self._whole_windows == 1:  # the plan's peak is that of its own micro-batches, not of larger ones that were tried
+            self._peak_bytes = self._window_peak_bytes
         if self._whole_windows > 1 and self._window_retries:
             self._refused(found, "over-budget", "step", self.budget.budget_bytes)  # the allocator flushes its cache in every window, which is slow
             self._whole_windows = 0
@@ -327,7 +331,8 @@ class Learner:
             self._cache.keep(self._known(), self._target, self.budget.budget_bytes)
         if settled and self._fleet is None:
             log.warning("%s", learned_plan.settled(self.plan))
-            if self._peak_bytes > max((each.peak_bytes or 0 for each in self._known()), default=0) and self._peak_bytes > self.budget.budget_bytes:
+            micro_batches = max((each.peak_bytes or 0 for each in self._known() if each.micro_batch <= self.plan.micro_batch), default=0)
+            if self._peak_bytes > max(micro_batches, self.budget.budget_bytes):
                 log.warning("%s", learned_plan.step_over_budget(self.plan))
 
     def _say_that_parts_limit(self) -> None:

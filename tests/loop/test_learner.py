@@ -213,12 +213,40 @@ job = autoaccum.Job(model, torch.optim.Adam(model.parameters()), loss, torch.zer
 loop = loop_of(job, 120, above_mib=160)
 results = [loop.step((torch.zeros(120, 2048),))]
 first = max(seen)
-results += [loop.step((torch.zeros(120, 2048),)) for _ in range(3)]
-told = {"first": first, "last": results[-1].micro_batches, "peak": loop.plan.peak_bytes, "budget": loop.plan.budget_bytes}
+results += [loop.step((torch.zeros(120, 2048),)) for _ in range(7)]
+told = {"first": first, "last": results[-1].micro_batches, "peak": loop.plan.peak_bytes, "budget": loop.plan.budget_bytes, "learning": loop.plan.learning}
 print(json.dumps({**told, "rescued": sum(each.rescued is not None for each in results)}))
 """
     )
-    assert 15 <= seen["first"] < 34 and seen["last"] <= 6 and seen["peak"] <= seen["budget"] and not seen["rescued"], seen
+    assert 15 <= seen["first"] < 34 and seen["last"] <= 6 and seen["peak"] <= seen["budget"], seen
+    assert not seen["rescued"] and not seen["learning"], seen
+
+
+def test_the_plans_peak_is_that_of_its_own_micro_batches(tmp_path):
+    """Above 20 samples the loss reads a file of 160 MiB through a mapping, which counts as held memory and which no limit on data refuses."""
+    (tmp_path / "large").write_bytes(bytes(160 * MIB))
+    seen = fresh(
+        f"""
+import json, mmap
+import torch
+import autoaccum
+from tests import jobs
+from tests.loop.test_learner import loop_of
+
+def loss(model, batch):
+    if len(batch) > 20:
+        with open({str(tmp_path / "large")!r}, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as pages:
+            sum(pages[at] for at in range(0, len(pages), 4096))
+    return model(len(batch))
+
+model = jobs.Hungry(0.5)
+loop = loop_of(autoaccum.Job(model, torch.optim.SGD(model.parameters()), loss, torch.zeros(4, 1)), 60, above_mib=100)
+results = [loop.step(torch.zeros(60, 1)) for _ in range(8)]
+seen = {{"steps": results[-1].micro_batches, "peak": loop.plan.peak_bytes, "budget": loop.plan.budget_bytes, "learning": loop.plan.learning}}
+print(json.dumps({{**seen, "tried": [each.peak_bytes for each in loop.plan.trials]}}))
+"""
+    )
+    assert seen["steps"] == 3 and not seen["learning"] and seen["peak"] <= seen["budget"] < max(filter(None, seen["tried"])), seen
 
 
 def test_a_neighbour_takes_memory_and_leaves_and_both_are_followed():
