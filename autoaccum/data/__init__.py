@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from autoaccum.data.learned_cut import LearnedCut
     from autoaccum.data.lengths import AtLength
     from autoaccum.data.sampler import TokenSampler, WindowSampler
+    from autoaccum.data.token_units import TokenUnits, longest_sample
     from autoaccum.data.tokens import TokenGauge
     from autoaccum.data.variety import IGNORED
     from autoaccum.data.windows import Cut, Splitter, Window, Windows, counted, samples_in
@@ -22,6 +23,7 @@ else:
         learned_cut="LearnedCut",
         lengths="AtLength",
         sampler="TokenSampler WindowSampler",
+        token_units="TokenUnits longest_sample",
         tokens="TokenGauge",
         variety="IGNORED",
         windows="Cut Splitter Window Windows counted samples_in",

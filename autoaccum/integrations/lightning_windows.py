@@ -18,7 +18,7 @@ from autoaccum import devices
 from autoaccum.data import Cut, Window
 from autoaccum.devices import malloc_for_training
 from autoaccum.integrations.lightning_loader import Whole
-from autoaccum.loop import Contents, Learner, Rescuer
+from autoaccum.loop import Contents, Learner, Rescuer, seem_no_mean, warn_of_nothing
 from autoaccum.plan import Plan
 from autoaccum.probe import Request
 from autoaccum.window import Job, PhaseCallback, WindowLoss, WindowResult
@@ -144,8 +144,8 @@ class LearnedWindows:
             self._scale = _scale(self._job)
         result, _ = self._rescuer.run(window, lambda most: self.plan.sizes(window.samples, most), attempt if learner is None else watched, learner=learner)
         if learner is not None and self._count is None:
-            learner.warn_of_nothing(result, self._job.loss)
-            self._seems_summed = learner.seems_no_mean(result)
+            warn_of_nothing(result, learner.sizes, self._job.loss)
+            self._seems_summed = seem_no_mean(result, learner.sizes)
         for name, value in of_step.items():
             logged[name]._forward_cache = value
         returned = last[0]

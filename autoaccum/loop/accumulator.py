@@ -18,7 +18,7 @@ from autoaccum.data import Cut, TokenGauge, Window, Windows, batches, counted
 from autoaccum.devices import malloc_for_training
 from autoaccum.distributed import Pace, VoidWindow, WindowAnnouncement, WindowVote
 from autoaccum.errors import AutoaccumWarning, PlanError, UsageError, noted
-from autoaccum.loop import team
+from autoaccum.loop import loss_values, team
 from autoaccum.loop.first_windows import FirstWindows
 from autoaccum.loop.learner import Learner
 from autoaccum.loop.progress import Progress
@@ -55,7 +55,7 @@ class Accumulator:
 
     job: a `Job`, or a list of jobs, as given to `tune`. Several jobs run one after the other on every window, and `step` returns a
     tuple of results.
-    target_batch, memory_limit, headroom, max_micro_batch, equal: as in `tune`, instead of a plan. Micro-batches of the first windows differ in size:
+    target_batch, target_tokens, memory_limit, headroom, max_micro_batch, equal: as in `tune`, instead of a plan. Micro-batches of the first windows differ in size:
     each one's peak says how large the next may be. The memory limit is enforced while it learns. `plan` is what is known so far.
     cache: start from what an earlier run of the same job has learned on this device, and keep what this one learns. What no longer fits is rescued.
     scheduler: steps once per window, except after a skipped window.
@@ -88,6 +88,7 @@ class Accumulator:
         plan: Plan | None = None,
         *,
         target_batch: int | None = None,
+        target_tokens: int | None = None,
         memory_limit: int | str | None = None,
         headroom: int | str = "3%",
         max_micro_batch: int | None = None,
@@ -111,7 +112,14 @@ class Accumulator:
         settings = {
             "scheduler": scheduler, "scaler": scaler, "autocast": autocast, "max_grad_norm": max_grad_norm, "count": count, "split": split, "samples": samples, "keep": keep,
         }  # fmt: skip
-        asked = {"target_batch": target_batch, "memory_limit": memory_limit, "max_micro_batch": max_micro_batch, "equal": equal or None, "cache": cache or None}
+        asked = {
+            "target_batch": target_batch,
+            "target_tokens": target_tokens,
+            "memory_limit": memory_limit,
+            "max_micro_batch": max_micro_batch,
+            "equal": equal or None,
+            "cache": cache or None,
+        }
         if isinstance(model, torch.nn.Module):
             known = _plan_if_given(plan, asked, "Accumulator(model, optimizer, plan) takes an optimizer second and a Plan third")
             if optimizer is None or isinstance(optimizer, Plan):
@@ -134,7 +142,7 @@ class Accumulator:
         self._timed_every = _TIMED_EVERY
         self._rounds, self._follows = 0, False
         if known is None:
-            request = Request(target_batch, memory_limit, headroom, max_micro_batch, equal)
+            request = Request(target_batch, memory_limit, headroom, max_micro_batch, equal, target_tokens=target_tokens)
             self._learner = team.learner_of(self._jobs, device, request, rank_timeout_s, cache=cache)
             self._plan = self._learner.plan
         else:
@@ -181,7 +189,8 @@ class Accumulator:
         They begin where a loaded state ends, and end early after `stop_at_window_end`.
         """
         job = self._jobs[0]
-        mine = {name: value for name, value in (("samples", job.samples), ("split", job.split)) if value is not None}
+        count = None if self._tokens is None else job.count
+        mine = {name: value for name, value in (("samples", job.samples), ("split", job.split), ("count", count)) if value is not None}
         windows = self._progress.through(self._plan.windows(loader, **{**mine, **settings}))
         if self._pace is None:
             return windows
@@ -311,8 +320,8 @@ class Accumulator:
         self._begun = True
         if self._learner is not None:
             if self._team is None and len(results) == 1:
-                self._learner.warn_of_nothing(results[0]._result, loss or self._jobs[0].loss)
-                if self._learner.seems_no_mean(results[0]._result):
+                loss_values.warn_of_nothing(results[0]._result, self._learner.sizes, loss or self._jobs[0].loss)
+                if self._tokens is None and loss_values.seem_no_mean(results[0]._result, self._learner.sizes):
                     FirstWindows(self._jobs).look(window, loss, 2, at_any=True)  # a sum, or chance: a few samples decide
             self._learned(self._learner, window, stepped=not any(result._result.infs and result.skipped for result in results))
         if self._team is not None:
@@ -492,8 +501,8 @@ def _plan_if_given(given: Any, asked: dict[str, Any], where: str) -> Plan | None
         if names:
             raise UsageError(f"the plan says already how a step is made up: leave {' and '.join(names)} out, or leave the plan out and it is learned")
         return given
-    if given is not None or "target_batch" not in names:
-        raise UsageError(f"{where}; without a Plan, give target_batch=, the samples of an optimizer step, and it is learned while training")
+    if given is not None or not {"target_batch", "target_tokens"} & set(names):
+        raise UsageError(f"{where}; without a Plan, give target_batch=, the samples of an optimizer step, or target_tokens=, and it is learned while training")
     return None
 
 

@@ -33,9 +33,11 @@ def of(
 
     budget: read before the last window. peak_bytes: the largest peak of a window of these micro-batches, or of any window while none has run. windows: those that it was learned in.
     """
-    target, memory = request.samples, budget.memory
+    in_tokens, memory = request.target_tokens is not None, budget.memory
+    target = max(request.samples, micro_batch) if in_tokens else request.samples
     share = target if fleet is None else fleet.shares[rank]
-    sizes = arithmetic.micro_batches(share, math.ceil(share / micro_batch)) if share else ()
+    steps = math.ceil(share / micro_batch)
+    sizes = arithmetic.window_led_by(share, micro_batch) if in_tokens else arithmetic.micro_batches(share, steps) if share else ()
     largest = max(sizes, default=0)
     norms = [name for job in jobs for name in batch_norms(job.model)]
     warnings = (refusals.norms_see_parts(norms, largest, target),) if norms and len(sizes) > 1 else ()
@@ -66,6 +68,8 @@ def of(
         allocator=device.allocator,
         arithmetic=budget_terms(budget),
         warnings=warnings,
+        target_tokens=request.target_tokens,
+        micro_tokens=largest * request.sample_tokens if in_tokens else None,
         learning=learning,
         learned_windows=windows,
     )

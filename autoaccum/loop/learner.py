@@ -13,8 +13,9 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from itertools import accumulate
 
-from autoaccum.data import Cut, LearnedCut, Window
+from autoaccum.data import Cut, LearnedCut, TokenUnits, Window, longest_sample
 from autoaccum.devices import Budget, Device, Watch, make_budget, part_of_rank, steady_malloc, within_part
 from autoaccum.distributed import Fleet
 from autoaccum.errors import AutoaccumWarning, NothingFits
@@ -22,12 +23,13 @@ from autoaccum.loop import learned_cache, learned_plan, optimizer_state
 from autoaccum.plan import Plan, arithmetic
 from autoaccum.probe import Limits, Outcome, Reading, Request, refusals, search
 from autoaccum.units import in_words
-from autoaccum.window import Job, PhaseCallback, WindowResult, batch_norms
+from autoaccum.window import Job, PhaseCallback, batch_norms
 
 log = logging.getLogger("autoaccum")
 _SECOND = 4  # times the first micro-batch, for the others of a first window that is cut before anything is known
 _LONE_TRIES = 2  # more, of a window in the smallest micro-batches
 _MORE = 1.05  # times the budget under which a size ran out of memory, from where on it is tried again
+_LARGER_WINDOW = 1.25  # times the largest window of tokens so far, which later ones may have
 _WHOLE_WINDOWS = 2  # that the fewest steps must have run before nothing more is learned
 
 
@@ -39,6 +41,9 @@ class Learner:
     from what each rank can hold. cache: start from what an earlier run of the same job has learned on this device, and keep what this one learns; one
     rank only.
     plan: what is known so far. It has settled when `plan.learning` is False.
+
+    With a target in tokens, micro-batches are counted in units of the longest sample of the first window, as a plan of `tune` counts them in units of
+    the longest sample that it measured.
     """
 
     def __init__(
@@ -53,14 +58,19 @@ class Learner:
         cache: bool = False,
     ) -> None:
         self._limits, self._fleet, self._rank = limits or request.limits, fleet, rank
+        self._smallest = 2 if any(batch_norms(job.model) for job in jobs) else 1
+        self._in_tokens = request.target_tokens is not None
+        if self._in_tokens:
+            request = replace(request, target_batch=self._smallest, sample_tokens=1)  # until samples are seen
+        self._has_fixed_target = fleet is None and not self._in_tokens  # True if full windows are all of one size
         self._whole = request.samples if fleet is None else fleet.shares[rank]  # the samples of this rank in a full window
         self._jobs, self._device, self._request, self._target = jobs, device, request, request.samples
         device.prepare()
-        self._smallest = 2 if any(batch_norms(job.model) for job in jobs) else 1
         if fleet is None:
             self._candidates = arithmetic.candidate_sizes(self._target, smallest=self._smallest, most=request.max_micro_batch)
         else:
             self._candidates = arithmetic.sizes_over_ranks(self._target, smallest=self._smallest, most=request.max_micro_batch)
+        if not self._has_fixed_target:
             self._target *= 2  # no micro-batch is the whole window, so gradients are always beside
         # Micro-batches of the first windows differ anyway, so sizes that do not divide the target are tried on the way to one that does.
         self._divisors = arithmetic.candidate_sizes(self._target, smallest=self._smallest, most=request.max_micro_batch, equal=True) if request.equal else []
@@ -82,9 +92,12 @@ class Learner:
         self._peak_bytes = self._window_peak_bytes = self._held_bytes = 0
         self._beforehand = self._given = self._is_fixed = False
         self._lazy: LearnedCut | None = None  # the window that runs, if it is cut while it runs
-        self._largest_part = 0  # the samples of the largest part of all windows
+        self._largest_part = 0  # of all windows, in samples or in units
+        self._has_unit = False
         self._is_limited = False  # True once parts of windows could not be joined
-        self._cut: Sequence[int] = ()  # the sizes of the window that runs, as far as they are decided
+        self._units: TokenUnits | None = None  # of the window that runs
+        self._cut: Sequence[int] = ()  # the sizes of the window that runs, as far as they are decided, in samples or in units
+        self._samples: Sequence[int] = ()  # the same in samples
         self._window_retries = 0
         self.failed_bytes: tuple[int, int] | None = None  # left and taken, where the last attempt failed
         self._failed_budget = 0  # the budget of then
@@ -108,45 +121,6 @@ class Learner:
             earlier = self._cache.known(self._target, self.budget.budget_bytes)
             self._readings = {(each.micro_batch, True): each for each in earlier if each.micro_batch <= self._target}
         self.plan = self._planned(self._start())
-
-    def seems_no_mean(self, result: WindowResult) -> bool:
-        """True if the losses of a window's micro-batches grow with their size, as sums over samples do and means do not; of pairs, if the sum is none, or the
-        count no count."""
-        size_of = self._cut
-        if pairs := result.total.pairs:
-            counts = [float(count) for _, count in pairs]
-            if len(pairs) != len(size_of) or not all(counts):
-                return False
-            means = [float(value) / count for (value, _), count in zip(pairs, counts)]
-            return self._grows([count / size for count, size in zip(counts, size_of)], down=True) or self._grows(means, down=True)
-        terms = result.total.terms
-        if result.counted is not None or result.by_term or len(terms) != len(size_of):
-            return False
-        return self._grows([float(term.sum()) * result.samples / size for term, size in zip(terms, size_of)])
-
-    def _grows(self, values: Sequence[float], *, down: bool = False) -> bool:
-        """True if the values of micro-batches grow with their size, or with down become smaller, at least as its square root does."""
-        most = max(self._cut)
-        large = [abs(value) for value, size in zip(values, self._cut) if size == most]
-        small = [(abs(value), size) for value, size in zip(values, self._cut) if size * 3 <= most]
-        if not small or not sum(large) or not sum(value for value, _ in small):
-            return False
-        times = (sum(large) / len(large)) / (sum(value for value, _ in small) / len(small))
-        return bool((1 / times if down else times) > (most * len(small) / sum(size for _, size in small)) ** 0.5)
-
-    def warn_of_nothing(self, result: WindowResult, loss: object) -> None:
-        """Warns if the loss of a micro-batch is nan and that of another is not, as with a mean over labels of which a sample has none."""
-        values = [float(term.sum()) for term in result.total.terms]
-        if not any(map(math.isnan, values)) or not any(map(math.isfinite, values)) or len(values) != len(self._cut):
-            return
-        size = next(size for size, value in zip(self._cut, values) if math.isnan(value))
-        cure = getattr(loss, "cure", "return the pair (loss_sum, count) from the loss, or give count=")
-        warnings.warn(
-            f"the loss of a micro-batch of {size} sample{'s' if size > 1 else ''} is nan, and that of others is not: if it is a mean over labels or weights, a "
-            f"micro-batch without any is 0/0, and the model's weights are nan now; {cure}, and begin again",
-            AutoaccumWarning,
-            stacklevel=4,
-        )
 
     @property
     def why_not(self) -> str:
@@ -184,25 +158,50 @@ class Learner:
 
     def cut(self, window: Window) -> Cut:
         """The window's micro-batches. Parts that only the user can cut are cut before the window runs, others while it runs."""
+        self._units = self._measured(window) if self._in_tokens else None
         if self._given or (window.told and window.split is None):
-            self._cut, self._is_fixed = window.sizes, True
+            self._samples = self._cut = window.sizes
+            if self._units is not None:
+                starts = accumulate(window.sizes, initial=0)
+                self._cut = [self._units.of(start, size) for start, size in zip(starts, window.sizes)]
+            self._is_fixed = True
             return list(zip(window.parts, window.sizes))
         if window.split is None and not self._beforehand:
             settled = self._search().propose(self.budget.budget_bytes) is None
-            self._largest_part = max(self._largest_part, *window.sizes)
-            self._lazy = LearnedCut(window, self._next_size, ahead=settled, is_limited=self._is_limited)
-            self._cut = self._lazy.sizes
+            starts = accumulate(window.sizes, initial=0)
+            parts = window.sizes if self._units is None else [self._units.of(start, size) for start, size in zip(starts, window.sizes)]
+            self._largest_part = max(self._largest_part, *parts)
+            self._lazy = LearnedCut(window, self._next_size, units=self._units, ahead=settled, is_limited=self._is_limited)
+            self._cut, self._samples = self._lazy.measures, self._lazy.sizes
             return self._lazy
         sizes: list[int] = []
-        while (remaining := window.samples - sum(sizes)) > 0:
-            sizes.append(self._next_size(len(sizes), remaining))
-        self._cut = sizes
+        cut: list[int] = []
+        while (start := sum(sizes)) < window.samples:
+            if self._units is None:
+                cut = sizes
+                sizes.append(self._next_size(len(sizes), window.samples - start))
+            else:
+                cut.append(self._next_size(len(sizes), self._units.left(start)))
+                sizes.append(self._units.samples(start, cut[-1]))
+        self._cut, self._samples = cut, sizes
         return window.cut(sizes, most=max(sizes))
+
+    def _measured(self, window: Window) -> TokenUnits:
+        """The window in units of tokens. The first one decides what a unit is, and the largest so far how many units a full window has."""
+        unit = self._request.sample_tokens if self._has_unit else longest_sample(window)
+        self._has_unit = True
+        units = TokenUnits(window, unit, smallest=self._smallest)
+        if units.left(0) > self._whole or unit != self._request.sample_tokens:
+            self._whole = max(units.left(0), self._smallest)
+            self._target = 2 * self._whole
+            self._request = replace(self._request, target_batch=self._whole, sample_tokens=unit)
+            self._candidates = arithmetic.candidate_sizes(self._whole, smallest=self._smallest, most=self._request.max_micro_batch)
+        return units
 
     @property
     def sizes(self) -> tuple[int, ...]:
-        """The micro-batches of the window that runs, as far as they are decided."""
-        return tuple(self._cut)
+        """The samples of the micro-batches of the window that runs, as far as they are decided."""
+        return tuple(self._samples)
 
     @contextmanager
     def watching(self, on_phase: PhaseCallback) -> Iterator[PhaseCallback]:
@@ -249,6 +248,8 @@ class Learner:
                 self._base_before = base_bytes
             elif self._base_before is not None:  # with what else the first step left, such as libraries that it imported
                 self._state_bytes, self._base_before = max(base_bytes - self._base_before, 0), None
+        if self._lazy is not None and self._units is not None and base_bytes is not None:  # what a full one of this size would take
+            peak_bytes = base_bytes + int((peak_bytes - base_bytes) / self._lazy.fills[index])
         if self._has_stepped:
             self._before_state.discard((size, beside))
         else:
@@ -277,7 +278,7 @@ class Learner:
     def refuse(self, index: int, phase: str) -> bool:
         """Notes that micro-batch `index` of the window ran out of memory. Returns False if nothing smaller is left to try."""
         sizes = self._cut
-        if self._lazy is not None and sum(self._lazy.decided) > sum(self._lazy.sizes):  # it ran out where the next micro-batch was put together
+        if self._lazy is not None and len(self._lazy.decided) > len(self._lazy.sizes):  # it ran out where the next micro-batch was put together
             sizes, index = self._lazy.decided, len(self._lazy.decided) - 1
         if not sizes:
             return False
@@ -304,14 +305,15 @@ class Learner:
             if not self._device.shared_with_host:  # what a step leaves is exact there
                 self._state_bytes = max(self._state_bytes, self._device.live_bytes() - self._held_bytes)
         found = self._start()
-        planned = arithmetic.micro_batches(self._whole, math.ceil(self._whole / found)) if self._whole else ()
+        whole = self._whole if self._units is None else self._units.left(0)  # what a full window has
+        planned = self._even(whole, found)
         proposal = self._search().propose(self.budget.budget_bytes)
-        searching = proposal is not None and (self._fleet is None or proposal <= self._whole)
+        searching = proposal is not None and (self._has_fixed_target or proposal <= whole)
         if self._lazy is not None and self._lazy.is_limited:
             self._say_that_parts_limit()
             searching = searching and proposal is not None and proposal <= self._largest_part
             planned = tuple(self._cut) if max(self._cut) <= found or not searching else planned
-        is_smaller = samples < self._whole  # at the end of an epoch; it says nothing
+        is_smaller = samples < whole if self._units is None else 2 * whole < self._whole  # at the end of an epoch; it says nothing
         self._whole_windows = self._whole_windows if is_smaller else self._whole_windows + 1 if tuple(self._cut) == planned else 0
         if self._whole_windows == 1:  # the plan's peak is that of its own micro-batches, not of larger ones that were tried
             self._peak_bytes = self._window_peak_bytes
@@ -339,9 +341,11 @@ class Learner:
         if not self._is_limited:
             self._is_limited = True
             log.warning(
-                "the loader's batches cannot be joined (padded to unlike lengths), so no micro-batch is larger than one of them, here %d: give the loader "
-                "larger batches, or take DataLoader(dataset, batch_sampler=loop.plan.batch_sampler(dataset))",
+                "the loader's batches cannot be joined (padded to unlike lengths), so no micro-batch is larger than one of them, here %d%s: give the loader "
+                "larger batches, or %s",
                 self._largest_part,
+                f" x {self._request.sample_tokens} tokens" if self._in_tokens else "",
+                "tune first" if self._in_tokens else "take DataLoader(dataset, batch_sampler=loop.plan.batch_sampler(dataset))",
             )
 
     def goes_on(self, micro_batch: int) -> bool:
@@ -368,18 +372,24 @@ class Learner:
         proposal, found = self._search().propose(self.budget.budget_bytes), self._largest_fit()
         if proposal == self._target:
             size = self._target if index == 0 and remaining == self._target else found or self._candidates[0]
-        elif proposal is None or (index == 0 and found and (self._fleet is None or proposal + found <= remaining)):
-            found = min(self._start(), found or self._candidates[0])
-            size = arithmetic.micro_batches(remaining, math.ceil(remaining / found))[0]
+        elif proposal is None or (index == 0 and found and (self._has_fixed_target or proposal + found <= remaining)):
+            size = self._even(remaining, min(self._start(), found or self._candidates[0]))[0]
         elif index and not any(beside for _, beside in self._readings):
             size = _SECOND * self._candidates[0] if self._beforehand else self._candidates[0]  # once more, with gradients and all that the first one loaded
         else:
             size = proposal
         return self._without_a_lone_sample(max(min(size, remaining, self._below - 1), 1), remaining)
 
+    def _even(self, whole: int, most: int) -> tuple[int, ...]:
+        """The micro-batches of a window by what is known so far. Those that are counted in tokens are filled one after the other, as the plan fills them."""
+        steps = math.ceil(whole / most)
+        if not whole or not self._in_tokens:
+            return arithmetic.micro_batches(whole, steps) if whole else ()
+        return (*[most] * (steps - 1), whole - most * (steps - 1))
+
     def _without_a_lone_sample(self, size: int, remaining: int) -> int:
         """BatchNorm forbids a micro-batch of one sample."""
-        if self._smallest < 2 or remaining - size != 1:
+        if self._smallest < 2 or remaining - size != 1 or self._in_tokens:
             return size
         return size - 1 if size > 2 else remaining
 
@@ -400,7 +410,7 @@ class Learner:
         has_gradients = any(beside for _, beside in self._readings)
         beside_most = max((size for (size, beside), each in self._readings.items() if beside and each.fits), default=0)
         for key, reading in self._readings.items():
-            if has_gradients and not key[1] and (self._fleet is None or key[0] <= beside_most):
+            if has_gradients and not key[1] and (self._has_fixed_target or key[0] <= beside_most):
                 continue  # the first micro-batch of a window says less than those that came later
             if reading.activation_bytes is not None:
                 lacking = self._state_bytes if key in self._before_state else 0
@@ -413,13 +423,17 @@ class Learner:
 
     def _largest_fit(self) -> int:
         found = self._search().result(self.budget.budget_bytes).micro_batch
-        if self._fleet is None:
+        if self._has_fixed_target:
             return found
-        return max([found, *(each.micro_batch for each in self._known() if each.fits)])  # a share may lie between the sizes that are tried
+        return max([found, *(each.micro_batch for each in self._known() if each.fits)])  # a window may lie between the sizes that are tried
 
     def _start(self) -> int:
         """The micro-batch of a window by what is known so far: the largest that fits, or the largest divisor of the target that does."""
         fit = self._largest_fit() or self._candidates[0]
+        if self._in_tokens and _LARGER_WINDOW * fit >= self._whole:  # windows of tokens are unlike, and a larger one is to run in one piece, too
+            larger, promised = int(_LARGER_WINDOW * self._whole), self._search().result(self.budget.budget_bytes).predicted_largest
+            larger = larger if promised is None else min(promised, larger)  # None: peaks do not grow
+            fit = max(fit, larger) if larger >= self._whole else fit
         return max((size for size in self._divisors if size <= fit), default=self._divisors[0]) if self._divisors else fit
 
     def _refused(self, size: int, outcome: Outcome, phase: str, budget_bytes: int) -> None:

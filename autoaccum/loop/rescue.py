@@ -184,6 +184,8 @@ class Rescuer:
         return result, rescued
 
     def _cut(self, window: Window, sizes: Sizes, most: int) -> Cut:
+        if self._plan.learned_windows and window.told and window.split is None:  # nothing was decided about what nobody can cut
+            return window.cut(window.sizes)
         return window.cut(sizes(most), most=most, elsewhere=self._plan.micro_tokens is None)
 
     def _cut_again(self, error: Exception, window: Window, sizes: Sizes, outside: BaseException | None, *, alone: bool) -> Cut:

@@ -72,10 +72,17 @@ def learner_of(jobs: Sequence[Job], device: Device, request: Request, timeout_s:
     """What learns this rank's plan. Every rank calls this. Raises `UsageError` where a plan cannot be learned in training."""
     if (name := next(filter(None, (captured(job.model, job.loss) for job in jobs)), None)) is not None:
         raise UsageError(f"{name} was captured by torch.cuda.make_graphed_callables and runs one batch size only: tune before it is captured, with equal=True")
+    if request.target_tokens is not None and (request.equal or cache):
+        told = "equal=True makes micro-batches of equal samples" if request.equal else "cache=True keeps micro-batches of samples"
+        raise UsageError(f"{told}, and with target_tokens they are filled by tokens: leave {'equal' if request.equal else 'cache'} out, or give target_batch")
     model = jobs[0].model
     world = ranks.here(engines.group_of(model), timeout_s)
     if world is None:
         return Learner(jobs, device, request, cache=cache)
+    if request.target_tokens is not None:
+        raise UsageError(
+            "over ranks a plan in tokens is not learned while training: every rank calls autoaccum.tune(..., target_tokens=...), and then Accumulator(model, optimizer, plan)"
+        )
     if cache:
         raise UsageError("cache=True is for one rank: over ranks all learn in the same windows, so leave it out")
     engine = engines.parallel(model)

@@ -47,6 +47,8 @@ def headline(plan: PlanRecord) -> str:
     if plan.fleet is not None:
         shares = " + ".join(f"{share} x {count}" if count > 1 else str(share) for share, count in runs(plan.shares))
         return f"{plan.target_batch} = {shares} over {plan.world_size} ranks     this is rank {plan.rank}, on {plan.device.label}, {plan.device.name}"
+    if plan.target_tokens is not None and plan.learning and not plan.learned_windows:
+        return f"{plan.target_tokens} tokens a step, in micro-batches that the first windows will show     on {_on(plan)}"
     if plan.target_tokens is not None:
         micro = f"micro-batches of up to {plan.micro_tokens} ({plan.micro_batch} x {(plan.micro_tokens or 0) // max(plan.micro_batch, 1)})"
         return f"{plan.target_tokens} tokens a step, in {micro}     about {plan.accumulation_steps} a step on {_on(plan)}"

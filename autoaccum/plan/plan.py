@@ -266,6 +266,11 @@ class Plan(PlanRecord):
         from autoaccum.data import TokenSampler, lengths
 
         assert self.target_tokens is not None and self.micro_tokens is not None
+        if self.learning:
+            raise PlanError(
+                "the plan is still learned, so it does not know yet how many tokens share a micro-batch: give loop.windows a loader with a batch_size, and make "
+                "the sampler when loop.plan.learning is False, or tune first"
+            )
         if len in (tokens, length) and len(dataset) and isinstance(dataset[0], Mapping):  # type: ignore[index] # a map-style dataset
             names = list(dataset[0])  # type: ignore[index]
             raise PlanError(f"a sample has the fields {names}, and len counts those: tokens=lambda sample: len(sample[{names[0]!r}])")

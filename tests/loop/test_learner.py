@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import autoaccum
+from autoaccum.data import Window
 from autoaccum.devices.cpu import Cpu
 from tests import jobs
 from tests.devices.fresh import fresh
@@ -276,6 +277,15 @@ def test_batches_that_cannot_be_cut_run_as_they_are():
     loop = autoaccum.Accumulator(jobs.small(), target_batch=40)
     for _ in range(3):
         assert loop.step_micro([jobs.pairs(10) for _ in range(4)]).micro_batches == 4
+
+
+def test_batches_that_nobody_can_cut_run_as_they_are_also_larger_ones_after_it_has_settled():
+    """As of packed text: a batch says how many samples it holds, and there is no split."""
+    loop = autoaccum.Accumulator(jobs.small(samples=lambda batch: len(batch[0])), target_batch=40)
+    results = [loop.step_micro([jobs.pairs(10) for _ in range(4)]) for _ in range(4)]
+    assert not loop.plan.learning and loop.plan.micro_batch == 10
+    results += [loop.step_micro([jobs.pairs(25), jobs.pairs(15)]), loop.step(Window.of([jobs.pairs(30), jobs.pairs(10)], samples=lambda batch: len(batch[0])))]
+    assert [each.micro_batches for each in results] == [4, 4, 4, 4, 2, 2]
 
 
 def test_batch_norm_is_never_left_alone_with_one_sample():
