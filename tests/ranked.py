@@ -735,10 +735,11 @@ def tuned_and_trained(room_mib, windows, then_mib, wrap_first, settings, sample_
     return None
 
 
-def learned(speeds, rooms_mib, windows, slows=None, runs_out=None):
+def learned(speeds, rooms_mib, windows, slows=None, runs_out=None, workers=None):
     """Learns over ranks: a sample takes `speeds[rank]` seconds, and a rank may hold `rooms_mib[rank]` MiB more, at 2 MiB a sample.
 
     slows: from this window on, rank 0 takes three times as long. runs_out: at this window, rank 1 runs out of memory once.
+    workers: of each rank's loader with `plan.batch_sampler`, which read ahead unlike far; None for a plain loader.
     """
     rank, world = meet(120)
     from autoaccum.devices import malloc
@@ -762,12 +763,17 @@ def learned(speeds, rooms_mib, windows, slows=None, runs_out=None):
 
     limit = None if rooms_mib[rank] is None else Cpu().held_bytes() + rooms_mib[rank] * MIB
     loop = autoaccum.Accumulator(model, optimizer, target_batch=60, memory_limit=limit, headroom=0, rank_timeout_s=60)
-    shares, rescued, order = [], [], []
+    shares, rescued, order, parts = [], [], [], []
+    if workers is not None:
+        sampler = loop.plan.batch_sampler(data, drop_last=True)
+        drawn = DataLoader(data, batch_sampler=sampler, num_workers=workers[rank], persistent_workers=workers[rank] > 0)
     while at < windows:
         order.append(torch.randperm(400, generator=torch.Generator().manual_seed(len(order))).tolist())
-        for window in loop.windows(DataLoader(Subset(data, order[-1]), batch_size=16), drop_last=True):
+        loader = DataLoader(Subset(data, order[-1]), batch_size=16) if workers is None else drawn
+        for window in loop.windows(loader, drop_last=True):
             rescued.append(loop.step(window, loss).rescued is not None)
             shares.append(loop.plan.shares)
+            parts.append(len(window.parts))
             at += 1
             if at == windows:
                 break
@@ -785,7 +791,7 @@ def learned(speeds, rooms_mib, windows, slows=None, runs_out=None):
     plan = loop.plan
     return {
         "shares": shares, "rescued": rescued, "difference": difference(net, reference), "learning": plan.learning, "micro_batch": plan.micro_batch,
-        "seconds": plan.fleet.seconds(), "most": [curve.most for curve in plan.fleet.curves], "said": str(plan),
+        "seconds": plan.fleet.seconds(), "most": [curve.most for curve in plan.fleet.curves], "said": str(plan), "parts": parts,
     }  # fmt: skip
 
 

@@ -33,9 +33,11 @@ class Window:
     of_all: the samples of this window over all ranks; by default `samples`.
     regrouped: True if `Windows` made it. A smaller window is then the last one of an epoch; of other batches that can only be guessed.
     position: the place in the data behind this window, for `Windows.load_state_dict`; None if `Windows` did not make it, or if the place cannot be found again.
+    shared: how often the ranks' shares had changed before its sampler drew it; 0 without one.
     """
 
     position: dict[str, int] | None = None
+    shared = 0
 
     def __init__(
         self,
@@ -231,13 +233,14 @@ class Windows:
             _check_unsharded(loader)
 
     def shared_by(self, shares: Callable[[int], Sequence[int]]) -> Windows:
-        """The same, with shares that may change from window to window. Raises `PlanError` for a loader whose sampler has shared them out already."""
-        if self._sampler is not None:
-            raise PlanError(
-                "plan.batch_sampler shares windows out before they run, and shares are learned here: give every rank a plain loader of the same order"
-            )
+        """The same, with shares that may change from window to window. A sampler shares windows out before they are read (`WindowSampler.share_from`)."""
         self._shares = shares
         return self
+
+    @property
+    def sampler(self) -> WindowSampler | None:
+        """What draws the windows of the loader; None for a plain loader."""
+        return self._sampler
 
     def __iter__(self) -> Iterator[Window]:
         if self.ends():
@@ -346,7 +349,9 @@ class Windows:
                 sizes = tuple(int(self._samples(part)) if size else 0 for part, size in zip(parts, sizes))
             if self._gauge is not None and not told:
                 self._gauge.compare(parts, sizes, sampler, start, of_all)
-            yield Window(parts, sizes, self._split, told=told, arranged=sampler.arranged, of_all=of_all)
+            window = Window(parts, sizes, self._split, told=told, arranged=sampler.arranged, of_all=of_all)
+            window.shared = sampler.version((self._epoch, start))
+            yield window
         self._epoch, self._done = self._epoch + 1, 0
 
     def _regrouped(self) -> Iterator[Window]:

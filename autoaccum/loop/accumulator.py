@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 
 from autoaccum import devices, oom
-from autoaccum.data import Cut, TokenGauge, Window, Windows, batches, counted
+from autoaccum.data import Cut, TokenGauge, Window, Windows, WindowSampler, batches, counted
 from autoaccum.devices import malloc_for_training
-from autoaccum.distributed import Pace, VoidWindow, WindowAnnouncement, WindowVote
+from autoaccum.distributed import Fleet, Pace, VoidWindow, WindowAnnouncement, WindowVote
 from autoaccum.errors import AutoaccumWarning, PlanError, UsageError, noted
 from autoaccum.loop import loss_values, team
 from autoaccum.loop.first_windows import FirstWindows
@@ -141,6 +141,8 @@ class Accumulator:
         self._grow_after, self._quiet = grow_after, 0  # windows since it settled
         self._timed_every = _TIMED_EVERY
         self._rounds, self._follows = 0, False
+        self._sampler: WindowSampler | None = None  # of the loader, if shares may change
+        self._coming: tuple[int, Fleet] | None = None  # from which window of the sampler on which shares are taken
         if known is None:
             request = Request(target_batch, memory_limit, headroom, max_micro_batch, equal, target_tokens=target_tokens)
             self._learner = team.learner_of(self._jobs, device, request, rank_timeout_s, cache=cache)
@@ -195,6 +197,8 @@ class Accumulator:
         if self._pace is None:
             return windows
         self._follows = True
+        if windows.sampler is not self._sampler:  # it was made with the shares of now
+            self._sampler, self._coming = windows.sampler, None
         return windows.shared_by(lambda samples: self._plan.shares_of(samples))
 
     @property
@@ -237,6 +241,7 @@ class Accumulator:
         Raises `PlanError` for a window with more samples than the share, and for a second smaller window in a row.
         """
         window = batch if isinstance(batch, Window) else self._window_of(batch)
+        self._take_coming(window)
         if self._tokens is not None and loss is not None and self._jobs[0].count is None and not hasattr(loss, "of_window"):
             loss = PerToken(loss)
         try:
@@ -260,6 +265,7 @@ class Accumulator:
         Returns and raises the same as `step`.
         """
         window = micro_batches if isinstance(micro_batches, Window) else Window.of(micro_batches, self._jobs[0].split, samples or self._jobs[0].samples)
+        self._take_coming(window)
         return self._step(window, loss, lambda part, most: [size for part_size in part.sizes for size in self._plan.sizes(part_size, most)], given=True)
 
     def _step(self, window: Window, loss: Loss | None, sizes: Callable[[Window, int], Sequence[int]], *, given: bool) -> Any:
@@ -392,7 +398,7 @@ class Accumulator:
         return Pace(self._team.ranks, self._plan.fleet, device.facts.name, learned=self._learner is None, pairs=self._plan.fleet.pairs, every=replan_after)
 
     def _agreed(self, pace: Pace, announcement: WindowAnnouncement) -> None:
-        """Takes new shares, at a window after which all ranks take them."""
+        """Agrees on new shares with the other ranks. They are taken now, or by a sampler from the next window on that no rank has begun to read."""
         assert self._team is not None
         learner = self._learner
         if self._team.out or not self._follows:  # the ranks' loaders keep the shares that they have
@@ -401,7 +407,7 @@ class Accumulator:
             if self._learner is None:
                 self._team.votes_every = 0
             return
-        if not announcement.careful or announcement.samples < self._plan.target_batch:
+        if not announcement.careful or announcement.samples < self._plan.target_batch or self._coming is not None:
             return
         self._team.timed()
         fleet = pace.agree(
@@ -411,6 +417,25 @@ class Accumulator:
         )
         if fleet is None:
             return
+        if self._sampler is None:
+            self._share_by(fleet)
+            return
+        places = self._team.ranks.gathered(self._sampler.unread, "agreeing from which window on shares are new")
+        cuts = fleet.cuts if learner is None else partial(team.whole_shares, fleet)
+        self._coming = self._sampler.share_from(max(places), cuts), fleet
+
+    def _take_coming(self, window: Window) -> None:
+        """Takes the shares that a sampler has cut this window by."""
+        if self._coming is not None and window.shared >= self._coming[0]:
+            fleet, self._coming = self._coming[1], None
+            self._share_by(fleet)
+            if self._sampler is not None and self._learner is None:  # from here on, micro-batches are drawn
+                self._sampler.share_from(self._sampler.unread, fleet.cuts)
+
+    def _share_by(self, fleet: Fleet) -> None:
+        """Runs windows with these shares from now on. All ranks call it before the same window."""
+        assert self._team is not None and self._pace is not None
+        learner = self._learner
         self._team.follow(fleet)
         if learner is not None:  # all ranks have settled, with the shares so far
             are_new = fleet.shares != self._plan.shares
@@ -421,7 +446,7 @@ class Accumulator:
             if are_new and self._rounds < _MOST_ROUNDS:
                 return
             self._learner, self._team.votes_every = None, self._timed_every
-            pace.learned = True
+            self._pace.learned = True
             self._plan = replace(learner.plan, learning=False)
         rank, target = self._plan.rank, self._plan.target_batch
         sizes = tuple(size for size in fleet.sizes(rank, target) if size)

@@ -292,8 +292,8 @@ class Plan(PlanRecord):
 
     def _cuts(self, samples: int) -> list[tuple[int, ...]]:
         """Every rank's micro-batches of a window of `samples` samples, without the steps that a rank skips."""
-        if self.learning and self.fleet is None:  # how many fit is not known yet, and a window can be cut when it is
-            return [(samples,)]
+        if self.learning:  # how many fit is not known yet, and a rank's part can be cut when it is
+            return [(share,) if share else () for share in self.shares_of(samples)]
         return [self.sizes(samples)] if self.fleet is None else self.fleet.cuts(samples)
 
     def of_rank(self, rank: int) -> Plan:

@@ -186,3 +186,39 @@ def test_ranks_that_read_the_same_stream_keep_their_own_part(workers):
     together = [flat(of) for of in zip(*parts)]
     assert [len(each) for each in together] == [120] * 8 + [43] and flat(together) == list(range(SAMPLES))
     assert [len(each) for each in parts[0]][:8] == [70] * 8
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    ahead=st.lists(st.integers(0, 12), min_size=3, max_size=3),
+    after=st.integers(0, 7),
+    shares=st.sampled_from([THREE[::-1], [ONE[0], *THREE[:2]], [*THREE[:2], AffineCurve(0, 0.0, 0.0)]]),
+)
+def test_new_shares_begin_at_a_window_that_no_rank_has_read(ahead, after, shares):
+    """Loaders read ahead unlike far; the parts of every window are its samples, whichever shares they were cut by."""
+    ranks, new = samplers(THREE), Fleet.planned(shares, TARGET)
+    drawn = [iter(each) for each in ranks]
+    held = [[next(each)] for each in drawn]
+    sizes = [each.windows(0) for each in ranks]
+    found = []
+    for number in range(9):
+        if number == after:
+            for rank in range(3):
+                held[rank] += itertools.islice(drawn[rank], ahead[rank])
+            place = max(each.unread for each in ranks)
+            assert {each.share_from(place, new.cuts) for each in ranks} == {1}
+        parts = []
+        for rank in range(3):
+            start, _, cut = next(sizes[rank])
+            assert ranks[rank].version((0, start)) == (number >= after and (0, start) >= place)
+            for size in cut:
+                micro = held[rank].pop(0) if held[rank] else next(drawn[rank])
+                assert len(micro) == max(size, 1)
+                parts += micro if size else []
+        found += parts
+    assert found == torch.randperm(SAMPLES, generator=torch.Generator().manual_seed(5)).tolist()
+    assert all(next(each, None) is None for each in drawn) and not any(held)
+    with pytest.raises(autoaccum.PlanError, match="are read up to"):
+        ranks[0].share_from((0, 0), new.cuts)
+    ranks[0].set_epoch(0)  # back to where the old shares were: all is read with the last ones
+    assert ranks[0].version((0, 0)) == 1
