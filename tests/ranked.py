@@ -735,11 +735,12 @@ def tuned_and_trained(room_mib, windows, then_mib, wrap_first, settings, sample_
     return None
 
 
-def learned(speeds, rooms_mib, windows, slows=None, runs_out=None, workers=None):
+def learned(speeds, rooms_mib, windows, slows=None, runs_out=None, workers=None, every=None):
     """Learns over ranks: a sample takes `speeds[rank]` seconds, and a rank may hold `rooms_mib[rank]` MiB more, at 2 MiB a sample.
 
     slows: from this window on, rank 0 takes three times as long. runs_out: at this window, rank 1 runs out of memory once.
     workers: of each rank's loader with `plan.batch_sampler`, which read ahead unlike far; None for a plain loader.
+    every: nothing is learned; a plan of even shares makes them anew after so many windows.
     """
     rank, world = meet(120)
     from autoaccum.devices import malloc
@@ -762,7 +763,10 @@ def learned(speeds, rooms_mib, windows, slows=None, runs_out=None, workers=None)
         return F.cross_entropy(out.flatten(0, 1), labels.flatten(), ignore_index=-100, reduction="sum"), (labels != -100).sum()
 
     limit = None if rooms_mib[rank] is None else Cpu().held_bytes() + rooms_mib[rank] * MIB
-    loop = autoaccum.Accumulator(model, optimizer, target_batch=60, memory_limit=limit, headroom=0, rank_timeout_s=60)
+    if every is None:
+        loop = autoaccum.Accumulator(model, optimizer, target_batch=60, memory_limit=limit, headroom=0, rank_timeout_s=60)
+    else:
+        loop = autoaccum.Accumulator(model, optimizer, fleet_plan(rank, world, [20] * 3, [10] * 3), replan_after=every, rank_timeout_s=60)
     shares, rescued, order, parts = [], [], [], []
     if workers is not None:
         sampler = loop.plan.batch_sampler(data, drop_last=True)

@@ -1,5 +1,7 @@
 """Ranks learn what each can hold while they train, share windows out by it, and share them anew where one slows down."""
 
+import pytest
+
 from tests.ranked import in_ranks
 
 
@@ -37,3 +39,13 @@ def test_shares_follow_in_a_sampler_from_the_next_window_that_no_worker_has_read
     best = 60 / sum(1 / speed for speed in speeds)
     assert shares[0] == [20, 20, 20] and seconds(shares[13], speeds) < 1.15 * best
     assert seconds(shares[-1], [0.009, 0.006, 0.012]) < seconds(shares[13], [0.009, 0.006, 0.012])
+
+
+@pytest.mark.parametrize("workers", [None, [0, 1, 2]])
+def test_the_shares_of_a_plan_are_made_anew_where_that_is_asked_for(workers):
+    speeds = [0.003, 0.006, 0.012]
+    told = in_ranks("learned", speeds, [None] * 3, 20, None, None, workers, 6)
+    assert [each["difference"] < 1e-14 for each in told] == [True] * 3
+    shares = told[0]["shares"]
+    if workers:  # the sampler draws micro-batches of at most 10
+        assert [each["parts"][-1] for each in told] == [-(-share // 10) for share in shares[-1]]
