@@ -26,7 +26,7 @@ def skeleton(text):
     text = re.sub(r" on cpu, .*", " on cpu, NAME", text.rstrip())
     text = re.sub(r"\d+ trials?, [\d.]+ s", "N trials, N s", text)
     text = re.sub(r"ran out( in \w+)?|took [\d.]+ \w+", "REFUSED", text)
-    return re.sub(r"\b\d+(\.\d+)?(?= (of|spare|limit|headroom|MiB|KiB|over)\b)|\(\d+ spare\)|^\d+ = |(?<=[=-] )\d+", "N", text, flags=re.M)
+    return re.sub(r"\b\d+(\.\d+)?(?= (of|left|limit|headroom|MiB|KiB|over)\b)|\(\d+ left\)|^\d+ = |(?<=[=-] )\d+", "N", text, flags=re.M)
 
 
 @pytest.mark.parametrize("block", blocks("console"), ids=lambda block: block[2:40])

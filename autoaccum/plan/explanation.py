@@ -88,14 +88,15 @@ def _why(plan: PlanRecord) -> str:
     if plan.peak_bytes is None or plan.spare_bytes is None:
         parts = [f"{plan.micro_batch} ran within {in_words(plan.budget_bytes, unit)}"]
     else:
-        parts = [f"{plan.micro_batch} peaks at {number(plan.peak_bytes, unit)} of {in_words(plan.budget_bytes, unit)} ({number(plan.spare_bytes, unit)} spare)"]
+        samples = "1 sample peaks" if plan.micro_batch == 1 else f"{plan.micro_batch} samples peak"
+        parts = [f"{samples} at {number(plan.peak_bytes, unit)} of {in_words(plan.budget_bytes, unit)} ({number(plan.spare_bytes, unit)} left)"]
     refused = next((trial for trial in plan.trials if trial.micro_batch == plan.smallest_refused and trial.outcome != "fits"), None)
     if refused is not None:
         parts.append(f"{refused.micro_batch} {outcome(refused)}")
     if plan.predicted_refusal is not None:
         parts.append(f"{plan.predicted_refusal} would not fit (predicted: nothing would have stopped it here)")
     if between := _between(plan):
-        parts.append(f"{between} would take {plan.accumulation_steps} as well")
+        parts.append(f"{between} would take {plan.accumulation_steps} micro-batches, too")
     return " · ".join(parts)
 
 
@@ -163,7 +164,7 @@ def _budget(plan: PlanRecord) -> str:
     parts = [f"{number(plan.budget_bytes, unit)} = {' - '.join(terms)}"] if terms else []
     if plan.shapes:
         parts.append(("simulated at " if plan.predicted else "measured at ") + ", ".join(f"{path} {shape}" for path, shape in list(plan.shapes.items())[:4]))
-    if plan.allocator:
+    if plan.allocator and plan.allocator != "steady malloc":  # as always on a CPU
         parts.append(plan.allocator)
     if plan.learning:
         return " · ".join([*parts, f"still learning, after {plan.learned_windows} windows of training"])

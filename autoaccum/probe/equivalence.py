@@ -117,8 +117,8 @@ def compare_values(job: Job, batch: Any, samples: int | None = None) -> str:
         if not math.isfinite(expected):
             return f"{term} is {value:.4g} for {samples} samples and nan for a part of them, in which nothing counts: {_cure(job, batch, '')}"
         if field:
-            weighed = f"{weight:.3f} and {1 - weight:.3f} instead of {sizes[0] / samples:.3f} and {sizes[1] / samples:.3f}"
-            return f"{term} is a mean over what counts in {field!r} (labels, tokens, weights), not over samples: pieces weigh {weighed}; {_cure(job, batch, field)}"
+            weighed = f"{weight:.3f} and {1 - weight:.3f}, and by samples {sizes[0] / samples:.3f} and {sizes[1] / samples:.3f}"
+            return f"{term} is a mean over what counts in {field!r} (labels, tokens, weights), not over samples: the parts of a split batch have the weights {weighed}; {_cure(job, batch, field)}"
         if abs(value - one - other) <= _tolerance(job) * max(abs(value), abs(one), abs(other)):
             return (
                 f"{term} is {value:.4g} for {samples} samples, and {one:.4g} and {other:.4g} for {_words(sizes)} of them: it is a sum over samples, and is "
@@ -256,7 +256,7 @@ def _why(
             "token-mean",
             [],
             "with a target in tokens a scalar is taken for the mean over the labels of its batch other than -100, and this loss is another mean (of sums, of "
-            f"samples, or without each sequence's first label): pieces weigh {actual}; return (loss_sum, count), with the labels that it counts",
+            f"samples, or without each sequence's first label): the parts of a split batch have the weights {actual}; return (loss_sum, count), with the labels that it counts",
         )
     if float((weights - 1).abs().max()) < 0.02:
         return "sum", [], "the loss is a sum over the samples, not their mean: use reduction='mean', or return (loss_sum, number of samples)"
@@ -278,14 +278,14 @@ def _why(
         return (
             "token-mean",
             [],
-            f"token_mean counts other labels than the model does: pieces weigh {actual}; say whether it leaves out each sequence's first label, "
+            f"token_mean counts other labels than the model does: the parts of a split batch have the weights {actual}; say whether it leaves out each sequence's first label, "
             "with loss=functools.partial(autoaccum.token_mean, shifted=True), or shifted=False",
         )
     if abs(float(weights.sum()) - 1) < 0.02 and field:
         return (
             "token-mean",
             [],
-            f"the loss is a mean over what counts in {field!r} (labels, tokens, weights), not over samples: pieces weigh {actual} instead of {expected}; "
+            f"the loss is a mean over what counts in {field!r} (labels, tokens, weights), not over samples: the parts of a split batch have the weights {actual}, and by samples {expected}; "
             + _cure(job, whole[0][0], field),
         )
     if any(float(gradient.norm()) < 1e-9 * float(whole_gradient.norm()) for gradient in piece_gradients):
@@ -293,7 +293,7 @@ def _why(
     return (
         "weights",
         [],
-        f"the loss does not weigh samples alike: pieces weigh {actual} instead of {expected}; "
+        f"the loss does not weigh samples alike: the parts of a split batch have the weights {actual}, and by samples {expected}; "
         + (
             getattr(job.loss, "cure", "")
             or "return (loss_sum, count) for a mean over something else than samples; a root or a logarithm of a mean cannot be split"

@@ -5,8 +5,10 @@ torch is imported only where a job is changed: the process that asks does withou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoaccum.errors import UsageError, in_brief
@@ -36,13 +38,15 @@ _ALREADY = "already"  # in the sentence about a change that the job has
 _FEWEST_BLOCKS = 2
 _OPTIONS = ("lr", "betas", "eps", "weight_decay")  # of an optimizer, that another one takes as they are
 _SHORTEST = 8  # a dimension that is shorter is no length
+_LENGTH = "length-"  # before a percentage
+_LOOKS = 6  # for the longest length that fits
 
 
 @dataclass(frozen=True)
 class WhatIf:
     """A changed job on a card. changes: names of `IN_WORDS`. times: the arithmetic of a sample, as a multiple of the unchanged job's.
 
-    error: why the changed job could not be traced; "" if it was.
+    error: why the changed job could not be traced; "" if it was. length: of the samples, where the longest that fits was looked for.
     """
 
     changes: tuple[str, ...]
@@ -51,10 +55,11 @@ class WhatIf:
     peak_bytes: int
     times: float
     error: str = ""
+    length: int | None = None
 
     @property
     def words(self) -> str:
-        return " + ".join(IN_WORDS[change] for change in self.changes)
+        return in_words(self.changes) + ("" if self.length is None else f" ({self.length})")
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ class ChangedPlan:
 
     @property
     def words(self) -> str:
-        return " + ".join(IN_WORDS[change] for change in self.changes)
+        return in_words(self.changes)
 
     def as_dict(self) -> dict[str, Any]:
         plan = self.plan
@@ -80,13 +85,50 @@ class ChangedPlan:
         return {"changes": list(self.changes), "fits": plan is not None, "micro_batches": list(sizes), **figures, "speed": self.speed, "error": self.error}
 
 
+def in_words(names: Sequence[str]) -> str:
+    """A set of changes in words: `"bfloat16 autocast + 40 % of the length"`."""
+    return " + ".join(f"{_percent(name)} % of the length" if _percent(name) else IN_WORDS[name] for name in names)
+
+
+def of_length(percent: int) -> str:
+    """The name of the change to so much of the length of samples."""
+    return f"{_LENGTH}{percent}"
+
+
+def _percent(name: str) -> int:
+    """What `of_length` was given; 0 for any other change."""
+    given = name.removeprefix(_LENGTH)
+    return int(given) if name.startswith(_LENGTH) and given.isdigit() else 0
+
+
 def changed(jobs: Sequence[Job], names: Sequence[str]) -> tuple[Job, ...]:
     """The jobs with these changes. Their models change in place. Raises `UsageError` with the reason for what the job has already, or cannot have."""
     for name in names:
-        if name not in _CHANGES:
-            raise UsageError(f"there is no change {in_brief(name)}: {', '.join(_CHANGES)}")
-        jobs = tuple(_CHANGES[name](job) for job in jobs)
+        if name not in _CHANGES and not 0 < _percent(name) < 100:
+            raise UsageError(f"there is no change {in_brief(name)}: {', '.join(_CHANGES)}, {of_length(75)} for three quarters of the length")
+        jobs = tuple(_at_length(job, _percent(name)) if _percent(name) else _CHANGES[name](job) for job in jobs)
     return tuple(jobs)
+
+
+def longest(excess: Callable[[int], float], *, whole: float, half: float | None = None) -> int:
+    """The largest part of the length that fits, in percent; 0 if not even 1 % does.
+
+    excess: `excess(percent)`, the bytes by which the peak is above what may be taken, negative if it fits; infinite if that is not known. whole, half:
+    the same of all and of half the length. A straight line through what is known says where to look; six looks at most.
+    """
+    known = {100: whole} if half is None else {100: whole, 50: half}
+    low, high = (50, 100) if half is not None and half < 0 else (0, 100 if half is None else 50)
+    for _ in range(_LOOKS):
+        if high - low <= 1:
+            break
+        percent = (low + high) // 2
+        finite = sorted((size, value) for size, value in known.items() if math.isfinite(value))[:2] if low == 0 else [(low, known[low]), (high, known[high])]
+        if len(finite) == 2 and all(math.isfinite(value) for _, value in finite) and finite[1][1] > finite[0][1]:
+            (first, below), (second, above) = finite
+            percent = min(max(int(first - below * (second - first) / (above - below)), low + 1), high - 1)
+        known[percent] = excess(percent)
+        low, high = (percent, high) if known[percent] < 0 else (low, percent)
+    return low
 
 
 def together(refused: Mapping[str, str]) -> list[tuple[str, ...]]:
@@ -107,7 +149,8 @@ def times(names: Sequence[str], half_rate: float) -> float:
     """
     forward, backward = 1.0, 1.0 if "lora" in names else 2.0
     total = forward * (2 if "checkpointing" in names else 1) + backward
-    return total / 3 / (half_rate if "bf16" in names else 1.0) / (2 if "half-length" in names else 1)
+    part = next((_percent(name) / 100 for name in names if _percent(name)), 0.5 if "half-length" in names else 1.0)
+    return total / 3 / (half_rate if "bf16" in names else 1.0) * part
 
 
 def _bf16(job: Job) -> Job:
@@ -250,17 +293,18 @@ def _lora(job: Job) -> Job:
     return replace(job, model=adapted.train(), optimizer=type(optimizer)(trained, **options))
 
 
-def _half_length(job: Job) -> Job:
+def _at_length(job: Job, percent: int) -> Job:
     from autoaccum.data import batches
 
     batch = job.batch_of(2)
     lengths = {tensor.shape[1] for _, tensor in batches.tensors(batch) if tensor.dim() == 2 and not tensor.is_floating_point()}
     if len(lengths) != 1 or (length := lengths.pop()) < _SHORTEST:
         raise UsageError("the batch has no length: integers of one second dimension")
-    halved = batches.changed(batch, lambda tensor: tensor[:, : length // 2].clone() if tensor.dim() >= 2 and tensor.shape[1] == length else tensor)
-    return replace(job, batch=halved)
+    kept = max(length * percent // 100, 1)
+    shorter = batches.changed(batch, lambda tensor: tensor[:, :kept].clone() if tensor.dim() >= 2 and tensor.shape[1] == length else tensor)
+    return replace(job, batch=shorter)
 
 
 _CHANGES: dict[str, Callable[[Job], Job]] = {
-    "bf16": _bf16, "fused": _fused, "8-bit-optimizer": _eight_bit_optimizer, "checkpointing": _checkpointing, "nf4": _nf4, "lora": _lora, "half-length": _half_length,
+    "bf16": _bf16, "fused": _fused, "8-bit-optimizer": _eight_bit_optimizer, "checkpointing": _checkpointing, "nf4": _nf4, "lora": _lora, "half-length": partial(_at_length, percent=50),
 }  # fmt: skip

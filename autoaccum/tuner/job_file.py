@@ -108,11 +108,23 @@ def tune_changed(
         else:
             found.append(changes.ChangedPlan(wanted, plan, plan.samples_per_second / rate if plan.samples_per_second and rate else None))
 
+    def excess(percent: int) -> float:
+        tried((*least, changes.of_length(percent)))
+        return -1.0 if found[-1].plan is not None else math.inf  # by how much is not known of what ran out
+
     for wanted in changes.ALONE:
         tried(wanted)
     for wanted in changes.together(refused):
         if "nf4" not in wanted:
             tried(wanted)
+    whole = [row for row in found if "half-length" not in row.changes]
+    if unchanged is None and "half-length" not in refused and all(row.plan is None for row in whole):
+        least = max((row.changes for row in whole if not row.error), key=len, default=())
+        before = len(found)
+        half = next((-1.0 if row.plan is not None else math.inf for row in found if row.changes == (*least, "half-length")), None)
+        changes.longest(excess, whole=math.inf, half=half)
+        lengths = [row for row in found[before:] if row.plan is not None]  # the longest of those that fit is what was asked for
+        found[before:] = lengths[-1:]
     return tuple(sorted(found, key=lambda row: (row.plan is None, -(row.plan.samples_per_second or 0.0) if row.plan else 0.0)))
 
 

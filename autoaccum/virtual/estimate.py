@@ -103,12 +103,13 @@ def _row(estimate: Estimate) -> str:
 def _changed(gpu: str, rows: Sequence[WhatIf]) -> Iterator[str]:
     """The table of a job with changes, each traced."""
     yield f"{gpu}, what if: each traced; time is a lower bound, the arithmetic of a sample on this card as a multiple of the unchanged job's"
+    wide = max((len(row.words) for row in rows), default=0) + 3
     for row in rows:
         if row.error:
-            yield f"  {row.words:<64}could not be traced: {row.error}"
+            yield f"  {row.words:<{wide}}could not be traced: {row.error}"
             continue
         plan = window_notation(row.micro_batches) if row.fits else "does not fit"
-        yield f"  {row.words:<64}{plan:<22}{in_words(row.peak_bytes):<11}time x {row.times:.2f}"
+        yield f"  {row.words:<{wide}}{plan:<22}{in_words(row.peak_bytes):<11}time x {row.times:.2f}"
     if not rows:
         yield "  the job can have none of the changes that are known"
 
@@ -118,8 +119,8 @@ def _notes_on(estimate: Estimate, *, traced: bool = False) -> Iterator[str]:
         need, there = in_words(estimate.peak_bytes), in_words(estimate.budget_bytes)
         close = " by the simulation, which may be off by more than what is left" if estimate.peak_bytes <= estimate.budget_bytes else ""
         yield f"{estimate.gpu}: the smallest micro-batch needs {need} of {there}{close}"
-        if not traced:  # figures by parts of the breakdown, where the changed job itself was not traced
-            yield from (f"  with {change}" for change in estimate.advice)
+        if not traced:
+            yield "  --what-if (in Python what_if=True) traces the job with changes that need less memory: bfloat16, checkpointing, LoRA, shorter samples and others"
     elif estimate.largest_micro_batch is not None and estimate.hard_largest_micro_batch is not None:
         flushed = estimate.hard_largest_micro_batch
         more = f", {flushed} if the allocator flushes its cache on the way, which is slow" if flushed > estimate.largest_micro_batch else ""
@@ -142,7 +143,7 @@ class Estimate:
     cards, and for jobs of which every size must be traced.
     hard_largest_micro_batch: the largest that still runs with flushes.
     estimated: names of the card's numbers that are neither measured nor published. margin: the source of the interval.
-    advice: changes that make the job need less memory. measured_at: the shapes of the micro-batch, by path.
+    measured_at: the shapes of the micro-batch, by path.
     """
 
     gpu: str
@@ -161,7 +162,6 @@ class Estimate:
     estimated: tuple[str, ...]
     margin: str
     warnings: tuple[str, ...] = ()
-    advice: tuple[str, ...] = ()
     measured_at: dict[str, tuple[int, ...]] | None = None
 
     @property
@@ -175,7 +175,7 @@ class Estimate:
     @classmethod
     def from_dict(cls, told: dict[str, Any]) -> Estimate:
         given = {name: value for name, value in told.items() if name != "spare_bytes"}
-        for name in ("micro_batches", "peak_interval_bytes", "estimated", "warnings", "advice"):
+        for name in ("micro_batches", "peak_interval_bytes", "estimated", "warnings"):
             given[name] = tuple(given[name])
         given["measured_at"] = given["measured_at"] and {path: tuple(shape) for path, shape in given["measured_at"].items()}
         return cls(**given)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -10,7 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, NoReturn
+from functools import partial
+from typing import Any, NamedTuple, NoReturn
 
 from autoaccum.devices import LEAST_GPU_HEADROOM
 from autoaccum.errors import AutoaccumError, JobError, UsageError, as_document, from_document
@@ -114,34 +116,81 @@ def estimate_source(
         if timeline is not None:
             chosen = _estimate_card(child, timeline, request, len(names))
             tape = child.simulated("taped", sizes=list(chosen.micro_batches))
-    found = _what_if(origin, request, names, replace(request.limits, buckets=buckets)) if what_if else {}
+    found = _what_if(origin, request, names, replace(request.limits, buckets=buckets), estimates) if what_if else {}
     return Estimates(origin.label, target, tuple(estimates), round(time.monotonic() - started, 3), tape, found, world, engine)
 
 
-def _what_if(origin: Source, request: Request, names: Sequence[str], limits: Limits) -> dict[str, tuple[changes.WhatIf, ...]]:
+def _what_if(origin: Source, request: Request, names: Sequence[str], limits: Limits, unchanged: Sequence[Estimate]) -> dict[str, tuple[changes.WhatIf, ...]]:
     """By card: the job with each set of changes that it can have, traced, the quickest first and those that do not fit last."""
-    found: dict[str, list[changes.WhatIf]] = {name: [] for name in names}
+    found: dict[str, list[_Traced]] = {name: [] for name in names}
     refused: dict[str, str] = {}  # by change: why the job cannot have it
 
     def tried(wanted: tuple[str, ...]) -> None:
         try:
-            with Child(replace(origin, changes=wanted), f"virtual:{names[0]}", limits) as child:
-                for name in names:
-                    card, told = profiles.load(name), _estimate_card(child, name, request, _DETAILED + 1)
-                    fp32, half = card.flops.get("fp32"), card.flops.get("bf16") or card.flops.get("fp16")
-                    rate = half.value / fp32.value if fp32 and half else 1.0
-                    found[name].append(changes.WhatIf(wanted, told.fits, told.micro_batches, told.peak_bytes, changes.times(wanted, rate)))
+            for name, traced in _changed(origin, wanted, names, request, limits).items():
+                found[name].append(traced)
         except UsageError as error:  # the job has it already, or cannot have it
             if len(wanted) == 1:
                 refused[wanted[0]] = str(error)
-        except AutoaccumError as error:
-            for name in names:
-                found[name].append(changes.WhatIf(wanted, False, (), 0, changes.times(wanted, 1.0), str(error)[:200]))
 
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(tried, changes.ALONE))
         list(pool.map(tried, changes.together(refused)))
-    return {name: tuple(sorted(rows, key=lambda row: (not row.fits, row.times, row.peak_bytes))) for name, rows in found.items()}
+    for name, estimate in zip(names, unchanged) if "half-length" not in refused else ():
+        whole = [each for each in found[name] if "half-length" not in each.row.changes and each.estimate is not None]
+        if not estimate.fits and not any(each.row.fits for each in whole):
+            least = min(whole, key=lambda each: each.excess, default=_Traced(changes.WhatIf((), False, (), 0, 1.0), estimate))
+            half = next((each.excess for each in found[name] if each.row.changes == (*least.row.changes, "half-length")), None)
+            found[name] += _longest(partial(_changed, origin, names=[name], request=request, limits=limits), least, half)
+    return {name: tuple(sorted((each.row for each in rows), key=lambda row: (not row.fits, row.times, row.peak_bytes))) for name, rows in found.items()}
+
+
+class _Traced(NamedTuple):
+    """A changed job on a card. estimate: None if it could not be traced."""
+
+    row: changes.WhatIf
+    estimate: Estimate | None
+
+    @property
+    def excess(self) -> float:
+        """The bytes by which it is above the budget; negative if it fits."""
+        if self.estimate is None:
+            return math.inf
+        over = self.estimate.peak_interval_bytes[1] - self.estimate.budget_bytes
+        return min(over, -1) if self.estimate.fits else max(over, 1)
+
+
+def _longest(traced: Callable[[tuple[str, ...]], dict[str, _Traced]], least: _Traced, half: float | None) -> list[_Traced]:
+    """The job at the longest length that fits, with those changes that take the least memory; nothing if no length fits."""
+    seen: dict[int, _Traced] = {}
+
+    def excess(percent: int) -> float:
+        (seen[percent],) = traced((*least.row.changes, changes.of_length(percent))).values()
+        return seen[percent].excess
+
+    found = seen.get(changes.longest(excess, whole=least.excess, half=half))
+    if found is None or found.estimate is None or least.estimate is None:
+        return []
+    before, now = ((each.estimate.measured_at or {}) for each in (least, found) if each.estimate is not None)
+    length = next((shape[1] for path, shape in now.items() if len(shape) > 1 and before.get(path, shape) != shape), None)
+    return [found._replace(row=replace(found.row, length=length))]
+
+
+def _changed(origin: Source, wanted: tuple[str, ...], names: Sequence[str], request: Request, limits: Limits) -> dict[str, _Traced]:
+    """By card: the job with these changes, traced. Raises `UsageError` if it cannot have them."""
+    found = {}
+    try:
+        with Child(replace(origin, changes=wanted), f"virtual:{names[0]}", limits) as child:
+            for name in names:
+                card, told = profiles.load(name), _estimate_card(child, name, request, _DETAILED + 1)
+                fp32, half = card.flops.get("fp32"), card.flops.get("bf16") or card.flops.get("fp16")
+                rate = half.value / fp32.value if fp32 and half else 1.0
+                found[name] = _Traced(changes.WhatIf(wanted, told.fits, told.micro_batches, told.peak_bytes, changes.times(wanted, rate)), told)
+    except UsageError:
+        raise
+    except AutoaccumError as error:
+        return {name: _Traced(changes.WhatIf(wanted, False, (), 0, changes.times(wanted, 1.0), str(error)[:200]), None) for name in names}
+    return found
 
 
 def timed(origin: Source, request: Request, most: dict[str, int], *, on_output: Callable[[str], None] | None = None) -> dict[str, dict[str, Any]]:

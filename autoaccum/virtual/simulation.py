@@ -36,7 +36,6 @@ from autoaccum.simulate import (
 )
 from autoaccum.trace import OperatorWork
 from autoaccum.units import in_words
-from autoaccum.virtual.advice import with_advice
 from autoaccum.virtual.estimate import Estimate
 from autoaccum.virtual.phantom import Phantom
 from autoaccum.virtual.roofline import traced_curves
@@ -252,9 +251,9 @@ class Simulation:
     # -- the same as plain documents, for another process --
 
     def estimated(self, gpu: str, target: int, **request: Any) -> dict[str, Any]:
-        """`estimate` on the card of that name, with advice, as a dictionary."""
+        """`estimate` on the card of that name, as a dictionary."""
         self.use(profiles.load(gpu))
-        return with_advice(self.estimate(target, **request), self._jobs).as_dict()
+        return self.estimate(target, **request).as_dict()
 
     def taped(self, sizes: Sequence[int]) -> dict[str, Any]:
         """The tape of a window on the current card, as a dictionary. If `sizes` is empty, the tape is of the smallest micro-batch."""

