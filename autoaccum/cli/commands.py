@@ -19,7 +19,7 @@ import click
 
 from autoaccum import oom
 from autoaccum.cli import report
-from autoaccum.cli.options import CallOptions, writable, write_file, write_nothing, write_stderr
+from autoaccum.cli.options import CallOptions, stages, writable, write_file, write_nothing, write_stderr
 from autoaccum.errors import AutoaccumError, JobFailed, NothingFits, OutOfMemory, UsageError, in_short, without_middle
 from autoaccum.plan import framework_arguments
 from autoaccum.probe import Request, cache
@@ -272,16 +272,18 @@ def estimate(
     if of_configuration and not (job or "").startswith("hf:"):
         raise UsageError(f"--{' and --'.join(of_configuration)} belong to JOB hf:path/to/config.json: give your own job's with --set")
     source = parse_source(job, settings, rest or ())
-    estimates = estimate_source(
-        replace(source, settings={**source.settings, **of_configuration}),
-        request,
-        names,
-        on_output=write_nothing if quiet else write_stderr,
-        timeline=gpus[0] if timeline is not None else None,
-        what_if=what_if,
-        world=world,
-        shard=shard,
-    )
+    with stages(quiet=quiet) as on_stage:
+        estimates = estimate_source(
+            replace(source, settings={**source.settings, **of_configuration}),
+            request,
+            names,
+            on_output=write_nothing if quiet else write_stderr,
+            on_stage=on_stage,
+            timeline=gpus[0] if timeline is not None else None,
+            what_if=what_if,
+            world=world,
+            shard=shard,
+        )
     click.echo(report.as_json(estimates.as_dict()) if as_json else estimates.explain())
     if output is not None:
         write_file(output, report.as_json(estimates.as_dict()) + "\n")

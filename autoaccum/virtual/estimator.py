@@ -91,6 +91,7 @@ def estimate_source(
     names: Sequence[str],
     *,
     on_output: Callable[[str], None] | None = None,
+    on_stage: Callable[[str], None] = lambda words: None,
     timeline: str | None = None,
     buckets: bool = False,
     what_if: bool = False,
@@ -99,7 +100,7 @@ def estimate_source(
 ) -> Estimates:
     """Does the same as `estimate`, for a job that a file builds.
 
-    on_output: called with the text that the job prints. timeline: the card whose window is also returned as a tape.
+    on_output: called with the text that the job prints. on_stage: called with what is traced now, in words. timeline: the card whose window is also returned as a tape.
     buckets: True to keep memory free for the gradient buckets of DistributedDataParallel. what_if, world, shard: as in `estimate`.
     """
     started = time.monotonic()
@@ -108,26 +109,35 @@ def estimate_source(
     _check_cards(names, request)
     origin = where if isinstance(where, Source) else parse_source(where)
     if timeline is None and len(names) > _DETAILED:
-        many = _side_by_side(origin, request, names, replace(request.limits, buckets=buckets), on_output)
+        many = _side_by_side(origin, request, names, replace(request.limits, buckets=buckets), on_output, on_stage)
         return Estimates(origin.label, target, many, round(time.monotonic() - started, 3), world=world, shard=engine)
     with Child(origin, f"virtual:{names[0]}", replace(request.limits, buckets=buckets), on_output=on_output) as child:
-        estimates = [_estimate_card(child, name, request, len(names)) for name in names]
+        estimates = []
+        for name in names:
+            on_stage(f"tracing the job for {name}")
+            estimates.append(_estimate_card(child, name, request, len(names)))
         tape = None
         if timeline is not None:
             chosen = _estimate_card(child, timeline, request, len(names))
             tape = child.simulated("taped", sizes=list(chosen.micro_batches))
-    found = _what_if(origin, request, names, replace(request.limits, buckets=buckets), estimates) if what_if else {}
+    found = _what_if(origin, request, names, replace(request.limits, buckets=buckets), estimates, on_stage) if what_if else {}
     return Estimates(origin.label, target, tuple(estimates), round(time.monotonic() - started, 3), tape, found, world, engine)
 
 
-def _what_if(origin: Source, request: Request, names: Sequence[str], limits: Limits, unchanged: Sequence[Estimate]) -> dict[str, tuple[changes.WhatIf, ...]]:
+def _what_if(
+    origin: Source, request: Request, names: Sequence[str], limits: Limits, unchanged: Sequence[Estimate], on_stage: Callable[[str], None]
+) -> dict[str, tuple[changes.WhatIf, ...]]:
     """By card: the job with each set of changes that it can have, traced, the quickest first and those that do not fit last."""
     found: dict[str, list[_Traced]] = {name: [] for name in names}
     refused: dict[str, str] = {}  # by change: why the job cannot have it
 
+    def traced_with(wanted: tuple[str, ...], cards: Sequence[str] = names) -> dict[str, _Traced]:
+        on_stage(f"tracing the job with {changes.in_words(wanted)}")
+        return _changed(origin, wanted, cards, request, limits)
+
     def tried(wanted: tuple[str, ...]) -> None:
         try:
-            for name, traced in _changed(origin, wanted, names, request, limits).items():
+            for name, traced in traced_with(wanted).items():
                 found[name].append(traced)
         except UsageError as error:  # the job has it already, or cannot have it
             if len(wanted) == 1:
@@ -141,7 +151,7 @@ def _what_if(origin: Source, request: Request, names: Sequence[str], limits: Lim
         if not estimate.fits and not any(each.row.fits for each in whole):
             least = min(whole, key=lambda each: each.excess, default=_Traced(changes.WhatIf((), False, (), 0, 1.0), estimate))
             half = next((each.excess for each in found[name] if each.row.changes == (*least.row.changes, "half-length")), None)
-            found[name] += _longest(partial(_changed, origin, names=[name], request=request, limits=limits), least, half)
+            found[name] += _longest(partial(traced_with, cards=[name]), least, half)
     return {name: tuple(sorted((each.row for each in rows), key=lambda row: (not row.fits, row.times, row.peak_bytes))) for name, rows in found.items()}
 
 
@@ -200,17 +210,25 @@ def timed(origin: Source, request: Request, most: dict[str, int], *, on_output: 
         return {name: child.simulated("timed", gpu=name, most=most[name]) for name in names}
 
 
-def _side_by_side(origin: Source, request: Request, names: Sequence[str], limits: Limits, on_output: Callable[[str], None] | None) -> tuple[Estimate, ...]:
+def _side_by_side(
+    origin: Source, request: Request, names: Sequence[str], limits: Limits, on_output: Callable[[str], None] | None, on_stage: Callable[[str], None]
+) -> tuple[Estimate, ...]:
     """Estimates for many cards, in two processes at the same time. Cards that share their traces are in the same process."""
     kinds: dict[bool, list[str]] = {}
     for name in dict.fromkeys(names):
         kinds.setdefault(profiles.load(name).capability // 10 in (8, 12), []).append(name)
     children: list[Child] = []
+    begun: list[str] = []
 
     def of(group: Sequence[str]) -> list[Estimate]:
         with Child(origin, f"virtual:{group[0]}", limits, on_output=on_output) as child:
             children.append(child)
-            return [_estimate_card(child, name, request, len(names)) for name in group]
+            made = []
+            for name in group:
+                begun.append(name)
+                on_stage(f"tracing the job for {name}, {len(begun)} of {sum(map(len, kinds.values()))} cards")
+                made.append(_estimate_card(child, name, request, len(names)))
+            return made
 
     with ThreadPoolExecutor(len(kinds)) as pool:
         futures = [pool.submit(of, group) for group in kinds.values()]

@@ -209,9 +209,19 @@ def test_help_and_devices_do_not_import_torch():
 
 def test_on_a_terminal_progress_is_live():
     """A pseudo-terminal as stderr: the spinner moves, each trial leaves a line, and stdout stays the answer."""
+    answer, drawn = on_a_terminal("tune", "-b", "120", "-d", "cpu")
+    assert "building the job" in drawn and "tried 120: fits" in drawn
+    assert answer.startswith("demo: ") and "\x1b" not in answer
+    answer, drawn = on_a_terminal("estimate", f"{JOBS}:small", "-b", "12", "-g", "t4,l4")
+    assert "building the job" in drawn and "tracing the job for l4" in drawn
+    assert answer.startswith("12 samples a step of ") and "\x1b" not in answer
+
+
+def on_a_terminal(*words):
+    """What a command printed on stdout, and what it drew on the terminal that is its stderr."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
-        [sys.executable, "-m", "autoaccum", "tune", "-b", "120", "-d", "cpu"],
+        [sys.executable, "-m", "autoaccum", *words],
         stdout=subprocess.PIPE,
         stderr=theirs,
         cwd=ROOT,
@@ -227,9 +237,8 @@ def test_on_a_terminal_progress_is_live():
         drawn += chunk
     answer = process.communicate()[0].decode()
     os.close(ours)
-    text = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn.decode())
-    assert "building the job" in text and "tried 120: fits" in text and b"\x1b[" in drawn
-    assert answer.startswith("demo: ") and "\x1b" not in answer
+    assert b"\x1b[" in drawn
+    return answer, re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", drawn.decode())
 
 
 def test_check_says_whether_splitting_changes_the_gradient():
