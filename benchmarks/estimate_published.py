@@ -27,7 +27,7 @@ import sys
 import time
 from pathlib import Path
 
-from autoaccum.cli.report import profiles
+from autoaccum.simulate import profiles
 from autoaccum.virtual import phantom
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")

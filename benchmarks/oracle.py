@@ -22,9 +22,10 @@ from pathlib import Path
 
 import click
 
+from autoaccum.errors import NothingFits
 from autoaccum.plan import arithmetic
 from autoaccum.probe import request
-from autoaccum.tuner import in_place, job_file
+from autoaccum.tuner import job_file
 from autoaccum.window.source import Source
 
 HERE = Path(__file__).resolve()
@@ -172,7 +173,7 @@ def tuned(where: str, settings: dict, limit: int, target: int, verdicts: dict[st
     row: dict = {"oracle": best, "oracle_steps": math.ceil(target / best) if best else 0}
     try:
         found = job_file.tune_source(Source(where, settings), request.Request(target, memory_limit=limit), device="cpu")
-    except in_place.NothingFits as nothing:
+    except NothingFits as nothing:
         trials = len(nothing.trials)
         return row | {
             "tune": 0,

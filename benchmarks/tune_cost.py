@@ -37,8 +37,9 @@ if name == "long window":
         return ((model(batch[0]) - batch[1]) ** 2).mean()
 
     model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.Adam(model.parameters())  # the first one of a process imports torch's compiler, for a second
     started = time.perf_counter()
-    plan = autoaccum.tune(model, torch.optim.Adam(model.parameters()), loss, (torch.randn(8, 8), torch.randn(8, 1)), target_batch=640, max_micro_batch=10)
+    plan = autoaccum.tune(model, optimizer, loss, (torch.randn(8, 8), torch.randn(8, 1)), target_batch=640, max_micro_batch=10)
     print(json.dumps({"seconds": time.perf_counter() - started, "plan": plan.micro_batches[:1] + (len(plan.micro_batches),), "samples": computed}))
 else:
     from autoaccum.probe import request

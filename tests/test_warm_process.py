@@ -28,7 +28,7 @@ def fits(child):
 
 
 def forker(child):
-    return psutil.Process(child._process.pid).parent().pid
+    return psutil.Process(child._process.process.pid).parent().pid
 
 
 def test_children_one_after_another_and_side_by_side_come_from_one_process():
@@ -64,7 +64,7 @@ def test_what_torch_reads_when_it_is_imported_gets_a_process_of_its_own(monkeypa
 @pytest.mark.parametrize("number, code", [(signal.SIGKILL, -9), (signal.SIGTERM, -15)])
 def test_a_child_that_is_killed_is_told_by_its_signal(number, code):
     with simulating() as child:
-        os.kill(child._process.pid, number)
+        os.kill(child._process.process.pid, number)
         with pytest.raises(autoaccum.JobFailed, match=rf"exit code {code}\)"):
             child.simulated("estimated", gpu="t4")
     with simulating() as child:
@@ -85,7 +85,7 @@ def test_where_the_process_that_forks_is_killed_the_next_child_has_another():
 def test_nothing_is_left_when_the_parent_is_killed():
     code = (
         "import sys; from tests.probe.test_warm_process import *\n"
-        "with simulating() as child:\n    print(forker(child), child._process.pid, flush=True)\n    sys.stdin.read()\n"
+        "with simulating() as child:\n    print(forker(child), child._process.process.pid, flush=True)\n    sys.stdin.read()\n"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT) as parent:
         processes = [psutil.Process(int(word)) for word in parent.stdout.readline().split()]
@@ -102,7 +102,7 @@ def test_a_measured_child_is_forked_so_in_tests_alone_and_reads_the_same(monkeyp
         assert abs(child.measure([4]).peak_bytes - forked) < 0.03 * forked
     with Child(SMALL, "cpu", Limits()) as child:
         assert isinstance(child._process, subprocess.Popen)
-    assert all(server._process.pid != child._process.pid for server in child_module._warm)
+    assert all(server._process.pid != child._process.process.pid for server in child_module._warm)
 
 
 def test_it_ends_when_it_has_had_nothing_to_do_for_a_while():

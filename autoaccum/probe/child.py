@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from autoaccum import errors, oom
-from autoaccum.devices import Budget, Memory
+from autoaccum.devices import LINUX, Budget, Cpu, Memory
 from autoaccum.errors import from_document
 from autoaccum.probe.readings import Conditions, Equivalence, Limits, Reading, Subject, after_death
 from autoaccum.warm_process import ForkedProcess, WarmProcess
@@ -44,6 +44,73 @@ class _Died(Exception):
         self.code = code
 
 
+class _Process:
+    """One process of a `Child`: its pipes, and the end of what it printed. program: starts it with two descriptors for requests and answers, and one for its output."""
+
+    def __init__(self, program: Callable[[int, int, int], subprocess.Popen[bytes] | ForkedProcess], on_output: Callable[[str], None]) -> None:
+        self._in, theirs_out = os.pipe()
+        theirs_in, self._out = os.pipe()
+        output, theirs_output = os.pipe()
+        self.process = program(theirs_in, theirs_out, theirs_output)
+        for descriptor in (theirs_in, theirs_out, theirs_output):
+            os.close(descriptor)
+        self._on_output, self._buffer, self.tail = on_output, b"", ""
+        self._listener = threading.Thread(target=self._listen, args=(output,), name="autoaccum-child-output", daemon=True)
+        self._listener.start()
+
+    def request(self, verb: str, arguments: dict[str, Any]) -> None:
+        """Asks something; the answer comes in a `line`. Raises `_Died`."""
+        try:
+            os.write(self._out, json.dumps({"do": verb, **arguments}).encode() + b"\n")
+        except BrokenPipeError:
+            raise self._death() from None
+
+    def line(self, deadline: float | None) -> Any:
+        """The next message. Raises `_Died`, also after the deadline, at which the process is ended."""
+        while b"\n" not in self._buffer:
+            # Wait in slices: a process that the job forked may keep the pipe open after the child has ended.
+            wait_s = 0.5 if deadline is None else min(max(deadline - time.monotonic(), 0), 0.5)
+            if not select.select([self._in], [], [], wait_s)[0]:
+                if self.process.poll() is not None and not select.select([self._in], [], [], 0)[0]:
+                    raise self._death()
+                if deadline is not None and time.monotonic() >= deadline:
+                    self.end()
+                    raise _Died(None)
+                continue
+            chunk = os.read(self._in, 65536)
+            if not chunk:
+                raise self._death()
+            self._buffer += chunk
+        line, _, self._buffer = self._buffer.partition(b"\n")
+        return json.loads(line)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+
+    def end(self) -> None:
+        if self._in < 0:
+            return  # it has ended already
+        self.kill()
+        self.process.wait()
+        self._listener.join(timeout=1)  # a grandchild that left the group may keep the pipe open
+        for descriptor in (self._in, self._out):
+            os.close(descriptor)
+        self._in = self._out = -1
+
+    def _death(self) -> _Died:
+        code = self.process.wait()
+        self.end()
+        return _Died(code)
+
+    def _listen(self, output: int) -> None:
+        with open(output, "rb", buffering=0) as stream:
+            while chunk := stream.read(65536):
+                text = chunk.decode(errors="replace")
+                self.tail = (self.tail + text)[-4000:]
+                self._on_output(text)
+
+
 class Child:
     """A `Rehearser` whose trials run in a child process. A context manager.
 
@@ -58,8 +125,8 @@ class Child:
         self._source, self._device, self._limits = source, device, limits
         self._on_phase, self._on_output = on_phase, on_output or _to_stderr
         self._phase = "build"
-        self._tail = ""
         self._approximate = ""
+        self._spare: _Process | None = None  # started ahead, for the run that confirms
         self.enforces = True
 
     def __enter__(self) -> Child:
@@ -67,7 +134,9 @@ class Child:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._end()
+        self._process.end()
+        if self._spare is not None:
+            self._spare.end()
 
     def subject(self) -> Subject:
         return Subject.from_dict(self._subject)
@@ -76,12 +145,14 @@ class Child:
         try:
             answer = self._ask("budget", limited=limited)
         except _Died as death:
-            raise errors.JobFailed(f"the job's process ended between two trials (exit code {death.code})", text=self._tail.strip()) from None
+            raise errors.JobFailed(f"the job's process ended between two trials (exit code {death.code})", text=self._process.tail.strip()) from None
         return Budget(**{**answer, "memory": Memory.from_dict(answer["memory"])})
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
         timeout_s = self._limits.timeout_of(len(micro_batches), full=full, windows=windows)
         sizes = list(micro_batches)
+        if not full and self._spare is None and self._may_start_ahead():
+            self._spare = self._launched()
         return self._trial("measure", sizes[0], len(sizes), full, timeout_s, micro_batches=sizes, full=full, limited=limited, windows=windows)
 
     def evaluate(self, samples: int, trained: int) -> Reading:
@@ -97,7 +168,7 @@ class Child:
             self._start()
             return reading
         if not answer.pop("clean"):
-            self._end()
+            self._process.end()
             self._start()
         return Reading.from_dict(answer)
 
@@ -105,7 +176,7 @@ class Child:
         try:
             return int(self._ask("sample_tokens"))
         except _Died as death:
-            raise errors.JobFailed(f"the job's process ended while it made a batch (exit code {death.code})", text=self._tail.strip()) from None
+            raise errors.JobFailed(f"the job's process ended while it made a batch (exit code {death.code})", text=self._process.tail.strip()) from None
 
     def compare(self, samples: int) -> Equivalence | None:
         self._phase, self._has_run = "compare", True
@@ -127,7 +198,7 @@ class Child:
 
     def fresh(self) -> None:
         if self._has_run and not self._subject["predicted"]:
-            self._end()
+            self._process.end()
             self._start()
 
     def simulated(self, verb: str, **arguments: Any) -> Any:
@@ -138,12 +209,11 @@ class Child:
         try:
             return self._ask(verb, **arguments)
         except _Died as death:
-            raise errors.JobFailed(f"the job's process ended while it was simulated (exit code {death.code})", text=self._tail.strip()) from None
+            raise errors.JobFailed(f"the job's process ended while it was simulated (exit code {death.code})", text=self._process.tail.strip()) from None
 
     def kill(self) -> None:
         """Kills the child, from another thread. The thread that waits for the child gets `JobFailed`."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.kill()
 
     def _reading_after_death(self, death: _Died, micro_batch: int, steps: int, seconds: float, full: bool) -> Reading:
         def reading(outcome: Any) -> Reading:
@@ -152,39 +222,53 @@ class Child:
         if death.code is None:
             return reading("timeout")
         # libgomp and C++ end the process when memory runs out; Python cannot catch this.
-        if oom.in_output(self._tail) and death.code != -signal.SIGKILL:
+        if oom.in_output(self._process.tail) and death.code != -signal.SIGKILL:
             return reading("oom")
         try:
             return after_death(reading("oom"), death.code, enforced=self.enforces)
         except errors.JobFailed as failure:
-            failure.text = failure.whole = self._tail.strip()
+            failure.text = failure.whole = self._process.tail.strip()
             raise
 
-    def _start(self) -> None:
-        ours_in, theirs_out = os.pipe()
-        theirs_in, ours_out = os.pipe()
-        output, theirs_output = os.pipe()
-        self._process = self._started(theirs_in, theirs_out, theirs_output)
-        for descriptor in (theirs_in, theirs_out, theirs_output):
-            os.close(descriptor)
-        self._in, self._out, self._buffer = ours_in, ours_out, b""
-        self._tail, self._has_run = "", False
-        self._listener = threading.Thread(target=self._listen, args=(output,), name="autoaccum-child-output", daemon=True)
-        self._listener.start()
-        self._phase = "build"
-        try:
-            answer = self._ask(
+    def _may_start_ahead(self) -> bool:
+        """True if the next process may be started while this one runs trials: beside a core for it, memory for twice the user's limit is free.
+
+        Without a limit the budget follows from what is free, and a second process would take of that.
+        """
+        limit, forks = self._limits.memory_bytes, self._device.startswith("virtual:") or os.environ.get(FORK_ALL) == "1"
+        if not LINUX or limit is None or forks or self._subject["device"]["kind"] != "cpu":
+            return False
+        return len(os.sched_getaffinity(0)) > 1 and Cpu().memory(who=False).free_bytes > 2 * limit
+
+    def _launched(self) -> _Process:
+        """A process that has been asked to build the job."""
+        process = _Process(self._started, self._on_output)
+        with suppress(_Died):  # who waits for the answer sees it
+            process.request(
                 "open",
-                timeout_s=None if self._limits.timeout_s is None else self._limits.timeout_s + _START_SECONDS,
-                source=asdict(self._source),
-                device=self._device,
-                limits=asdict(self._limits),
-                path=sys.path,
-                approximate=self._approximate,
-                forked=isinstance(self._process, ForkedProcess),
+                {
+                    "source": asdict(self._source),
+                    "device": self._device,
+                    "limits": asdict(self._limits),
+                    "path": sys.path,
+                    "approximate": self._approximate,
+                    "forked": isinstance(process.process, ForkedProcess),
+                },
             )
+        return process
+
+    def _start(self) -> None:
+        """Goes on with the process that was started ahead, or with a new one."""
+        was_ahead = self._spare is not None
+        self._process, self._spare = self._spare or self._launched(), None
+        self._has_run, self._phase = False, "build"
+        try:
+            answer = self._answer(None if self._limits.timeout_s is None else self._limits.timeout_s + _START_SECONDS)
         except BaseException as error:
-            self._end()
+            self._process.end()
+            if was_ahead and isinstance(error, Exception):  # the job may not stand another one beside it
+                self._start()
+                return
             if not isinstance(error, _Died):
                 raise
             death = error
@@ -196,11 +280,11 @@ class Child:
             if death.code is None:
                 raise errors.JobFailed(
                     f"importing and building the job took more than --timeout {self._limits.timeout_s:g} s: raise it, or look for a hang there",
-                    text=self._tail.strip(),
+                    text=self._process.tail.strip(),
                 ) from None
-            if death.code == -signal.SIGKILL or oom.in_output(self._tail):
+            if death.code == -signal.SIGKILL or oom.in_output(self._process.tail):
                 raise errors.NothingFits("the job ran out of memory while it was built, before any sample: give it more memory, or a smaller model") from None
-            raise errors.JobFailed(f"the job ended the process while it was built (exit code {death.code})", text=self._tail.strip()) from None
+            raise errors.JobFailed(f"the job ended the process while it was built (exit code {death.code})", text=self._process.tail.strip()) from None
         self._subject = answer["subject"]
         self.enforces = answer["enforces"]
 
@@ -227,25 +311,14 @@ class Child:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # a job that picks a card by itself must not use the real card
         return environment
 
-    def _end(self) -> None:
-        if self._in < 0:
-            return  # it has ended already
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._listener.join(timeout=1)  # a grandchild that left the group may keep the pipe open
-        for descriptor in (self._in, self._out):
-            os.close(descriptor)
-        self._in = self._out = -1
-
     def _ask(self, verb: str, *, timeout_s: float | None = None, **arguments: Any) -> Any:
+        self._process.request(verb, arguments)
+        return self._answer(timeout_s)
+
+    def _answer(self, timeout_s: float | None) -> Any:
         deadline = None if timeout_s is None else time.monotonic() + timeout_s
-        try:
-            os.write(self._out, json.dumps({"do": verb, **arguments}).encode() + b"\n")
-        except BrokenPipeError:
-            raise self._death() from None
         while True:
-            message = self._line(deadline)
+            message = self._process.line(deadline)
             if "phase" in message:
                 self._phase = message["phase"]
                 if self._on_phase is not None:
@@ -254,36 +327,6 @@ class Child:
                 raise from_document(message["error"])
             else:
                 return message["answer"]
-
-    def _line(self, deadline: float | None) -> Any:
-        while b"\n" not in self._buffer:
-            # Wait in slices: a process that the job forked may keep the pipe open after the child has ended.
-            wait_s = 0.5 if deadline is None else min(max(deadline - time.monotonic(), 0), 0.5)
-            if not select.select([self._in], [], [], wait_s)[0]:
-                if self._process.poll() is not None and not select.select([self._in], [], [], 0)[0]:
-                    raise self._death()
-                if deadline is not None and time.monotonic() >= deadline:
-                    self._end()
-                    raise _Died(None)
-                continue
-            chunk = os.read(self._in, 65536)
-            if not chunk:
-                raise self._death()
-            self._buffer += chunk
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return json.loads(line)
-
-    def _death(self) -> _Died:
-        code = self._process.wait()
-        self._end()
-        return _Died(code)
-
-    def _listen(self, output: int) -> None:
-        with open(output, "rb", buffering=0) as stream:
-            while chunk := stream.read(65536):
-                text = chunk.decode(errors="replace")
-                self._tail = (self._tail + text)[-4000:]
-                self._on_output(text)
 
 
 def forked_process(environment: dict[str, str], receive: int, send: int, output: int) -> ForkedProcess | None:

@@ -57,7 +57,7 @@ class Reading:
     activation_bytes: the peak of forward and backward, which grows with the micro-batch. The optimizer step may peak above it,
     at any size. None if the trial did not reach the end of backward.
     window_seconds: the median time of a window, without the first one.
-    full: True for a confirming run, which runs the whole window at least twice.
+    full: True for a confirming run, which runs the whole window, or as much of it as shows what the rest does.
     doubtful: True for an out-of-memory with a message that the library also uses for other failures. Such a library (oneDNN)
     remembers the failure and may refuse the same size again in this process, even if there is enough memory.
     limited: False for a run without the user's limit, to measure how much the size needs.
@@ -226,7 +226,8 @@ class Rehearser(Protocol):
         """The largest allowed peak of a window, read now. limited: False for the budget without the user's limit."""
 
     def measure(self, micro_batches: Sequence[int], *, full: bool = False, limited: bool = True, windows: int = 2) -> Reading:
-        """Runs one trial of the window `micro_batches` and restores the job's state. full: run the whole window, `windows` times."""
+        """Runs one trial of the window `micro_batches` and restores the job's state. full: run the whole window, after one micro-batch, or
+        `windows` times if those are more than two."""
 
     def evaluate(self, samples: int, trained: int) -> Reading:
         """Runs one trial of an evaluation: `samples` samples forward only, after an optimizer step of `trained` samples. Restores the job's state."""

@@ -3,8 +3,8 @@
 A trial runs two windows. The first is one micro-batch and an optimizer step, so that the optimizer state exists.
 The second is `min(k, 2)` micro-batches and a step, where k is the accumulation steps, so that gradients are resident while
 activations peak. With k = 1 no gradients are resident then, which gives a different peak.
-A confirming run is the window, twice. Of a long window it runs one micro-batch, and then the first two and the last, if nothing grows or varies
-between them: the others do what these have done.
+A confirming run is one micro-batch and a step, and then the window. Of a long window it runs the first two micro-batches and the last, if nothing grows
+or varies between them: the others do what these have done.
 """
 
 from __future__ import annotations
@@ -112,7 +112,8 @@ def measure(
 ) -> Reading:
     """Runs one trial of the window `micro_batches` (largest first) and returns its reading.
 
-    jobs: they run one after the other in every window. full: run the whole window `windows` times, instead of the two short windows.
+    jobs: they run one after the other in every window. full: run the whole window after one micro-batch, or `windows` times if those are more than
+    two, or if there are several jobs.
     allowed, enforce, aside_bytes, timeout_s, on_phase: as in `attempt`.
     The gradients are empty afterwards and the job's state is changed; the caller restores it with `preserved`.
     Raises what the job's own code raises, with a note, and `JobError`.
@@ -120,7 +121,8 @@ def measure(
     largest, steps = micro_batches[0], len(micro_batches)
     shown = (*micro_batches[:2], micro_batches[-1]) if full and windows == 2 and steps > _SHORT and len(jobs) == 1 else micro_batches
     is_short = shown is not micro_batches
-    to_run: list[Sequence[int]] = [micro_batches] * windows if full and not is_short else [shown[:1], shown if is_short else shown[:2]]
+    begins_small = full and windows == 2 and steps > 1 and len(jobs) == 1  # for the optimizer's state; several jobs may share a batch unevenly
+    to_run: list[Sequence[int]] = [micro_batches] * windows if full and not begins_small else [shown[:1], shown if full else shown[:2]]
     whole_seconds: list[float] = []  # of whole windows, where not all micro-batches ran
     scalers = [_trial_scaler(job, device) for job in jobs]
     base_bytes = shapes = None
@@ -169,8 +171,8 @@ def measure(
                 held.append(device.live_bytes())
                 if len(held) == 2 and len(to_run) == 2 and variation.slope_bytes(held, shared_with_host=device.shared_with_host):
                     gc.collect()
-                    to_run.extend([micro_batches] * (3 if is_short else 2))  # more windows tell growth from noise
-                    if is_short:
+                    to_run.extend([micro_batches] * (3 if begins_small else 2))  # more windows tell growth from noise
+                    if begins_small:
                         held.clear()
                         whole_seconds.clear()
             if listener.taken is not None and len(durations) > 1:

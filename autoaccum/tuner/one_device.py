@@ -2,7 +2,7 @@
 
 A trial runs a real window of the job on its device, under an enforced budget, and restores the training state afterwards.
 The search runs trials at growing micro-batches and finds the fewest accumulation steps that fit. The whole window then runs
-twice to confirm the plan.
+once more to confirm the plan.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ def _search(
         sizes = arithmetic.micro_batches(target, result.accumulation_steps)
         timed = request.objective == "throughput"
         if len(sizes) == 1 and (target, False) in trials.known and not timed:
-            confirmed = trials.known[(target, False)]  # its trial already ran the whole window twice
+            confirmed = trials.known[(target, False)]  # its trial already ran the whole window
             break
         if subject.device.kind == "cpu":
             rehearsal.fresh()  # allocators and libraries keep state of earlier sizes; training starts without it

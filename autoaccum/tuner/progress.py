@@ -58,7 +58,7 @@ def _live() -> Iterator[Callable[[Trying | Reading], None]]:
                 console.print(finished(event))
                 status.update("searching")
             else:
-                trial = f"the whole window, {event.micro_batch} x {event.accumulation_steps}, twice" if event.full else f"a micro-batch of {event.micro_batch}"
+                trial = f"the whole window, {event.micro_batch} x {event.accumulation_steps}" if event.full else f"a micro-batch of {event.micro_batch}"
                 phase = "" if event.phase == "batch" else f": {event.phase} {event.index + 1}"
                 status.update(f"trying {trial}{phase}")
 

@@ -30,9 +30,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from autoaccum.cli.report import profiles
 from autoaccum.data import batches
 from autoaccum.devices import calibration
+from autoaccum.simulate import profiles
 from autoaccum.virtual.empty_weights import without_memory
 
 HERE = Path(__file__).resolve().parent

@@ -161,3 +161,42 @@ def test_the_parent_never_imports_torch():
     )
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(ROOT))
     assert json.loads(finished.stdout) == [120, False]
+
+
+ONE_AT_A_TIME = """
+import fcntl, os, time
+import torch, autoaccum
+
+def make_job(where, at_once):
+    open(f"{where}/built-{os.getpid()}", "w").close()
+
+    def loss(model, batch):
+        while not at_once and len(os.listdir(where)) < 4:  # until the other process has tried to build it: the job, the lock, two builds
+            time.sleep(0.01)
+        return model(batch[0]).square().mean()
+
+    if not at_once:
+        global lock
+        lock = open(f"{where}/lock", "w")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where another process has it
+    model = torch.nn.Linear(256, 256)
+    return autoaccum.Job(model, torch.optim.Adam(model.parameters()), loss, (torch.randn(8, 256),))
+"""
+
+
+@pytest.mark.parametrize(("at_once", "builds"), [(True, 2), (False, 3)])
+def test_the_process_that_confirms_is_started_while_the_search_runs(tmp_path, monkeypatch, at_once, builds):
+    """It builds the job beside the trials. A job that cannot be built twice at once is built again when the trials are over."""
+    monkeypatch.delenv("AUTOACCUM_FORK_ALL")
+    (tmp_path / "job.py").write_text(ONE_AT_A_TIME)
+    source = Source(f"{tmp_path}/job.py:make_job", {"where": str(tmp_path), "at_once": at_once})
+    me = psutil.Process()
+    before, seen = set(me.children()), []
+
+    def watched(event):
+        if getattr(event, "phase", "") == "step" and getattr(event, "index", None) is not None:
+            seen.append(len(set(me.children()) - before))
+
+    plan = job_file.tune_source(source, request.Request(60, memory_limit="2GiB", max_micro_batch=20), device="cpu", progress=watched)
+    assert plan.micro_batches == (20, 20, 20) and max(seen) == 2
+    assert len(list(tmp_path.glob("built-*"))) == builds and set(me.children()) == before
