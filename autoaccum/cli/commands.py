@@ -19,11 +19,12 @@ import click
 
 from autoaccum import oom
 from autoaccum.cli import report
-from autoaccum.cli.options import CallOptions, stages, writable, write_file, write_nothing, write_stderr
+from autoaccum.cli.options import CallOptions, writable, write_file, write_nothing, write_stderr
 from autoaccum.errors import AutoaccumError, JobFailed, NothingFits, OutOfMemory, UsageError, in_short, without_middle
 from autoaccum.plan import framework_arguments
 from autoaccum.probe import Request, cache
 from autoaccum.simulate import profiles
+from autoaccum.tuner import stages
 from autoaccum.version import __version__
 from autoaccum.window import parse_source
 

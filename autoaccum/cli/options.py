@@ -249,18 +249,6 @@ def write_nothing(text: str) -> None:
 
 
 @contextmanager
-def stages(*, quiet: bool) -> Iterator[Callable[[str], None]]:
-    """A context manager that yields a function, which shows what is done now in a live line on a terminal, and nothing elsewhere."""
-    if quiet or not sys.stderr.isatty():
-        yield write_nothing
-        return
-    from rich.console import Console
-
-    with Console(stderr=True, highlight=False).status("building the job") as status:
-        yield status.update
-
-
-@contextmanager
 def _reserved_stdout() -> Iterator[Callable[[str], None]]:
     """A context manager: inside, the job's output goes to stderr. It yields a function that prints the answer on stdout."""
     sys.stdout.flush()

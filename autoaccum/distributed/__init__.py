@@ -11,6 +11,7 @@ from autoaccum.doors import lazily
 if TYPE_CHECKING:
     from autoaccum.distributed import engines, ranks
     from autoaccum.distributed.announcement import RankTeam, WindowAnnouncement
+    from autoaccum.distributed.changing_shares import ChangingShares
     from autoaccum.distributed.engines import Engine, unwrapped
     from autoaccum.distributed.environment import launched
     from autoaccum.distributed.fleet import Fleet
@@ -24,6 +25,7 @@ else:
     __getattr__ = lazily(
         __name__,
         announcement="RankTeam WindowAnnouncement",
+        changing_shares="ChangingShares",
         engines="Engine unwrapped",
         environment="launched",
         fleet="Fleet",

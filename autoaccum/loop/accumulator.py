@@ -14,9 +14,9 @@ from typing import Any, Literal
 import torch
 
 from autoaccum import devices, oom
-from autoaccum.data import Cut, TokenGauge, Window, Windows, WindowSampler, batches, counted
+from autoaccum.data import Cut, TokenGauge, Window, Windows, batches, counted
 from autoaccum.devices import malloc_for_training
-from autoaccum.distributed import Fleet, Pace, VoidWindow, WindowAnnouncement, WindowVote
+from autoaccum.distributed import ChangingShares, Fleet, VoidWindow, WindowAnnouncement, WindowVote
 from autoaccum.errors import AutoaccumWarning, PlanError, UsageError, noted
 from autoaccum.loop import loss_values, team
 from autoaccum.loop.first_windows import FirstWindows
@@ -44,8 +44,6 @@ from autoaccum.window import (
 
 Loss = Callable[[Any, Any], Any]
 log = logging.getLogger("autoaccum")
-_MOST_ROUNDS = 3  # times that shares follow from what ranks have learned with the shares before
-_TIMED_EVERY = 8  # windows, of which one is voted on to take the ranks' times
 
 
 class Accumulator:
@@ -139,10 +137,6 @@ class Accumulator:
         self._learner: Learner | None = None
         self._device = device
         self._grow_after, self._quiet = grow_after, 0  # windows since it settled
-        self._timed_every = _TIMED_EVERY
-        self._rounds, self._follows = 0, False
-        self._sampler: WindowSampler | None = None  # of the loader, if shares may change
-        self._coming: tuple[int, Fleet] | None = None  # from which window of the sampler on which shares are taken
         if known is None:
             request = Request(target_batch, memory_limit, headroom, max_micro_batch, equal, target_tokens=target_tokens)
             self._learner = team.learner_of(self._jobs, device, request, rank_timeout_s, cache=cache)
@@ -163,7 +157,14 @@ class Accumulator:
         self._stats = [RunningStats(job.model) if correct_running_stats else None for job in self._jobs]
         self._engines, self._team = team.of_plan(self._jobs, self._plan, on_oom, careful_windows, rank_timeout_s)
         self._rescuer = Rescuer(self._jobs, device, self._plan, enabled=on_oom == "rescue", grow_after=grow_after, together=self._team is not None)
-        self._pace = self._share_anew(device, replan_after)
+        self._shares = ChangingShares.of(
+            self._team,
+            self._plan.fleet,
+            device.facts.name,
+            learns=self._learner is not None,
+            every=replan_after,
+            in_tokens=self._plan.target_tokens is not None,
+        )
         self._tokens = None if self._plan.target_tokens is None else TokenGauge(self._plan.target_tokens, self._jobs[0].count)
         if self._tokens is not None:
             self._jobs = tuple(job if job.loss is _no_loss else per_token(job) for job in self._jobs)
@@ -194,12 +195,9 @@ class Accumulator:
         count = None if self._tokens is None else job.count
         mine = {name: value for name, value in (("samples", job.samples), ("split", job.split), ("count", count)) if value is not None}
         windows = self._progress.through(self._plan.windows(loader, **{**mine, **settings}))
-        if self._pace is None:
+        if self._shares is None or self._plan.fleet is None:
             return windows
-        self._follows = True
-        if windows.sampler is not self._sampler:  # it was made with the shares of now
-            self._sampler, self._coming = windows.sampler, None
-        return windows.shared_by(lambda samples: self._plan.shares_of(samples))
+        return self._shares.through(windows, lambda samples: self._plan.shares_of(samples), self._plan.fleet)
 
     @property
     def epoch(self) -> int:
@@ -241,7 +239,7 @@ class Accumulator:
         Raises `PlanError` for a window with more samples than the share, and for a second smaller window in a row.
         """
         window = batch if isinstance(batch, Window) else self._window_of(batch)
-        self._take_coming(window)
+        self._take_due_shares(window)
         if self._tokens is not None and loss is not None and self._jobs[0].count is None and not hasattr(loss, "of_window"):
             loss = PerToken(loss)
         try:
@@ -265,7 +263,7 @@ class Accumulator:
         Returns and raises the same as `step`.
         """
         window = micro_batches if isinstance(micro_batches, Window) else Window.of(micro_batches, self._jobs[0].split, samples or self._jobs[0].samples)
-        self._take_coming(window)
+        self._take_due_shares(window)
         return self._step(window, loss, lambda part, most: [size for part_size in part.sizes for size in self._plan.sizes(part_size, most)], given=True)
 
     def _step(self, window: Window, loss: Loss | None, sizes: Callable[[Window, int], Sequence[int]], *, given: bool) -> Any:
@@ -332,8 +330,8 @@ class Accumulator:
             self._learned(self._learner, window, stepped=not any(result._result.infs and result.skipped for result in results))
         if self._team is not None:
             self._team.went_by(any(result.rescued is not None for result in results))
-        if self._pace is not None and announcement is not None:
-            self._agreed(self._pace, announcement)
+        if self._shares is not None and announcement is not None:
+            self._agreed(self._shares, announcement)
         self._progress.finished(of_loader, stops=self._progress.is_asked if announcement is None else announcement.stops)
         return results[0] if len(results) == 1 else tuple(results)
 
@@ -373,8 +371,8 @@ class Accumulator:
                 run = partial(team.filled_up, run, steps, window)
             if self._learner is not None:
                 run = _read_by(self._learner, run)
-            if self._pace is not None and announcement.careful:
-                run = team.timed_by(self._pace, self._device, part.samples, run)
+            if self._shares is not None and announcement.careful:
+                run = team.timed_by(self._shares.pace, self._device, part.samples, run)
             try:
                 return StepResult(*self._rescuer.run(part, cuts, run, vote, learner=self._learner))
             except VoidWindow as void:
@@ -385,56 +383,33 @@ class Accumulator:
                     raise self._team.ranks.lost(error, "carrying gradients across") from error
                 raise
 
-    def _share_anew(self, device: devices.Device, replan_after: int | None) -> Pace | None:
-        """What takes the times of ranks and makes their shares anew; None on one rank, and for a plan of trials unless that was asked for."""
-        if replan_after is not None and (isinstance(replan_after, bool) or not isinstance(replan_after, int) or replan_after < 1):
-            raise UsageError(f"replan_after must be a number of windows, at least 1, or None, not {replan_after!r}")
-        if self._team is None or self._plan.fleet is None or (self._learner is None and replan_after is None):
-            return None
-        if self._plan.fleet.lockstep or self._plan.target_tokens is not None:
-            raise UsageError("replan_after makes shares anew, and ranks in lockstep or with a target in tokens keep theirs: leave replan_after out")
-        self._timed_every = min(_TIMED_EVERY, replan_after or _TIMED_EVERY)
-        self._team.votes_every = 1 if self._learner is not None else self._timed_every
-        return Pace(self._team.ranks, self._plan.fleet, device.facts.name, learned=self._learner is None, pairs=self._plan.fleet.pairs, every=replan_after)
-
-    def _agreed(self, pace: Pace, announcement: WindowAnnouncement) -> None:
-        """Agrees on new shares with the other ranks. They are taken now, or by a sampler from the next window on that no rank has begun to read."""
+    def _agreed(self, shares: ChangingShares, announcement: WindowAnnouncement) -> None:
+        """Agrees on new shares with the other ranks after a window."""
         assert self._team is not None
         learner = self._learner
-        if self._team.out or not self._follows:  # the ranks' loaders keep the shares that they have
+        if shares.are_kept:
             if learner is not None and (self._team.out or not learner.plan.learning):
                 self._learner = None
             if self._learner is None:
                 self._team.votes_every = 0
             return
-        if not announcement.careful or announcement.samples < self._plan.target_batch or self._coming is not None:
-            return
-        self._team.timed()
-        fleet = pace.agree(
+        fleet = shares.agreed(
+            announcement,
             settled=learner is None or not learner.plan.learning,
             most=self._rescuer.micro_batch if learner is None else learner.most,
-            windows=self._team.windows,
+            is_whole=announcement.samples >= self._plan.target_batch,
+            keeps_parts=learner is not None,
         )
-        if fleet is None:
-            return
-        if self._sampler is None:
-            self._share_by(fleet)
-            return
-        places = self._team.ranks.gathered(self._sampler.unread, "agreeing from which window on shares are new")
-        cuts = fleet.cuts if learner is None else partial(team.whole_shares, fleet)
-        self._coming = self._sampler.share_from(max(places), cuts), fleet
+        if fleet is not None:
+            self._share_by(shares, fleet)
 
-    def _take_coming(self, window: Window) -> None:
-        """Takes the shares that a sampler has cut this window by."""
-        if self._coming is not None and window.shared >= self._coming[0]:
-            fleet, self._coming = self._coming[1], None
-            self._share_by(fleet)
-            if self._sampler is not None and self._learner is None:  # from here on, micro-batches are drawn
-                self._sampler.share_from(self._sampler.unread, fleet.cuts)
+    def _take_due_shares(self, window: Window) -> None:
+        if self._shares is not None and (fleet := self._shares.due(window)) is not None:
+            self._share_by(self._shares, fleet)
 
-    def _share_by(self, fleet: Fleet) -> None:
+    def _share_by(self, shares: ChangingShares, fleet: Fleet) -> None:
         """Runs windows with these shares from now on. All ranks call it before the same window."""
-        assert self._team is not None and self._pace is not None
+        assert self._team is not None
         learner = self._learner
         self._team.follow(fleet)
         if learner is not None:  # all ranks have settled, with the shares so far
@@ -442,11 +417,10 @@ class Accumulator:
             learner.follow(fleet)
             self._plan = learner.plan
             self._rescuer.follow(learner.plan)
-            self._rounds += 1
-            if are_new and self._rounds < _MOST_ROUNDS:
+            if shares.go_on_learning(are_new=are_new):
                 return
-            self._learner, self._team.votes_every = None, self._timed_every
-            self._pace.learned = True
+            self._learner = None
+            shares.settle(fleet)
             self._plan = replace(learner.plan, learning=False)
         rank, target = self._plan.rank, self._plan.target_batch
         sizes = tuple(size for size in fleet.sizes(rank, target) if size)

@@ -102,11 +102,6 @@ def learner_of(jobs: Sequence[Job], device: Device, request: Request, timeout_s:
     return Learner(jobs, device, request, limits=limits, fleet=Fleet(curves, shares, pairs=pairs), rank=world.rank)
 
 
-def whole_shares(fleet: Fleet, samples: int) -> list[tuple[int, ...]]:
-    """Every rank's part of a window as one batch, which is cut when it is known how much fits."""
-    return [(share,) if share else () for share in fleet.of(samples)]
-
-
 def timed_by(pace: Pace, device: Device, samples: int, attempt: Callable[..., WindowResult]) -> Callable[..., WindowResult]:
     """Tells `pace` how long this rank computes until its gradients meet the other ranks'."""
 

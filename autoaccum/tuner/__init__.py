@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from autoaccum.tuner.in_place import refuse_unknown_keywords, tune
     from autoaccum.tuner.job_file import check_source, compare_source, tune_changed, tune_source
     from autoaccum.tuner.one_device import device_key
-    from autoaccum.tuner.progress import shown
+    from autoaccum.tuner.progress import shown, stages
 else:
     __getattr__ = lazily(
         __name__,
@@ -28,5 +28,5 @@ else:
         in_place="refuse_unknown_keywords tune",
         job_file="check_source compare_source tune_changed tune_source",
         one_device="device_key",
-        progress="shown",
+        progress="shown stages",
     )

@@ -21,6 +21,18 @@ def shown(*, quiet: bool = False) -> Iterator[Callable[[Trying | Reading], None]
         yield plain
 
 
+@contextmanager
+def stages(*, quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A context manager that yields a function, which shows what is done now in a live line on a terminal, and nothing elsewhere."""
+    if quiet or not sys.stderr.isatty():
+        yield lambda words: None
+        return
+    from rich.console import Console
+
+    with Console(stderr=True, highlight=False).status("building the job") as status:
+        yield status.update
+
+
 def plain(event: Trying | Reading) -> None:
     """Prints one line on stderr for every trial that has ended. `tune(progress=True)` uses it, also in a notebook."""
     if isinstance(event, Reading):
