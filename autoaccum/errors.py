@@ -84,16 +84,17 @@ class UsageError(AutoaccumError, ValueError):
 
 
 class NothingFits(AutoaccumError):
-    """Not even the smallest micro-batch fits. `budget_bytes` is the memory budget; `trials` are the trials that ran.
+    """Not even the smallest micro-batch fits. `budget_bytes` is the memory budget; `trials` are the trials that ran. `needs_bytes` is what the smallest one
+    takes; None if it was not measured.
 
     what_if: the documents of changed jobs, where `tune --what-if` asked for them.
     """
 
     exit_code = 3
 
-    def __init__(self, message: str, *, budget_bytes: int = 0, trials: Sequence[Any] = ()) -> None:
+    def __init__(self, message: str, *, budget_bytes: int = 0, trials: Sequence[Any] = (), needs_bytes: int | None = None) -> None:
         super().__init__(message)
-        self.budget_bytes = budget_bytes
+        self.budget_bytes, self.needs_bytes = budget_bytes, needs_bytes
         self.trials = tuple(trials)
         self.what_if: list[dict[str, Any]] = []
 

@@ -735,18 +735,19 @@ def tuned_and_trained(room_mib, windows, then_mib, wrap_first, settings, sample_
     return None
 
 
-def learned(speeds, rooms_mib, windows, slows=None, runs_out=None, workers=None, every=None):
+def learned(speeds, rooms_mib, windows, slows=None, runs_out=None, workers=None, every=None, of=400, turns=False):
     """Learns over ranks: a sample takes `speeds[rank]` seconds, and a rank may hold `rooms_mib[rank]` MiB more, at 2 MiB a sample.
 
     slows: from this window on, rank 0 takes three times as long. runs_out: at this window, rank 1 runs out of memory once.
-    workers: of each rank's loader with `plan.batch_sampler`, which read ahead unlike far; None for a plain loader.
+    workers: of each rank's loader with `plan.batch_sampler`, which read ahead unlike far; None for a plain loader. of: so many samples are in the data.
+    turns: two such loaders are used in turn.
     every: nothing is learned; a plan of even shares makes them anew after so many windows.
     """
     rank, world = meet(120)
     from autoaccum.devices import malloc
 
     malloc.steady_malloc()
-    data, net = texts(400), words()
+    data, net = texts(of), words()
     model = wrapped(net, "ddp", world)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
     at, failed = 0, []
@@ -769,11 +770,11 @@ def learned(speeds, rooms_mib, windows, slows=None, runs_out=None, workers=None,
         loop = autoaccum.Accumulator(model, optimizer, fleet_plan(rank, world, [20] * 3, [10] * 3), replan_after=every, rank_timeout_s=60)
     shares, rescued, order, parts = [], [], [], []
     if workers is not None:
-        sampler = loop.plan.batch_sampler(data, drop_last=True)
-        drawn = DataLoader(data, batch_sampler=sampler, num_workers=workers[rank], persistent_workers=workers[rank] > 0)
+        samplers = [loop.plan.batch_sampler(data, drop_last=True) for _ in range(1 + turns)]
+        drawn = [DataLoader(data, batch_sampler=each, num_workers=workers[rank], persistent_workers=workers[rank] > 0) for each in samplers]
     while at < windows:
-        order.append(torch.randperm(400, generator=torch.Generator().manual_seed(len(order))).tolist())
-        loader = DataLoader(Subset(data, order[-1]), batch_size=16) if workers is None else drawn
+        order.append(torch.randperm(of, generator=torch.Generator().manual_seed(len(order) // (1 + turns))).tolist())
+        loader = DataLoader(Subset(data, order[-1]), batch_size=16) if workers is None else drawn[(len(order) - 1) % len(drawn)]
         for window in loop.windows(loader, drop_last=True):
             rescued.append(loop.step(window, loss).rescued is not None)
             shares.append(loop.plan.shares)
@@ -784,7 +785,7 @@ def learned(speeds, rooms_mib, windows, slows=None, runs_out=None, workers=None,
     reference = words()
     other, steps = torch.optim.SGD(reference.parameters(), lr=0.05, momentum=0.9), 0
     for epoch in order:
-        for start in range(0, 360, 60):
+        for start in range(0, of - of % 60, 60):
             if steps == windows:
                 break
             total, count = summed(reference, data[epoch[start : start + 60]])

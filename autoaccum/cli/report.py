@@ -89,7 +89,7 @@ def changed(rows: Sequence[ChangedPlan]) -> str:
         per_second = row.plan.samples_per_second
         rate = "" if per_second is None else f"{per_second:,.0f} samples a second" if per_second >= 100 else f"{per_second:.3g} samples a second"
         speed = "" if row.speed is None else f", {row.speed:.2f} times as fast"
-        halves = " (half as long)" if "half-length" in row.changes else ""
+        halves = f" ({row.part:.0%} as long)" if row.part < 1 else ""
         peak = "" if row.plan.peak_bytes is None else in_words(row.plan.peak_bytes)
         lines.append(f"  {row.words:<{wide}}{window_notation(row.plan.micro_batches):<22}{peak:<11}{rate}{halves}{speed}")
     return "\n".join(lines if rows else ["what if: the job can have none of the changes that are known"])

@@ -84,12 +84,14 @@ class WindowSampler(Sampler[list[int]]):
         """True if the sizes of micro-batches depend on their samples."""
         return self.arrange is not None
 
-    def windows(self, start: int) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-        """Yields the windows from `start` to the end of the current epoch.
+    def windows(self, start: int, epoch: int | None = None) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+        """Yields the windows from `start` to the end of an epoch; of the one that is read if `epoch` is None. Once a loader has read ahead to its end, that is
+        the next one.
 
         Of each: the position in the epoch's order where it begins, its samples over all ranks, and the sizes of this rank's micro-batches.
         """
-        epoch = self.began[0] if self._reading else self.epoch
+        if epoch is None:
+            epoch = self.began[0] if self._reading else self.epoch
         order = self._order(epoch) if self.arranged else ()
         for begin, samples in self._bounds(order, start):
             yield begin, samples, self._sizes(order[begin : begin + samples], samples, (epoch, begin))
@@ -108,11 +110,18 @@ class WindowSampler(Sampler[list[int]]):
         """The first window of which nothing was read, also not ahead of the training."""
         return self.epoch, self.done + (self.target if self.in_window else 0)
 
+    @property
+    def following(self) -> Place:
+        """Where the next iteration begins."""
+        return (self.epoch + 1, 0) if self._reading else (self.epoch, self.done)
+
     def share_from(self, place: Place, cuts: Cuts) -> int:
         """Cuts windows with `cuts` from this place on. Returns the version of the shares, as in `version`. Raises `PlanError` for a window that is read already."""
         if place < self.unread:
             raise PlanError(f"windows of {self.target} samples are read up to {self.unread}, and new shares begin at {place}")
-        self._shared.append((place, cuts))
+        kept = [self._shared[0], *((begins, each) for begins, each in self._shared[1:] if begins < place)]
+        self._forgotten += len(self._shared) - len(kept)  # so that no version stands for two shares
+        self._shared = [*kept, (place, cuts)]
         return self.version(place)
 
     def version(self, place: Place) -> int:

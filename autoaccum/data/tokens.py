@@ -30,7 +30,7 @@ def labels_of(batch: Any) -> torch.Tensor:
     if not isinstance(found, torch.Tensor):
         has = f"{list(batch)}" if isinstance(batch, Mapping) else type(batch).__name__
         raise PlanError(
-            f"what counts as a token is not known, because the batch has no tensor under 'labels' ({has}): give count=, a function of a batch, to plan.windows, and to tune and Accumulator"
+            f"what counts as a token is not known, because the batch has no tensor under 'labels' ({has}): give count=, a function of a batch, to Job or Accumulator, and where you call tune or plan.windows, to those, too"
         )
     return found
 
@@ -132,10 +132,11 @@ def slices(tokens: Sequence[float], shares: Sequence[float]) -> list[tuple[int, 
     return pairs
 
 
-def sizes_within(parts: Sequence[Any], sizes: Sequence[int], budget: float) -> tuple[int, ...]:
+def sizes_within(parts: Sequence[Any], sizes: Sequence[int], budget: float, *, pairs: bool = False) -> tuple[int, ...]:
     """Micro-batches of consecutive samples, each with at most `budget` positions, its samples padded to the longest one.
 
-    A sample that is longer than the budget is a micro-batch of its own.
+    A sample that is longer than the budget is a micro-batch of its own. pairs: True if none may be alone, as BatchNorm asks; it then takes one more from
+    beside it, or comes to the one before.
     """
     found: list[int] = []
     held, longest = 0, 0.0
@@ -146,7 +147,26 @@ def sizes_within(parts: Sequence[Any], sizes: Sequence[int], budget: float) -> t
                 found.append(held)
                 held, longest = 0, 0.0
             held, longest = held + 1, max(longest, length)
-    return (*found, held) if held else tuple(found)
+    found += [held] if held else []
+    return _in_pairs(found) if pairs else tuple(found)
+
+
+def _in_pairs(sizes: Sequence[int]) -> tuple[int, ...]:
+    """The same samples in the same order, in micro-batches of at least two, if there are as many."""
+    found: list[int] = []
+    owed = 0  # a sample alone, which the next one takes
+    for size in sizes:
+        size, owed = size + owed, 0
+        if size > 1:
+            found.append(size)
+        elif found and found[-1] > 2:
+            found[-1] -= 1
+            found.append(2)
+        else:
+            owed = size
+    if owed and found:
+        found[-1] += owed
+    return tuple(found) or tuple(sizes)
 
 
 def cuts(part: Any, samples: int, budget: float) -> int:

@@ -33,11 +33,11 @@ class Window:
     of_all: the samples of this window over all ranks; by default `samples`.
     regrouped: True if `Windows` made it. A smaller window is then the last one of an epoch; of other batches that can only be guessed.
     position: the place in the data behind this window, for `Windows.load_state_dict`; None if `Windows` did not make it, or if the place cannot be found again.
-    shared: how often the ranks' shares had changed before its sampler drew it; 0 without one.
+    drawn: the sampler that drew it, and the version of the ranks' shares by which it did; None without a sampler.
     """
 
     position: dict[str, int] | None = None
-    shared = 0
+    drawn: tuple[WindowSampler, int] | None = None
 
     def __init__(
         self,
@@ -163,6 +163,15 @@ class _Joined:
         self._window, self._groups, self._most = window, groups, most
         self._unlike: bool | None = None
 
+    @property
+    def sizes(self) -> list[int]:
+        """The samples of each micro-batch, where parts cannot be joined too."""
+        found = []
+        for group in self._groups:
+            alike = len({repr(batches.of_one(part)) for part, _ in group}) == 1
+            found += [sum(size for _, size in group)] if alike else [size for _, size in group]
+        return found
+
     def _spans_unlike(self) -> bool:
         """True if a micro-batch spans parts whose samples have unlike shapes."""
         if self._unlike is None:
@@ -243,6 +252,13 @@ class Windows:
         return self._sampler
 
     def __iter__(self) -> Iterator[Window]:
+        self.is_open = True
+        try:
+            yield from self._whole()
+        finally:
+            self.is_open = False
+
+    def _whole(self) -> Iterator[Window]:
         if self.ends():
             return
         finds_again = self._sampler is not None or not _shuffles(self._loader)
@@ -328,6 +344,7 @@ class Windows:
         if self._sampler is None:
             self._epoch = before._epoch + (1 if before._done else 0)
 
+    is_open = False  # True while somebody iterates
     _epoch = _done = _to_skip = 0  # of a plain loader, `_done` counts windows, otherwise samples
 
     def _sampled(self, sampler: WindowSampler) -> Iterator[Window]:
@@ -342,7 +359,7 @@ class Windows:
             raise PlanError("the loader goes on inside a window, whose first micro-batches are gone: load a state of the end of a window")
         # The first dimension of samples that were put one after the other does not count them.
         told = self._samples is not None or not getattr(sampler, "padded", True)
-        for start, of_all, sizes in sampler.windows(self._done) if first_batches else ():
+        for start, of_all, sizes in sampler.windows(self._done, self._epoch) if first_batches else ():
             parts = [first_batches.pop() if first_batches else next(loader_iterator) for _ in sizes]
             self._done = start + of_all
             if self._samples is not None and any(sizes):
@@ -350,7 +367,7 @@ class Windows:
             if self._gauge is not None and not told:
                 self._gauge.compare(parts, sizes, sampler, start, of_all)
             window = Window(parts, sizes, self._split, told=told, arranged=sampler.arranged, of_all=of_all)
-            window.shared = sampler.version((self._epoch, start))
+            window.drawn = sampler, sampler.version((self._epoch, start))
             yield window
         self._epoch, self._done = self._epoch + 1, 0
 

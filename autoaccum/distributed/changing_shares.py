@@ -27,9 +27,10 @@ class ChangingShares:
         team.votes_every = 1 if learns else self._timed_every
         self.pace = Pace(team.ranks, fleet, gpu, learned=not learns, pairs=fleet.pairs, every=every)
         self._follows = False  # True once windows come from `through`: other loaders keep the shares that they have
-        self._sampler: WindowSampler | None = None
-        self._coming: tuple[int, Fleet] | None = None  # from which window of the sampler on
-        self._rounds = 0
+        self._stay = False
+        self._windows: Windows | None = None  # that are iterated
+        self._coming: tuple[WindowSampler, int, Fleet] | None = None  # of which sampler, and from which version on
+        self._rounds, self._learns = 0, learns
 
     @classmethod
     def of(cls, team: RankTeam | None, fleet: Fleet | None, gpu: str, *, learns: bool, every: int | None, in_tokens: bool) -> ChangingShares | None:
@@ -44,37 +45,48 @@ class ChangingShares:
 
     @property
     def are_kept(self) -> bool:
-        """True if shares stay as they are: a rank is out, or its loader does not follow."""
-        return bool(self._team.out) or not self._follows
+        """True if shares stay as they are: a rank is out, its loader does not follow, or two loaders are iterated in turn."""
+        return bool(self._team.out) or not self._follows or self._stay
 
     def through(self, windows: Windows, shares_of: Callable[[int], Sequence[int]], now: Fleet) -> Windows:
         """The windows, shared out as they change. shares_of: every rank's samples of a window, of this many. now: the shares so far."""
+        before, self._windows = self._windows, windows
+        if before is not None and before.is_open and before.sampler is not windows.sampler:
+            self._stay = True  # two loaders in turn, which have read ahead unlike far
         self._follows = True
-        if windows.sampler is not self._sampler:  # it was made with the shares of now
-            self._sampler, self._coming, self.pace.fleet = windows.sampler, None, now
+        sampler = windows.sampler
+        if sampler is not None and (before is None or before.sampler is not sampler):
+            coming = now if self._coming is None or self._stay else self._coming[2]  # nothing of this loader is read yet
+            version = sampler.share_from(sampler.following, self._cuts(coming))
+            if coming is not now:
+                self._coming = sampler, version, coming
+        elif sampler is None and self._coming is not None and not self._stay:
+            self._coming, self.pace.fleet = None, now
         return windows.shared_by(shares_of)
 
-    def agreed(self, announcement: WindowAnnouncement, *, settled: bool, most: int, is_whole: bool, keeps_parts: bool) -> Fleet | None:
+    def _cuts(self, fleet: Fleet) -> Callable[[int], Sequence[Sequence[int]]]:
+        return partial(_whole_shares, fleet) if self._learns else fleet.cuts
+
+    def agreed(self, announcement: WindowAnnouncement, *, settled: bool, most: int, is_whole: bool) -> Fleet | None:
         """Shares that all ranks take now; None if they stay, or come later by `due`. Called after each window.
 
-        settled: this rank knows its largest micro-batch, `most`. is_whole: the window was no smaller than the target. keeps_parts: a sampler is to
-        draw each rank's part as one batch.
+        settled: this rank knows its largest micro-batch, `most`. is_whole: the window was no smaller than the target.
         """
         if not announcement.careful or not is_whole or self._coming is not None:
             return None
         self._team.timed()
-        fleet = self.pace.agree(settled=settled, most=most, windows=self._team.windows)
-        if fleet is None or self._sampler is None:
+        fleet, sampler = self.pace.agree(settled=settled, most=most, windows=self._team.windows), None if self._windows is None else self._windows.sampler
+        if fleet is None or sampler is None:
             return fleet
-        places = self._team.ranks.gathered(self._sampler.unread, "agreeing from which window on shares are new")
-        self._coming = self._sampler.share_from(max(places), partial(_whole_shares, fleet) if keeps_parts else fleet.cuts), fleet
+        places = self._team.ranks.gathered(sampler.unread, "agreeing from which window on shares are new")
+        self._coming = sampler, sampler.share_from(max(places), self._cuts(fleet)), fleet
         return None
 
     def due(self, window: Window) -> Fleet | None:
         """The shares that a sampler has cut this window by, if they are new to the loop."""
-        if self._coming is None or window.shared < self._coming[0]:
+        if self._coming is None or window.drawn is None or window.drawn[0] is not self._coming[0] or window.drawn[1] < self._coming[1]:
             return None
-        fleet, self._coming = self._coming[1], None
+        fleet, self._coming = self._coming[2], None
         return fleet
 
     def go_on_learning(self, *, are_new: bool) -> bool:
@@ -85,9 +97,9 @@ class ChangingShares:
     def settle(self, fleet: Fleet) -> None:
         """Says that nothing more is learned: windows are voted on only to be timed, and a sampler draws micro-batches from now on."""
         self._team.votes_every = 0 if self.are_kept else self._timed_every
-        self.pace.learned = True
-        if self._sampler is not None:
-            self._sampler.share_from(self._sampler.unread, fleet.cuts)
+        self.pace.learned, self._learns = True, False
+        if self._windows is not None and self._windows.sampler is not None:
+            self._windows.sampler.share_from(self._windows.sampler.unread, fleet.cuts)
 
 
 def _whole_shares(fleet: Fleet, samples: int) -> list[tuple[int, ...]]:

@@ -34,6 +34,7 @@ from autoaccum.window import (
     WindowResult,
     accumulation,
     as_jobs,
+    batch_norms,
     captured,
     differing,
     fingerprint,
@@ -168,6 +169,7 @@ class Accumulator:
         self._tokens = None if self._plan.target_tokens is None else TokenGauge(self._plan.target_tokens, self._jobs[0].count)
         if self._tokens is not None:
             self._jobs = tuple(job if job.loss is _no_loss else per_token(job) for job in self._jobs)
+        self._in_pairs = any(batch_norms(job.model) for job in self._jobs)
         self._short, self._begun = 0, False
         self._graphs: list[bool] = []
         self._captured: str | None = None  # what runs one size only
@@ -243,7 +245,7 @@ class Accumulator:
         if self._tokens is not None and loss is not None and self._jobs[0].count is None and not hasattr(loss, "of_window"):
             loss = PerToken(loss)
         try:
-            return self._step(window, loss, self._plan.sizes_of, given=False)
+            return self._step(window, loss, partial(self._plan.sizes_of, pairs=self._in_pairs), given=False)
         except Exception as error:
             if _is_list_of_batches(batch):
                 noted(
@@ -293,6 +295,8 @@ class Accumulator:
                 self._first = None
         self._rescuer.begin()
         self._may_learn_again()
+        if self._tokens is not None and self._learner is None and self._settled is not None and not given and self._settled.goes_on_with(window):
+            self._learner = self._settled
         if self._learner is not None:
             sees_window = len(self._jobs) > 1 or any(self._graphs) or hasattr(loss or self._jobs[0].loss, "of_window")
             self._learner.begin(beforehand=sees_window, given=given)
@@ -309,7 +313,7 @@ class Accumulator:
                     noted(
                         error,
                         "autoaccum: a micro-batch held one sample, which BatchNorm forbids: plan.windows(loader, drop_last=True) leaves the smaller last "
-                        f"window out; this one has {window.samples} samples, in micro-batches of {self.micro_batch} or less",
+                        f"window out; this one has {window.samples} sample{'s' if window.samples > 1 else ''}, in micro-batches of {self.micro_batch} or less",
                     )
                 raise
             if job.scheduler is not None and not result.skipped:
@@ -398,7 +402,6 @@ class Accumulator:
             settled=learner is None or not learner.plan.learning,
             most=self._rescuer.micro_batch if learner is None else learner.most,
             is_whole=announcement.samples >= self._plan.target_batch,
-            keeps_parts=learner is not None,
         )
         if fleet is not None:
             self._share_by(shares, fleet)
@@ -481,7 +484,7 @@ class Accumulator:
         gauge.restart()
         self._short = 0 if full else self._short + 1
         if not all(ends) or used < window.sizes[-1] or self._short > 1:
-            raise PlanError(f"a step of {'fewer' if self._short else 'more'} tokens than the target of {gauge.target}: loop over plan.windows(loader)")
+            raise PlanError(f"a step of {'fewer' if self._short else 'more'} tokens than the target of {gauge.target}: loop over loop.windows(loader)")
 
     def _warn_of_differences(self) -> None:
         differences = differing(self._plan.job_fingerprint, fingerprint(self._jobs)) if self._plan.job_fingerprint else ()

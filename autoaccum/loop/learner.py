@@ -29,7 +29,6 @@ log = logging.getLogger("autoaccum")
 _SECOND = 4  # times the first micro-batch, for the others of a first window that is cut before anything is known
 _LONE_TRIES = 2  # more, of a window in the smallest micro-batches
 _MORE = 1.05  # times the budget under which a size ran out of memory, from where on it is tried again
-_LARGER_WINDOW = 1.25  # times the largest window of tokens so far, which later ones may have
 _WHOLE_WINDOWS = 2  # that the fewest steps must have run before nothing more is learned
 
 
@@ -90,10 +89,10 @@ class Learner:
         self._lone_tries = 0
         self._below = 2**63  # the smallest size that ran out in the window that runs
         self._peak_bytes = self._window_peak_bytes = self._held_bytes = 0
-        self._beforehand = self._given = self._is_fixed = False
+        self._beforehand = self._given = self._is_fixed = self._is_short = self._has_settled = False
         self._lazy: LearnedCut | None = None  # the window that runs, if it is cut while it runs
         self._largest_part = 0  # of all windows, in samples or in units
-        self._has_unit = False
+        self._has_unit, self._units_before = False, 0
         self._is_limited = False  # True once parts of windows could not be joined
         self._units: TokenUnits | None = None  # of the window that runs
         self._cut: Sequence[int] = ()  # the sizes of the window that runs, as far as they are decided, in samples or in units
@@ -149,7 +148,7 @@ class Learner:
         beforehand: True if all micro-batches must be known before the first one runs. given: True if its parts are the micro-batches.
         """
         self._lone_tries = 0
-        self._beforehand, self._given, self._lazy, self._below, self._is_fixed = beforehand, given, None, 2**63, False
+        self._beforehand, self._given, self._lazy, self._below, self._is_fixed, self._is_short = beforehand, given, None, 2**63, False, False
         if self._device.facts.kind == "cpu":
             steady_malloc()  # what the C library keeps of earlier sizes goes back
         self.budget = self._budget()
@@ -160,31 +159,35 @@ class Learner:
         """The window's micro-batches. Parts that only the user can cut are cut before the window runs, others while it runs."""
         self._units = self._measured(window) if self._in_tokens else None
         if self._given or (window.told and window.split is None):
-            self._samples = self._cut = window.sizes
-            if self._units is not None:
-                starts = accumulate(window.sizes, initial=0)
-                self._cut = [self._units.of(start, size) for start, size in zip(starts, window.sizes)]
-            self._is_fixed = True
+            self._samples, self._cut, self._is_fixed = window.sizes, self._as_counted(window.sizes), True
             return list(zip(window.parts, window.sizes))
+        self._largest_part = max(self._largest_part, *self._as_counted(window.sizes))
         if window.split is None and not self._beforehand:
             settled = self._search().propose(self.budget.budget_bytes) is None
-            starts = accumulate(window.sizes, initial=0)
-            parts = window.sizes if self._units is None else [self._units.of(start, size) for start, size in zip(starts, window.sizes)]
-            self._largest_part = max(self._largest_part, *parts)
             self._lazy = LearnedCut(window, self._next_size, units=self._units, ahead=settled, is_limited=self._is_limited)
             self._cut, self._samples = self._lazy.measures, self._lazy.sizes
             return self._lazy
         sizes: list[int] = []
         cut: list[int] = []
+        ends = list(accumulate(window.sizes))
         while (start := sum(sizes)) < window.samples:
-            if self._units is None:
-                cut = sizes
-                sizes.append(self._next_size(len(sizes), window.samples - start))
-            else:
-                cut.append(self._next_size(len(sizes), self._units.left(start)))
-                sizes.append(self._units.samples(start, cut[-1]))
-        self._cut, self._samples = cut, sizes
-        return window.cut(sizes, most=max(sizes))
+            asked = self._next_size(len(sizes), window.samples - start if self._units is None else self._units.left(start))
+            most = asked if self._units is None else self._units.samples(start, asked)
+            left = next(end for end in ends if end > start) - start
+            in_parts = window.told or self._is_limited  # parts that cannot be joined are cut evenly
+            self._is_short = self._is_short or (in_parts and most > left)
+            sizes.append(-(-left // -(-left // min(most, left))) if in_parts else most)
+            cut.append(asked if sizes[-1] == most else self._as_counted(sizes)[-1])
+        pieces = window.cut(sizes, most=max(sizes))
+        run = [size for _, size in pieces] if isinstance(pieces, list) else list(getattr(pieces, "sizes", sizes))
+        self._is_short = self._is_short or run != sizes
+        self._cut, self._samples = cut if run == sizes else self._as_counted(run), run
+        return pieces
+
+    def _as_counted(self, sizes: Sequence[int]) -> Sequence[int]:
+        """Consecutive pieces of the window, of so many samples, as they are counted here: in samples, or in units of tokens."""
+        units, starts = self._units, accumulate(sizes, initial=0)
+        return sizes if units is None else [units.of(start, size) for start, size in zip(starts, sizes)]
 
     def _measured(self, window: Window) -> TokenUnits:
         """The window in units of tokens. The first one decides what a unit is, and the largest so far how many units a full window has."""
@@ -195,8 +198,22 @@ class Learner:
             self._whole = max(units.left(0), self._smallest)
             self._target = 2 * self._whole
             self._request = replace(self._request, target_batch=self._whole, sample_tokens=unit)
-            self._candidates = arithmetic.candidate_sizes(self._whole, smallest=self._smallest, most=self._request.max_micro_batch)
+            sizes = arithmetic.candidate_sizes(self._whole, most=self._request.max_micro_batch)
+            self._candidates = [size for size in sizes if size >= self._smallest] or [self._smallest]
         return units
+
+    def goes_on_with(self, window: Window) -> bool:
+        """True if a window has so many tokens that it could run in larger micro-batches than those that settled, so that learning goes on with it."""
+        if not self._in_tokens or not self._has_unit:
+            return False
+        found, self._units = self._largest_fit(), TokenUnits(window, self._request.sample_tokens)
+        if (max(self._as_counted(window.sizes)) if self._is_limited else self._units.left(0)) <= found:
+            return False
+        if found < self._whole and self._search().propose(self.budget.budget_bytes) is None:
+            return False
+        self._whole_windows = 0
+        self.plan = self._planned(self._start())
+        return True
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -309,12 +326,14 @@ class Learner:
         planned = self._even(whole, found)
         proposal = self._search().propose(self.budget.budget_bytes)
         searching = proposal is not None and (self._has_fixed_target or proposal <= whole)
-        if self._lazy is not None and self._lazy.is_limited:
+        as_planned = tuple(self._cut) == planned if self._units is None else set(self._cut[:-1]) <= {found} and max(self._cut) <= found
+        if self._is_short or (self._lazy is not None and self._lazy.is_limited):
             self._say_that_parts_limit()
-            searching = searching and proposal is not None and proposal <= self._largest_part
-            planned = tuple(self._cut) if max(self._cut) <= found or not searching else planned
-        is_smaller = samples < whole if self._units is None else 2 * whole < self._whole  # at the end of an epoch; it says nothing
-        self._whole_windows = self._whole_windows if is_smaller else self._whole_windows + 1 if tuple(self._cut) == planned else 0
+            searching = searching and found < self._largest_part
+            as_planned = as_planned or max(self._cut) <= found or not searching
+        is_smaller = samples < whole if self._units is None else 2 * whole < self._units_before  # at the end of an epoch; it says nothing
+        self._units_before = whole
+        self._whole_windows = self._whole_windows if is_smaller else self._whole_windows + 1 if as_planned else 0
         if self._whole_windows == 1:  # the plan's peak is that of its own micro-batches, not of larger ones that were tried
             self._peak_bytes = self._window_peak_bytes
         if self._whole_windows > 1 and self._window_retries:
@@ -332,7 +351,8 @@ class Learner:
                 self._cache.forget()
             self._cache.keep(self._known(), self._target, self.budget.budget_bytes)
         if settled and self._fleet is None:
-            log.warning("%s", learned_plan.settled(self.plan))
+            log.log(logging.INFO if self._has_settled else logging.WARNING, "%s", learned_plan.settled(self.plan))
+            self._has_settled = True
             micro_batches = max((each.peak_bytes or 0 for each in self._known() if each.micro_batch <= self.plan.micro_batch), default=0)
             if self._peak_bytes > max(micro_batches, self.budget.budget_bytes):
                 log.warning("%s", learned_plan.step_over_budget(self.plan))
@@ -423,17 +443,13 @@ class Learner:
 
     def _largest_fit(self) -> int:
         found = self._search().result(self.budget.budget_bytes).micro_batch
-        if self._has_fixed_target:
+        if self._has_fixed_target and not self._is_limited:
             return found
-        return max([found, *(each.micro_batch for each in self._known() if each.fits)])  # a window may lie between the sizes that are tried
+        return max([found, *(each.micro_batch for each in self._known() if each.fits)])  # a window or a part may lie between the sizes that are tried
 
     def _start(self) -> int:
         """The micro-batch of a window by what is known so far: the largest that fits, or the largest divisor of the target that does."""
         fit = self._largest_fit() or self._candidates[0]
-        if self._in_tokens and _LARGER_WINDOW * fit >= self._whole:  # windows of tokens are unlike, and a larger one is to run in one piece, too
-            larger, promised = int(_LARGER_WINDOW * self._whole), self._search().result(self.budget.budget_bytes).predicted_largest
-            larger = larger if promised is None else min(promised, larger)  # None: peaks do not grow
-            fit = max(fit, larger) if larger >= self._whole else fit
         return max((size for size in self._divisors if size <= fit), default=self._divisors[0]) if self._divisors else fit
 
     def _refused(self, size: int, outcome: Outcome, phase: str, budget_bytes: int) -> None:

@@ -181,11 +181,11 @@ class Plan(PlanRecord):
             raise PlanError("the plan knows no lengths: tune(..., lengths=[512, 1024, 2048])")
         raise PlanError(f"the longest that was planned is {self.per_length[-1][0]}, not {length:g}: tune(..., lengths=[..., {length:g}])")
 
-    def sizes_of(self, window: Window, most: int | None = None) -> tuple[int, ...]:
+    def sizes_of(self, window: Window, most: int | None = None, *, pairs: bool = False) -> tuple[int, ...]:
         """Micro-batches for a window of this rank.
 
         Parts that were arranged by length stay as they are. With `most`, they are cut in the ratio of `most` to this plan's
-        micro-batch.
+        micro-batch. pairs: of a plan in tokens: no micro-batch of one sample, which BatchNorm forbids.
         """
         if not window.arranged and self.micro_tokens is not None and self.micro_batch:
             from autoaccum.data import tokens
@@ -193,7 +193,7 @@ class Plan(PlanRecord):
             # A part that only the user cuts may be of any layout; its samples are taken for the longest ones.
             if window.told:
                 return self.sizes(window.samples, most)
-            return tokens.sizes_within(window.parts, window.sizes, self.micro_tokens * (most or self.micro_batch) / self.micro_batch)
+            return tokens.sizes_within(window.parts, window.sizes, self.micro_tokens * (most or self.micro_batch) / self.micro_batch, pairs=pairs)
         if not window.arranged:
             return self.sizes(window.samples, most)
         ratio = (most or self.micro_batch) / self.micro_batch

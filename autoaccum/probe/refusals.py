@@ -68,6 +68,7 @@ def nothing_fits(micro_batch: int, tried: Sequence[Reading], unlimited: Reading 
         f"What would help: {wide}, {'' if half else 'autocast to bfloat16, '}activation checkpointing, an optimizer with less state, shorter samples",
         budget_bytes=budget.budget_bytes,
         trials=tried,
+        needs_bytes=needs,
     )
 
 

@@ -39,7 +39,7 @@ _FEWEST_BLOCKS = 2
 _OPTIONS = ("lr", "betas", "eps", "weight_decay")  # of an optimizer, that another one takes as they are
 _SHORTEST = 8  # a dimension that is shorter is no length
 _LENGTH = "length-"  # before a percentage
-_LOOKS = 6  # for the longest length that fits
+_LOOKS, _NEAR = 8, 3  # for the longest length that fits: at most so many, to so many percent
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,11 @@ class ChangedPlan:
     def words(self) -> str:
         return in_words(self.changes)
 
+    @property
+    def part(self) -> float:
+        """How much of the length is left, from 0 to 1."""
+        return part(self.changes)
+
     def as_dict(self) -> dict[str, Any]:
         plan = self.plan
         figures = {} if plan is None else {"peak_bytes": plan.peak_bytes, "samples_per_second": plan.samples_per_second}
@@ -111,21 +116,26 @@ def changed(jobs: Sequence[Job], names: Sequence[str]) -> tuple[Job, ...]:
 
 
 def longest(excess: Callable[[int], float], *, whole: float, half: float | None = None) -> int:
-    """The largest part of the length that fits, in percent; 0 if not even 1 % does.
+    """The largest part of the length that fits, in percent, to about 3 %; 0 if no part that was looked at does.
 
     excess: `excess(percent)`, the bytes by which the peak is above what may be taken, negative if it fits; infinite if that is not known. whole, half:
-    the same of all and of half the length. A straight line through what is known says where to look; six looks at most.
+    the same of all and of half the length. A straight line through what is known says where to look first, then a look is taken beside it, and then in
+    the middle of what is left, because peaks come in the steps of an allocator.
     """
-    known = {100: whole} if half is None else {100: whole, 50: half}
-    low, high = (50, 100) if half is not None and half < 0 else (0, 100 if half is None else 50)
-    for _ in range(_LOOKS):
-        if high - low <= 1:
+    known = {0: -math.inf, 100: whole} if half is None else {0: -math.inf, 100: whole, 50: half}
+    low = max(percent for percent, over in known.items() if over < 0)
+    high = min(percent for percent, over in known.items() if percent > low)
+    for look in range(_LOOKS):
+        if high - low <= _NEAR:
             break
         percent = (low + high) // 2
-        finite = sorted((size, value) for size, value in known.items() if math.isfinite(value))[:2] if low == 0 else [(low, known[low]), (high, known[high])]
-        if len(finite) == 2 and all(math.isfinite(value) for _, value in finite) and finite[1][1] > finite[0][1]:
-            (first, below), (second, above) = finite
-            percent = min(max(int(first - below * (second - first) / (above - below)), low + 1), high - 1)
+        line = sorted((size, over) for size, over in known.items() if math.isfinite(over))
+        if look == 0 and len(line) > 1 and line[1][1] > line[0][1]:
+            (first, below), (second, above) = line[:2]
+            percent = int(first - below * (second - first) / (above - below))
+        elif look == 1:  # beside the first
+            percent = low + _NEAR if known.get(low, -math.inf) > -math.inf else high - _NEAR
+        percent = min(max(percent, low + 1), high - 1)
         known[percent] = excess(percent)
         low, high = (percent, high) if known[percent] < 0 else (low, percent)
     return low
@@ -149,8 +159,12 @@ def times(names: Sequence[str], half_rate: float) -> float:
     """
     forward, backward = 1.0, 1.0 if "lora" in names else 2.0
     total = forward * (2 if "checkpointing" in names else 1) + backward
-    part = next((_percent(name) / 100 for name in names if _percent(name)), 0.5 if "half-length" in names else 1.0)
-    return total / 3 / (half_rate if "bf16" in names else 1.0) * part
+    return total / 3 / (half_rate if "bf16" in names else 1.0) * part(names)
+
+
+def part(names: Sequence[str]) -> float:
+    """How much of the length is left with these changes, from 0 to 1."""
+    return next((_percent(name) / 100 for name in names if _percent(name)), 0.5 if "half-length" in names else 1.0)
 
 
 def _bf16(job: Job) -> Job:

@@ -96,6 +96,7 @@ def tune_changed(
     rate = None if unchanged is None else unchanged.samples_per_second
     found: list[changes.ChangedPlan] = []
     refused: dict[str, str] = {}  # by change: why the job cannot have it
+    over: dict[tuple[str, ...], float] = {}  # by changes: the bytes above the budget, negative if it fits, as far as they are known
 
     def tried(wanted: tuple[str, ...]) -> None:
         try:
@@ -105,12 +106,16 @@ def tune_changed(
                 refused[wanted[0]] = str(error)
         except AutoaccumError as error:
             found.append(changes.ChangedPlan(wanted, None, error="" if isinstance(error, NothingFits) else str(error)[:200]))
+            if isinstance(error, NothingFits) and error.needs_bytes is not None:
+                over[wanted] = float(max(error.needs_bytes - error.budget_bytes, 1))
         else:
             found.append(changes.ChangedPlan(wanted, plan, plan.samples_per_second / rate if plan.samples_per_second and rate else None))
+            over[wanted] = float(min((plan.peak_bytes or 0) - plan.budget_bytes, -1))
 
     def excess(percent: int) -> float:
-        tried((*least, changes.of_length(percent)))
-        return -1.0 if found[-1].plan is not None else math.inf  # by how much is not known of what ran out
+        wanted = (*least, changes.of_length(percent))
+        tried(wanted)
+        return over.get(wanted, math.inf)
 
     for wanted in changes.ALONE:
         tried(wanted)
@@ -119,12 +124,13 @@ def tune_changed(
             tried(wanted)
     whole = [row for row in found if "half-length" not in row.changes]
     if unchanged is None and "half-length" not in refused and all(row.plan is None for row in whole):
-        least = max((row.changes for row in whole if not row.error), key=len, default=())
+        # Of those whose needs are not known, the one with the most changes.
+        least = min((row.changes for row in whole if not row.error), key=lambda names: (over.get(names, math.inf), -len(names)), default=())
         before = len(found)
-        half = next((-1.0 if row.plan is not None else math.inf for row in found if row.changes == (*least, "half-length")), None)
-        changes.longest(excess, whole=math.inf, half=half)
-        lengths = [row for row in found[before:] if row.plan is not None]  # the longest of those that fit is what was asked for
-        found[before:] = lengths[-1:]
+        changes.longest(excess, whole=over.get(least, math.inf), half=over.get((*least, "half-length")))
+        looked = found[before:]
+        fitting = [row for row in looked if row.plan is not None]  # ever longer ones
+        found[before:] = fitting[-1:] or [row for row in looked if row.changes == min((row.changes for row in looked), key=changes.part)]
     return tuple(sorted(found, key=lambda row: (row.plan is None, -(row.plan.samples_per_second or 0.0) if row.plan else 0.0)))
 
 

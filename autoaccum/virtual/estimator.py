@@ -178,7 +178,8 @@ def _longest(traced: Callable[[tuple[str, ...]], dict[str, _Traced]], least: _Tr
         (seen[percent],) = traced((*least.row.changes, changes.of_length(percent))).values()
         return seen[percent].excess
 
-    found = seen.get(changes.longest(excess, whole=least.excess, half=half))
+    percent = changes.longest(excess, whole=least.excess, half=half)
+    found = seen.get(percent or min(seen, default=0))  # where no length fits, the shortest that was looked at says so
     if found is None or found.estimate is None or least.estimate is None:
         return []
     before, now = ((each.estimate.measured_at or {}) for each in (least, found) if each.estimate is not None)

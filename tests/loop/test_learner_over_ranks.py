@@ -38,6 +38,15 @@ def test_shares_follow_in_a_sampler_from_the_next_window_that_no_worker_has_read
     assert shares[0] == [20, 20, 20] and shares[-1][0] > shares[-1][1] > shares[-1][2]  # by times on cores that other tests use, so no more is asked
 
 
+@pytest.mark.parametrize("turns", [False, True])
+def test_a_rank_may_have_read_its_whole_epoch_ahead_and_loaders_may_take_turns(turns):
+    """Epochs of four windows, of which two workers read all at once."""
+    told = in_ranks("learned", [0.003, 0.006, 0.012], [None] * 3, 24, None, None, [0, 1, 2], None, 240, turns)
+    assert [each["difference"] < 1e-14 for each in told] == [True] * 3
+    shares = told[0]["shares"]
+    assert all(each["shares"] == shares for each in told) and shares[-1][0] > shares[-1][1] > shares[-1][2]
+
+
 @pytest.mark.parametrize("workers", [None, [0, 1, 2]])
 def test_the_shares_of_a_plan_are_made_anew_where_that_is_asked_for(workers):
     told = in_ranks("learned", [0.003, 0.006, 0.012], [None] * 3, 20, None, None, workers, 6)

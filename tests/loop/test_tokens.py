@@ -145,10 +145,10 @@ def test_a_scalar_of_a_batch_without_labels_is_asked_about():
 def test_a_step_of_other_tokens_than_the_target_is_told():
     model, optimizer, plan = tuned()
     loop = autoaccum.Accumulator(model, optimizer, plan)
-    with pytest.raises(PlanError, match=r"a step of more tokens than the target of 150: loop over plan.windows"):
+    with pytest.raises(PlanError, match=r"a step of more tokens than the target of 150: loop over loop.windows"):
         loop.step(put_together(DATA), of_labels)
     loop.step(put_together(DATA[:5]), of_labels)
-    with pytest.raises(PlanError, match=r"a step of fewer tokens than the target of 150: loop over plan.windows"):
+    with pytest.raises(PlanError, match=r"a step of fewer tokens than the target of 150: loop over loop.windows"):
         loop.step(put_together(DATA[:5]), of_labels)
 
 
