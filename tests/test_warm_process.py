@@ -34,7 +34,7 @@ def forker(child):
 def test_children_one_after_another_and_side_by_side_come_from_one_process():
     with simulating() as one, simulating() as other:
         assert fits(one) and fits(other)
-        assert one._process.pid != other._process.pid and forker(one) == forker(other)
+        assert one._process.process.pid != other._process.process.pid and forker(one) == forker(other)
         server = forker(one)
     with simulating() as third:
         assert fits(third) and forker(third) == server
@@ -75,7 +75,7 @@ def test_where_the_process_that_forks_is_killed_the_next_child_has_another():
     with simulating() as child:
         first = forker(child)
         os.kill(first, signal.SIGKILL)
-        wait_until(lambda: child._process.poll() is not None)
+        wait_until(lambda: child._process.process.poll() is not None)
         with pytest.raises(autoaccum.JobFailed, match="ended"):
             child.simulated("estimated", gpu="t4")
     with simulating() as child:
@@ -95,13 +95,13 @@ def test_nothing_is_left_when_the_parent_is_killed():
 
 def test_a_measured_child_is_forked_so_in_tests_alone_and_reads_the_same(monkeypatch):
     with Child(SMALL, "cpu", Limits()) as child:
-        assert not isinstance(child._process, subprocess.Popen)
+        assert not isinstance(child._process.process, subprocess.Popen)
         forked = child.measure([4]).peak_bytes
     monkeypatch.delenv(child_module.FORK_ALL)
     with Child(SMALL, "cpu", Limits()) as child:
         assert abs(child.measure([4]).peak_bytes - forked) < 0.03 * forked
     with Child(SMALL, "cpu", Limits()) as child:
-        assert isinstance(child._process, subprocess.Popen)
+        assert isinstance(child._process.process, subprocess.Popen)
     assert all(server._process.pid != child._process.process.pid for server in child_module._warm)
 
 
