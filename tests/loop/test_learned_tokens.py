@@ -117,8 +117,8 @@ print(json.dumps({
 }))
 """
     )
-    assert not seen["learning"] and not seen["rescued"] and seen["windows"] <= 6 and seen["peak"] <= seen["budget"], seen
-    assert 20 * 128 <= seen["tokens"] <= 32 * 128 and max(seen["steps"][6:]) <= 6, seen
+    assert not seen["learning"] and seen["rescued"] <= 1 and seen["windows"] <= 8 and seen["peak"] <= seen["budget"], seen
+    assert 20 * 128 <= seen["tokens"] <= 32 * 128 and max(seen["steps"][8:]) <= 6, seen
 
 
 def test_refused_in_a_sentence_with_the_way_out():
